@@ -1,0 +1,105 @@
+"""Conversations to token ids: the prompt format of the released ML-Mamba, for training and for inference alike.
+
+One turn of the user followed by one of the assistant reads
+
+    {images}<|user|>\\n{message}<|endoftext|>\\n<|assistant|>\\n{answer}<|endoftext|>
+
+and every later user turn starts with one more newline. There is no system prompt and no BOS. The pictures of a turn
+stand before its text: a recurrent model has to see the context before the question (reference: Cobra table 7, where
+context after the question costs 15 points). The first turn's pictures therefore open the sequence, as in the paper.
+
+Training tokenizes turn by turn. Inference tokenizes the rendered string as one. Both give the same ids because every
+user segment ends in special text and messages are stripped (tests/unit/test_conversation.py, on the real GPT-NeoX
+tokenizer).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+IMAGE_TOKEN = "<image>"
+USER, ASSISTANT = "<|user|>", "<|assistant|>"
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `role` is "user" or "assistant"; `images` counts the pictures shown with it (user turns only)."""
+
+    role: str
+    text: str
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Token ids of one conversation.
+
+    `labels` repeats `input_ids` on assistant text and its end token and is IGNORE_INDEX elsewhere. `image_positions`
+    holds the index of the first token of each picture. `turn_ends` holds, for every assistant turn, the length of the
+    conversation up to and including it, which is where a too long conversation may be cut.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    image_positions: list[int]
+    turn_ends: list[int]
+
+
+def render_turn(turn: Turn, first: bool, eos: str, tokens_per_image: int = 1) -> str:
+    """Text of one turn, each picture as `tokens_per_image` placeholders."""
+    text = turn.text.replace(IMAGE_TOKEN, "").strip()
+    if turn.role == "user":
+        pictures = IMAGE_TOKEN * (tokens_per_image * turn.images)
+        return f"{'' if first else chr(10)}{pictures}{USER}\n{text}{eos}\n{ASSISTANT}\n"
+    return f"{text}{eos}"
+
+
+def render(turns: Sequence[Turn], eos: str, tokens_per_image: int = 1) -> str:
+    """The whole conversation as text. It ends ready for an answer when the last turn is the user's."""
+    return "".join(render_turn(turn, i == 0, eos, tokens_per_image) for i, turn in enumerate(turns))
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise ValueError unless turns are non-empty and alternate user, assistant, user, ..."""
+    if not turns:
+        raise ValueError("the conversation has no turns")
+    for i, turn in enumerate(turns):
+        expected = "assistant" if i % 2 else "user"
+        if turn.role != expected:
+            raise ValueError(f"turn {i} has role {turn.role!r}, expected {expected!r}: user and assistant alternate")
+        if not turn.text.replace(IMAGE_TOKEN, "").strip():
+            raise ValueError(f"turn {i} ({turn.role}) is empty")
+        if turn.images and turn.role != "user":
+            raise ValueError(f"turn {i} is the assistant's but has {turn.images} pictures; only users show pictures")
+
+
+def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedConversation:
+    """Tokenize a conversation for training.
+
+    Args:
+        tokenizer: a transformers tokenizer with an `eos_token` and a single id for IMAGE_TOKEN.
+        turns: alternating user and assistant turns.
+        tokens_per_image: length of one picture's placeholder run.
+
+    Raises:
+        ValueError: the turns break the rules of `check_turns`.
+    """
+    check_turns(turns)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    ids, labels, positions, ends = [], [], [], []
+    for i, turn in enumerate(turns):
+        text = render_turn(Turn(turn.role, turn.text), i == 0, tokenizer.eos_token)
+        if turn.images and i:  # the newline that opens a later user turn stands before its pictures
+            text = text[1:]
+            ids += tokenizer("\n", add_special_tokens=False)["input_ids"]
+            labels += [IGNORE_INDEX] * (len(ids) - len(labels))
+        for _ in range(turn.images):
+            positions.append(len(ids))
+            ids += [image_id] * tokens_per_image
+            labels += [IGNORE_INDEX] * tokens_per_image
+        piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += piece
+        labels += piece if turn.role == "assistant" else [IGNORE_INDEX] * len(piece)
+        if turn.role == "assistant":
+            ends.append(len(ids))
+    return EncodedConversation(ids, labels, positions, ends)

@@ -1,0 +1,39 @@
+"""Orders in which a grid of patches is read: plain index functions, and the merge that undoes them.
+
+A grid of height H and width W is stored row-major, patch (r, c) at index r * W + c. `orders(name, H, W)` returns one
+permutation per scan; reading patch order[i] at step i and writing the result back to order[i] returns every patch to
+its place (tests/unit/test_scan2d.py).
+
+BSM, bidirectional (ML-Mamba figure 3; the released code): forward and backward over the rows.
+CSM, cross-scan (ML-Mamba figure 3; never released, so this follows VMamba's cross scan, which VL-Mamba names as its
+base): rows, columns, and both reversed. The merge is the mean, where VMamba sums: dividing keeps the scale of a single
+scan and avoids overflow in half precision.
+"""
+
+import torch
+from torch import Tensor
+
+SCANS = ("bsm", "csm")
+
+
+def orders(scan: str, height: int, width: int) -> Tensor:
+    """Permutations (k, height * width), int64: k = 2 for "bsm", 4 for "csm".
+
+    Raises:
+        ValueError: unknown scan name.
+    """
+    rows = torch.arange(height * width)
+    if scan == "bsm":
+        return torch.stack([rows, rows.flip(0)])
+    if scan == "csm":
+        columns = rows.view(height, width).T.flatten()
+        return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
+    raise ValueError(f"unknown scan {scan!r}; choose one of {', '.join(SCANS)}")
+
+
+def merge(scanned: list[Tensor], order: Tensor) -> Tensor:
+    """Mean of k scans, each (b, H*W, d) in its own order, put back in row-major order."""
+    total = 0
+    for y, permutation in zip(scanned, order, strict=True):
+        total = total + y.index_select(1, torch.argsort(permutation))
+    return total / len(scanned)

@@ -1,0 +1,1 @@
+"""Ray Data pipelines: sources -> records -> tokens -> packed Arrow shards. Imports mlmamba, never workflows."""

@@ -1,0 +1,1 @@
+"""The command line and everything it runs: recipes, training, tracking, registry, evaluation, serving."""
