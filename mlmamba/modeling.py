@@ -48,6 +48,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = Mamba2LanguageModel(config.text_config)
         if config.text_config.tie_word_embeddings:
             self._tied_weights_keys = {"language_model.lm_head.weight": "language_model.backbone.embeddings.weight"}
+        self.generation_config.suppress_tokens = [config.image_token_id]  # a placeholder is input only
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

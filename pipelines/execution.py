@@ -1,0 +1,55 @@
+"""Running a function over many small task descriptions on Ray Data, quietly."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.data
+
+
+def ensure_ray() -> None:
+    """Connect to Ray, or start a local one, unless the caller has. It stays up for the caller's next step."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+
+
+@contextmanager
+def quiet_ray_data() -> Iterator[None]:
+    """No progress bars and nothing below an error from Ray Data on the terminal; its log file stays complete."""
+    context = ray.data.DataContext.get_current()
+    bars = context.enable_progress_bars
+    consoles = [
+        handler
+        for handler in logging.getLogger("ray.data").handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]
+    levels = [handler.level for handler in consoles]
+    context.enable_progress_bars = False
+    for handler in consoles:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)
+
+
+def run_tasks(function: Callable[[dict], dict], tasks: list[dict]) -> Iterator[dict]:
+    """Apply a function to each task description, one Ray task each, and yield the results as they come.
+
+    Descriptions and results cross as JSON text: they are small and nested, which Arrow columns would make awkward.
+
+    Args:
+        function: a module-level function; it must be safe to run twice (Ray reruns tasks of lost machines).
+        tasks: JSON-able descriptions.
+    """
+    if not tasks:
+        return
+    items = [{"task": json.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    results = dataset.map(lambda row: {"result": json.dumps(function(json.loads(row["task"])))})
+    for row in results.iter_rows():
+        yield json.loads(row["result"])

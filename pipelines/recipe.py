@@ -1,0 +1,47 @@
+"""Whether a finished data set is the one that a config asks for."""
+
+import hashlib
+import json
+from contextlib import suppress
+
+from pipelines import storage
+from pipelines.config import SPLITS_TO_PACK, DataConfig, SourceConfig
+from pipelines.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from pipelines.sources import open_source
+
+
+def recipe_digest(config: DataConfig, tokens_per_image: int, seed: int) -> str:
+    """Digest of everything a caller of `prepare` gives that decides the data set's content.
+
+    The test sources, the size of partitions and the quarantine threshold are not in it: they change no shard.
+    """
+    content = config.model_dump(mode="json", exclude={"test", "partition_records", "max_quarantined"})
+    text = json.dumps([SCHEMA_VERSION, tokens_per_image, seed, content], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprints(config: DataConfig) -> dict[str, str]:
+    """Digest of each packed source's list of records, by split/name. Pictures are not read."""
+    return {key: open_source(source).fingerprint() for key, source in _sources(config).items()}
+
+
+def find_finished(config: DataConfig, out: str, recipe: str) -> Manifest | None:
+    """The finished data set in `out`, if it is of this recipe and its sources still list the same records."""
+    if not storage.exists(storage.join(out, MANIFEST_FILE)):
+        return None
+    try:
+        manifest = Manifest.load(out)
+    except ValueError:  # of another schema version: made again
+        return None
+    if manifest.recipe_digest != recipe:
+        return None
+    for key, source in _sources(config).items():
+        # A finished data set stays good when its raw corpus has been cleared away.
+        with suppress(OSError, ImportError):
+            if open_source(source).fingerprint() != manifest.sources[key]:
+                return None
+    return manifest
+
+
+def _sources(config: DataConfig) -> dict[str, SourceConfig]:
+    return {f"{split}/{source.label}": source for split in SPLITS_TO_PACK for source in getattr(config, split)}

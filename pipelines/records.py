@@ -1,0 +1,97 @@
+"""Cutting a split into partitions: what one tokenizing task works on, and what a rerun repeats at most.
+
+The driver lists the records (no pictures) and writes each partition's descriptions to a small file; tasks get its
+name. So the driver's memory holds one partition and the ids, whatever the size of the corpus.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from mlmamba.conversation import Turn
+from pipelines import storage
+from pipelines.config import SourceConfig
+from pipelines.sources import Problem, Record, open_source
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Some consecutive records of a split."""
+
+    split: str
+    index: int
+    records: int
+    """How many."""
+    digest: str
+    """Changes with anything the partition's token file depends on, except the pictures' content."""
+
+    @property
+    def name(self) -> str:
+        """Stem of the partition's file names."""
+        return f"{self.split}-{self.index:05d}"
+
+    def records_file(self, work: str) -> str:
+        """The record descriptions (JSON lines), which the driver writes."""
+        return storage.join(work, "records", f"{self.name}.jsonl")
+
+    def tokens_file(self, work: str) -> str:
+        """The tokenized samples (schema.TOKENS)."""
+        return storage.join(work, "tokens", f"{self.name}.arrow")
+
+    def outcomes_file(self, work: str) -> str:
+        """What became of each record (schema.OUTCOMES), quarantined ones included; written last."""
+        return storage.join(work, "outcomes", f"{self.name}.arrow")
+
+
+def list_records(sources: list[SourceConfig]) -> Iterator[Record]:
+    """Every record of a split, in order. A record whose id came before gets the problem `duplicate_id`."""
+    first_seen: dict[str, str] = {}
+    for config in sources:
+        for record in open_source(config).records():
+            if record.problem is None and record.id in first_seen:
+                detail = f"the id came before, in source {first_seen[record.id]}"
+                record = replace(record, problem=Problem("duplicate_id", detail))
+            first_seen.setdefault(record.id, record.source)
+            yield record
+
+
+def cut(split: str, sources: list[SourceConfig], size: int, work: str, settings: str) -> Iterator[Partition]:
+    """Cut a split into partitions and write their record files.
+
+    Args:
+        split: name of the split.
+        sources: its sources.
+        size: records per partition; the last one may have fewer.
+        work: folder (path or URI) for the files.
+        settings: digest of all else that decides what tokenizing gives.
+    """
+    configs = {config.label: config.model_dump_json() for config in sources}
+    lines: list[str] = []
+    labels: set[str] = set()
+    index = 0
+
+    def finish() -> Partition:
+        data = "\n".join(lines).encode()
+        inputs = [settings, hashlib.sha256(data).hexdigest(), *(configs[label] for label in sorted(labels))]
+        partition = Partition(split, index, len(lines), hashlib.sha256("\n".join(inputs).encode()).hexdigest())
+        storage.write_atomic(partition.records_file(work), data)
+        return partition
+
+    for record in list_records(sources):
+        lines.append(json.dumps(asdict(record)))
+        labels.add(record.source)
+        if len(lines) == size:
+            yield finish()
+            lines, labels, index = [], set(), index + 1
+    if lines:
+        yield finish()
+
+
+def read_records(uri: str) -> Iterator[Record]:
+    """The records of a partition's file."""
+    for line in storage.read_bytes(uri).splitlines():
+        fields = json.loads(line)
+        fields["turns"] = [Turn(**turn) for turn in fields["turns"]]
+        fields["problem"] = fields["problem"] and Problem(**fields["problem"])
+        yield Record(**fields)

@@ -1,0 +1,156 @@
+"""Files at a path or URI, on a local disk or in an object store, written so that no reader ever sees half of one.
+
+On a local disk a file is written beside its place, flushed, and renamed over it. In an object store it is first
+written to a local temporary file and then uploaded by one stream: the store shows an object only when it is complete.
+"""
+
+import hashlib
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+from pyarrow import fs
+
+_CHUNK = 1 << 22  # bytes per copy step
+
+
+def open_fs(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a URI (s3://, gs://, file://, ...) or local path, and the path within it.
+
+    Raises:
+        ValueError: pyarrow knows no file system for the scheme.
+    """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except pa.ArrowInvalid:  # not passed on: its text repeats the URI, which may hold a password
+        raise ValueError(f"cannot open {shown(uri)}; use a local path, s3:// or gs://") from None
+
+
+def shown(uri: str) -> str:
+    """The URI for messages and logs: without the user:password@ that may stand before the host."""
+    scheme, mark, rest = uri.partition("://")
+    authority, slash, path = rest.partition("/")
+    return scheme + mark + authority.rpartition("@")[2] + slash + path
+
+
+def join(uri: str, *names: str) -> str:
+    """`uri` with names appended to its path. A query (s3://bucket/folder?region=...) stays at the end."""
+    if "://" not in uri:
+        return os.path.join(uri, *names)
+    base, mark, query = uri.partition("?")
+    return posixpath.join(base, *names) + mark + query
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder."""
+    return _info(uri).type != fs.FileType.NotFound
+
+
+def size(uri: str) -> int | None:
+    """Bytes of a file, or None when there is none."""
+    info = _info(uri)
+    return info.size if info.type == fs.FileType.File else None
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file. Raises FileNotFoundError when it is not there."""
+    filesystem, path = open_fs(uri)
+    return read_path(filesystem, path)
+
+
+def read_path(filesystem: fs.FileSystem, path: str) -> bytes:
+    """The whole file, for callers that read many files of one file system."""
+    with filesystem.open_input_file(path) as file:
+        return file.read()
+
+
+def checksum(uri: str) -> tuple[int, str]:
+    """Size in bytes and sha256 of a file, reading it in pieces."""
+    filesystem, path = open_fs(uri)
+    digest, length = hashlib.sha256(), 0
+    with filesystem.open_input_file(path) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            length += len(chunk)
+    return length, digest.hexdigest()
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Write a whole file or nothing, making its folder on a local disk."""
+    with atomic_file(uri) as path, open(path, "wb") as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(uri: str) -> Iterator[str]:
+    """Give a local path to write to; when the block ends without an error, what was written there becomes `uri`."""
+    filesystem, path = open_fs(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        folder, name = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        beside = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+        try:
+            yield beside
+            _flush(beside)
+            os.replace(beside, path)
+        finally:
+            if os.path.exists(beside):
+                os.remove(beside)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "file")
+        yield local
+        with open(local, "rb") as source, filesystem.open_output_stream(path) as sink:
+            shutil.copyfileobj(source, sink, _CHUNK)
+
+
+def open_arrow(uri: str) -> pa.ipc.RecordBatchFileReader:
+    """An Arrow IPC file for random access: memory-mapped on a local disk, by byte ranges elsewhere."""
+    filesystem, path = open_fs(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return pa.ipc.open_file(pa.memory_map(path))
+    return pa.ipc.open_file(filesystem.open_input_file(path))
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write an Arrow IPC file, whole or not at all."""
+    with atomic_file(uri) as path, pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def list_names(uri: str) -> list[str]:
+    """Names of the files directly in a folder, sorted. A folder that is not there has none."""
+    filesystem, path = open_fs(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
+
+
+def delete(uri: str) -> None:
+    """Delete a file if it is there."""
+    filesystem, path = open_fs(uri)
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete a folder and all in it, if it is there."""
+    filesystem, path = open_fs(uri)
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+def _info(uri: str) -> fs.FileInfo:
+    filesystem, path = open_fs(uri)
+    return filesystem.get_file_info(path)
+
+
+def _flush(path: str) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

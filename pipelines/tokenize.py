@@ -1,0 +1,209 @@
+"""Pass 1: records to token ids, labels and encoded pictures, one file per partition.
+
+Each partition is one Ray task that reads its records one at a time, so a task's memory holds one record's pictures.
+A record that cannot be used goes to the outcomes table with a reason and its neighbours go on. A partition whose
+outcomes file carries the right digest is not done again, which is what makes a killed run cheap to repeat.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import TypeAdapter
+
+from mlmamba import __version__
+from mlmamba.conversation import EncodedConversation, encode
+from pipelines import storage
+from pipelines.config import SourceConfig
+from pipelines.execution import run_tasks
+from pipelines.records import Partition, read_records
+from pipelines.schema import OUTCOMES, TOKENS, one_row
+from pipelines.sources import Problem, Record, Source, open_source
+from pipelines.tokenizer import TOKENIZER_FILE, WorkerTokenizer
+from pipelines.validate import check_record, read_images
+
+_DIGEST_KEY = b"mlmamba.digest"
+
+
+@dataclass(frozen=True)
+class TokenizeSettings:
+    """What tokenizing depends on besides the records."""
+
+    tokenizer: str
+    """URI of the folder with the tokenizer."""
+    tokenizer_digest: str
+    eos_token: str
+    max_tokens: int
+    tokens_per_image: int
+    too_long: str
+    """As in DataConfig."""
+
+    def digest(self) -> str:
+        """Changes when the same records would give other tokens. The place of the tokenizer does not matter."""
+        parts = [__version__, self.tokenizer_digest, self.eos_token, self.max_tokens, self.tokens_per_image]
+        return hashlib.sha256(repr([*parts, self.too_long]).encode()).hexdigest()
+
+
+def tokenize(
+    partitions: list[Partition], sources: dict[str, list[SourceConfig]], settings: TokenizeSettings, work: str
+) -> Iterator[dict]:
+    """Tokenize every partition that is not done, on Ray.
+
+    Args:
+        partitions: of all splits.
+        sources: source configs by split.
+        settings: see `TokenizeSettings`.
+        work: folder (path or URI) of the partitions' files.
+
+    Yields:
+        Statistics of a partition as it completes: `name`, `records`, `cut`, `quarantined` (counts by reason) and
+        `skipped` (it was done before).
+    """
+    configs = {
+        split: {config.label: config.model_dump_json() for config in configs} for split, configs in sources.items()
+    }
+    tasks = [
+        {
+            "name": partition.name,
+            "digest": partition.digest,
+            "records": partition.records_file(work),
+            "tokens": partition.tokens_file(work),
+            "outcomes": partition.outcomes_file(work),
+            "sources": configs[partition.split],
+            "settings": asdict(settings),
+        }
+        for partition in partitions
+    ]
+    yield from run_tasks(tokenize_partition, tasks)
+
+
+def tokenize_partition(task: dict) -> dict:
+    """Do one partition, unless it is done, and return its statistics. Runs inside a Ray task."""
+    outcomes = _finished(task)
+    skipped = outcomes is not None
+    if outcomes is None:
+        outcomes = _tokenize_partition(task)
+    reasons = Counter(reason for reason in outcomes["reason"].to_pylist() if reason)
+    return {
+        "name": task["name"],
+        "records": outcomes.num_rows,
+        "cut": pc.sum(outcomes["cut"], min_count=0).as_py(),
+        "quarantined": dict(sorted(reasons.items())),
+        "skipped": skipped,
+    }
+
+
+def read_outcomes(uri: str) -> pa.Table:
+    """The outcomes table of a finished partition."""
+    return storage.open_arrow(uri).read_all()
+
+
+def encode_record(
+    record: Record, source: Source, tokenizer, settings: TokenizeSettings
+) -> tuple[EncodedConversation, list[bytes], bool] | Problem:
+    """Turn a record into a sample: its encoding, its encoded pictures, and whether it was cut; or say what is wrong.
+
+    The sample ends with the last answer that fits into `max_tokens`; a question after the last answer is dropped
+    (it has no loss). Pictures that only dropped turns show are dropped with them.
+    """
+    problem = check_record(record)
+    if problem:
+        return problem
+    encoded = encode(tokenizer, record.turns, settings.tokens_per_image)
+    length = encoded.turn_ends[-1]
+    cut = length > settings.max_tokens
+    if cut:
+        fitting = [end for end in encoded.turn_ends if end <= settings.max_tokens]
+        if settings.too_long == "quarantine" or not fitting:
+            what = "the conversation" if fitting else "the first turn with its answer"
+            size = length if fitting else encoded.turn_ends[0]
+            return Problem("too_long", f"{what} has {size} tokens, a row has {settings.max_tokens}")
+        length = fitting[-1]
+    positions = [position for position in encoded.image_positions if position < length]
+    images, problem = read_images(record, source)
+    if problem:
+        return problem
+    encoded = EncodedConversation(
+        encoded.input_ids[:length],
+        encoded.labels[:length],
+        positions,
+        [end for end in encoded.turn_ends if end <= length],
+    )
+    return encoded, images[: len(positions)], cut
+
+
+def _finished(task: dict) -> pa.Table | None:
+    """The outcomes of a partition that is done with the same digest.
+
+    The digest does not cover what is in the pictures. So those that were bad are looked at once more, and if somebody
+    has repaired one, the partition is not done.
+    """
+    if not (storage.exists(task["outcomes"]) and storage.exists(task["tokens"])):
+        return None
+    reader = storage.open_arrow(task["outcomes"])
+    if (reader.schema.metadata or {}).get(_DIGEST_KEY) != task["digest"].encode():
+        return None
+    outcomes = reader.read_all()
+    bad_picture = [(reason or "").startswith("image_") for reason in outcomes["reason"].to_pylist()]
+    if any(bad_picture):
+        for record, bad in zip(read_records(task["records"]), bad_picture, strict=True):
+            if bad and read_images(record, _source(task, record))[1] is None:
+                return None
+    return outcomes
+
+
+def _tokenize_partition(task: dict) -> pa.Table:
+    settings = TokenizeSettings(**task["settings"])
+    tokenizer = _worker_tokenizer(settings.tokenizer, settings.tokenizer_digest, settings.eos_token)
+    metadata = {_DIGEST_KEY: task["digest"]}
+    tokens_schema = TOKENS.with_metadata(metadata)
+    rows = []
+    with (
+        storage.atomic_file(task["tokens"]) as path,
+        pa.OSFile(path, "wb") as sink,
+        pa.ipc.new_file(sink, tokens_schema) as writer,
+    ):
+        for record in read_records(task["records"]):
+            try:
+                sample = encode_record(record, _source(task, record), tokenizer, settings)
+            except Exception as error:  # whatever is wrong with this record, the others of its partition must go on
+                sample = Problem("malformed", f"{type(error).__name__}: {error}")
+            row = {"record_id": record.id, "source": record.source, "length": 0, "images": 0, "cut": False}
+            if isinstance(sample, Problem):
+                rows.append(row | {"reason": sample.reason, "detail": sample.detail})
+                continue
+            encoded, images, was_cut = sample
+            sizes = {"length": len(encoded.input_ids), "images": len(images), "cut": was_cut}
+            rows.append(row | sizes | {"reason": None, "detail": None})
+            columns = {
+                "record_id": record.id,
+                "source": record.source,
+                "input_ids": encoded.input_ids,
+                "labels": encoded.labels,
+                "image_positions": encoded.image_positions,
+                "images": images,
+            }
+            writer.write_batch(one_row(tokens_schema, columns))
+    outcomes = pa.Table.from_pylist(rows, schema=OUTCOMES.with_metadata(metadata))
+    storage.write_table(task["outcomes"], outcomes)
+    return outcomes
+
+
+def _source(task: dict, record: Record) -> Source:
+    return _worker_source(task["sources"][record.source])
+
+
+# Kept for the life of a worker process, which does many partitions. The digest is in the key because a folder's
+# tokenizer may be replaced between two runs that share workers.
+@lru_cache(maxsize=4)
+def _worker_tokenizer(uri: str, digest: str, eos_token: str) -> WorkerTokenizer:
+    return WorkerTokenizer(storage.read_bytes(storage.join(uri, TOKENIZER_FILE)), eos_token)
+
+
+@lru_cache(maxsize=64)
+def _worker_source(config_json: str) -> Source:
+    return open_source(TypeAdapter(SourceConfig).validate_json(config_json))

@@ -1,0 +1,266 @@
+"""A finished data set: its manifest, the order of its rows, resuming, and the tensors of a step."""
+
+import io
+import itertools
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from mlmamba.conversation import IGNORE_INDEX
+from mlmamba.processing import load_pixels
+from pipelines import storage
+from pipelines.manifest import Manifest, ShardInfo, split_info, verify
+from pipelines.reader import PackedDataset, batches, collate, prefetch
+from pipelines.schema import PACKED, one_row
+
+MAX_TOKENS = 12
+
+
+def picture(colour: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4), (colour, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def packed_row(i: int) -> dict:
+    """Row i: two samples of 4 and 2 + i % 5 tokens, the first with a picture."""
+    n = 6 + i % 5
+    return {
+        "sample_ids": [f"{i}a", f"{i}b"],
+        "input_ids": np.arange(n, dtype=np.int32) + 10 * i,
+        "labels": np.array([IGNORE_INDEX] * 4 + [7] * (n - 4), dtype=np.int32),
+        "seq_idx": np.array([0] * 4 + [1] * (n - 4), dtype=np.int32),
+        "images": [picture(i)],
+        "image_positions": [0],
+        "source": ["s", "t"],
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A data set of 23 rows in shards of 10, written by hand."""
+    out = str(tmp_path_factory.mktemp("set"))
+    shards = []
+    for index, start in enumerate((0, 10, 20)):
+        rows = [packed_row(i) for i in range(start, min(start + 10, 23))]
+        path = f"shards/train-{index:05d}.arrow"
+        table = pa.Table.from_batches([one_row(PACKED, row) for row in rows])
+        storage.write_table(storage.join(out, path), table)
+        size, sha256 = storage.checksum(storage.join(out, path))
+        shards.append(
+            ShardInfo(
+                path=path,
+                rows=len(rows),
+                samples=2 * len(rows),
+                tokens=sum(len(row["input_ids"]) for row in rows),
+                loss_tokens=1,
+                images=len(rows),
+                bytes=size,
+                sha256=sha256,
+                samples_by_source={"s": len(rows), "t": len(rows)},
+            )
+        )
+    storage.write_atomic(storage.join(out, "tokenizer", "tokenizer.json"), b"{}")
+    manifest = Manifest(
+        digest="",
+        tokenizer_digest=storage.checksum(storage.join(out, "tokenizer/tokenizer.json"))[1],
+        recipe_digest="",
+        sources={},
+        max_tokens=MAX_TOKENS,
+        tokens_per_image=2,
+        splits={"train": split_info(shards, MAX_TOKENS, 46, {"too_long": 0}, 0)},
+    )
+    manifest.digest = manifest.content_digest()
+    manifest.save(out)
+    return out
+
+
+class TestManifest:
+    def test_totals(self, folder):
+        train = Manifest.load(folder).splits["train"]
+        assert (train.rows, train.samples, train.images) == (23, 46, 23)
+        assert train.samples_by_source == {"s": 23, "t": 23}
+        assert train.fill == pytest.approx(train.tokens / (23 * MAX_TOKENS), abs=1e-6)
+
+    def test_without_one_there_is_no_data_set(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no manifest\.json under .*: the data set is not finished; run"):
+            Manifest.load(str(tmp_path))
+        (tmp_path / "manifest.json").write_text("{}")
+        with pytest.raises(ValueError, match="is not a manifest of schema version 1"):
+            Manifest.load(str(tmp_path))
+
+    def test_another_schema_version(self, folder, tmp_path):
+        Manifest.load(folder).model_copy(update={"schema_version": 2}).save(str(tmp_path))
+        with pytest.raises(ValueError, match="has schema version 2, expected 1"):
+            Manifest.load(str(tmp_path))
+
+    def test_verify_finds_every_kind_of_damage(self, folder):
+        assert verify(folder) == []
+        shard = storage.join(folder, "shards/train-00001.arrow")
+        good = storage.read_bytes(shard)
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 1
+        try:
+            storage.write_atomic(shard, bytes(flipped))
+            assert [problem.split(" has ")[0] for problem in verify(folder)] == ["shards/train-00001.arrow"]
+            assert "sha256" in verify(folder)[0]
+            storage.write_atomic(shard, good[:-1])
+            assert verify(folder) == [
+                f"shards/train-00001.arrow has {len(good) - 1} bytes, the manifest says {len(good)}"
+            ]
+            storage.delete(shard)
+            assert verify(folder) == ["shards/train-00001.arrow is missing"]
+        finally:
+            storage.write_atomic(shard, good)
+        manifest = Manifest.load(folder)
+        tokenizer = storage.join(folder, "tokenizer/tokenizer.json")
+        try:
+            storage.write_atomic(tokenizer, b"{ }")
+            manifest.model_copy(update={"digest": "0"}).save(folder)
+            assert [problem.split(" has ")[0] for problem in verify(folder)] == [
+                "tokenizer/tokenizer.json",
+                "manifest.json",
+            ]
+        finally:
+            storage.write_atomic(tokenizer, b"{}")
+            manifest.save(folder)
+        assert verify(folder) == []
+
+
+class TestDataset:
+    def test_rows_across_shards(self, folder):
+        dataset = PackedDataset(folder)
+        assert len(dataset) == 23
+        for i in (0, 9, 10, 22):
+            row, expected = dataset[i], packed_row(i)
+            assert row.sample_ids == expected["sample_ids"]
+            assert row.images == expected["images"]
+            assert row.source == ["s", "t"]
+            for name in ("input_ids", "labels", "seq_idx", "image_positions"):
+                assert np.array_equal(getattr(row, name), expected[name])
+            assert row.input_ids.dtype == np.int32
+        for i in (-1, 23):
+            with pytest.raises(IndexError, match=f"row {i} of a data set of 23 rows"):
+                dataset[i]
+
+    def test_a_split_that_is_not_there(self, folder):
+        with pytest.raises(ValueError, match="has no split 'validation', it has train"):
+            PackedDataset(folder, "validation")
+
+    def test_order(self, folder):
+        dataset = PackedDataset(folder)
+        orders = [dataset.order(seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+        assert all(sorted(order) == list(range(23)) for order in orders)
+        assert len({tuple(order) for order in orders}) == 3
+        assert PackedDataset(folder).order(0, 1).tolist() == orders[1]
+
+
+def first_ids(iterator, steps: int) -> list[list[str]]:
+    return [[row.sample_ids[0] for row in rows] for rows in itertools.islice(iterator, steps)]
+
+
+class TestBatches:
+    def test_ranks_share_each_step_and_an_epoch_repeats_nothing(self, folder):
+        dataset = PackedDataset(folder)
+        ranks = [first_ids(batches(dataset, 0, 3, rank, 2), 6) for rank in range(2)]
+        for epoch in (0, 3):  # 23 rows give three steps of six
+            seen = [name for rank in ranks for rows in rank[epoch : epoch + 3] for name in rows]
+            assert len(seen) == len({*seen}) == 18
+        assert ranks[0][:3] != ranks[0][3:]
+        one = first_ids(batches(dataset, 0, 6, 0, 1), 6)
+        assert one == [a + b for a, b in zip(*ranks, strict=True)]  # the step's rows do not depend on the split of work
+
+    def test_resuming_gives_what_an_uninterrupted_run_gives(self, folder):
+        dataset = PackedDataset(folder)
+        whole = first_ids(batches(dataset, 4, 2, 1, 2), 14)
+        for start in (0, 1, 4, 5, 9):
+            assert first_ids(batches(dataset, 4, 2, 1, 2, start_step=start), 14 - start) == whole[start:]
+
+    def test_resuming_reads_only_its_own_rows(self, folder, monkeypatch):
+        dataset = PackedDataset(folder)
+        reads = []
+        get = PackedDataset.__getitem__
+        monkeypatch.setattr(PackedDataset, "__getitem__", lambda self, i: reads.append(i) or get(self, i))
+        next(batches(dataset, 0, 2, 0, 1, start_step=1000))
+        assert len(reads) == 2
+
+    def test_too_few_rows(self, folder):
+        with pytest.raises(ValueError, match="3 ranks x 8 rows = 24 rows, the data set has 23"):
+            batches(PackedDataset(folder), 0, 8, 0, 3)
+
+    def test_numbers_that_make_no_sense(self, folder):
+        with pytest.raises(ValueError, match="rank=2 of 2"):
+            batches(PackedDataset(folder), 0, 8, 2, 2)
+
+
+class TestCollate:
+    def test_shapes_and_padding(self, folder):
+        dataset = PackedDataset(folder)
+        rows = [dataset[0], dataset[4]]
+        batch = collate(rows, MAX_TOKENS, pad_id=0, image_size=5)
+        assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
+            "input_ids": ((2, 12), torch.int64),
+            "labels": ((2, 12), torch.int64),
+            "seq_idx": ((2, 12), torch.int32),
+            "attention_mask": ((2, 12), torch.bool),
+            "pixel_values": ((2, 3, 5, 5), torch.uint8),
+        }
+        assert batch["attention_mask"].sum(1).tolist() == [6, 10]
+        assert batch["input_ids"][0].tolist() == [0, 1, 2, 3, 4, 5] + [0] * 6
+        assert batch["labels"][0].tolist() == [-100] * 4 + [7, 7] + [-100] * 6
+        assert batch["seq_idx"][0].tolist() == [0] * 4 + [1] * 2 + [2] * 6
+        expected = np.stack([load_pixels(picture(i), 5) for i in (0, 4)])
+        assert np.array_equal(batch["pixel_values"].numpy(), expected)
+
+    def test_no_pictures(self, folder):
+        row = PackedDataset(folder)[0]
+        row.images.clear()
+        assert collate([row], MAX_TOKENS, 0, 5)["pixel_values"].shape == (0, 3, 5, 5)
+
+    def test_a_row_that_is_too_long(self, folder):
+        with pytest.raises(ValueError, match="a row has 6 tokens, over max_tokens = 5"):
+            collate([PackedDataset(folder)[0]], 5, 0, 5)
+
+
+class TestPrefetch:
+    def test_order_and_end(self):
+        assert list(prefetch(iter(range(20)), 3)) == list(range(20))
+        assert list(prefetch([], 1)) == []
+
+    def test_errors_reach_the_consumer_in_their_place(self):
+        def items():
+            yield 1
+            raise KeyError("broken")
+
+        ahead = prefetch(items(), 4)
+        assert next(ahead) == 1
+        with pytest.raises(KeyError, match="broken"):
+            next(ahead)
+
+    def test_it_works_ahead_in_another_thread_but_not_further_than_asked(self):
+        made, threads = [], set()
+
+        def items():
+            for i in itertools.count():
+                made.append(i)
+                threads.add(threading.current_thread())
+                yield i
+
+        ahead = prefetch(items(), 2)
+        assert next(ahead) == 0
+        time.sleep(0.3)
+        assert len(made) == 4  # one given, two waiting, one in hand
+        assert threading.current_thread() not in threads
+        ahead.close()
+        thread = threads.pop()
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+
+    def test_depth(self):
+        with pytest.raises(ValueError, match="depth is 0"):
+            prefetch([], 0)

@@ -1,0 +1,181 @@
+"""Pass 1 without Ray: what one record and one partition become."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from mlmamba.conversation import IGNORE_INDEX, Turn, encode
+from pipelines import storage, tokenize
+from pipelines.config import LlavaSource, TokenizerConfig
+from pipelines.records import cut, read_records
+from pipelines.sources import Problem, Record
+from pipelines.tokenize import TokenizeSettings, encode_record, read_outcomes, tokenize_partition
+from pipelines.tokenizer import load_or_train, save
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_or_train(TokenizerConfig(train_vocab_size=300), ["what is it? a dog or a cat"] * 5)
+
+
+def settings(tokenizer, max_tokens=64, too_long="cut", folder="") -> TokenizeSettings:
+    return TokenizeSettings(folder, "digest", tokenizer.eos_token, max_tokens, 4, too_long)
+
+
+class Pictures:
+    def read_image(self, location):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), location).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def conversation(questions: int) -> Record:
+    """Shows a picture in the first and the last question."""
+    turns = []
+    for i in range(questions):
+        turns += [Turn("user", "what is it?", images=int(i in (0, questions - 1))), Turn("assistant", f"a dog {i}")]
+    return Record("r", "s", ["red", "blue"], turns)
+
+
+class TestLength:
+    def test_a_conversation_that_fits_is_kept_whole(self, tokenizer):
+        record = conversation(3)
+        encoded, images, was_cut = encode_record(record, Pictures(), tokenizer, settings(tokenizer, 500))
+        assert encoded == encode(tokenizer, record.turns, 4)
+        assert (len(images), was_cut) == (2, False)
+
+    def test_a_long_one_is_cut_after_the_last_answer_that_fits(self, tokenizer):
+        record = conversation(3)
+        whole = encode(tokenizer, record.turns, 4)
+        for limit in (whole.turn_ends[1], whole.turn_ends[2] - 1):
+            encoded, images, was_cut = encode_record(record, Pictures(), tokenizer, settings(tokenizer, limit))
+            assert len(encoded.input_ids) == len(encoded.labels) == whole.turn_ends[1]
+            assert encoded.input_ids == whole.input_ids[: whole.turn_ends[1]]
+            assert encoded.labels[-1] == tokenizer.eos_token_id
+            assert (encoded.image_positions, len(images), was_cut) == ([0], 1, True)
+
+    def test_nothing_fits_or_the_recipe_does_not_cut(self, tokenizer):
+        record = conversation(3)
+        ends = encode(tokenizer, record.turns, 4).turn_ends
+        problem = encode_record(record, Pictures(), tokenizer, settings(tokenizer, ends[0] - 1))
+        assert problem == Problem(
+            "too_long", f"the first turn with its answer has {ends[0]} tokens, a row has {ends[0] - 1}"
+        )
+        problem = encode_record(record, Pictures(), tokenizer, settings(tokenizer, ends[1], "quarantine"))
+        assert problem == Problem("too_long", f"the conversation has {ends[2]} tokens, a row has {ends[1]}")
+
+    def test_a_question_after_the_last_answer_is_dropped_with_its_picture(self, tokenizer):
+        record = conversation(2)
+        record = Record("r", "s", record.images, record.turns[:-1])
+        encoded, images, was_cut = encode_record(record, Pictures(), tokenizer, settings(tokenizer, 500))
+        assert encoded == encode(tokenizer, record.turns[:2], 4)
+        assert (len(images), was_cut) == (1, False)
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer):
+    """Five LLaVA entries, of which one has no picture file; a function that cuts and describes them as tasks."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "ok.png")
+    names = ["ok.png", "ok.png", "none.png", "ok.png", "ok.png"]
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]
+    entries = [{"id": str(i), "image": name, "conversations": turns} for i, name in enumerate(names)]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    source = LlavaSource(type="llava", annotations=str(tmp_path / "a.json"), images=str(tmp_path))
+    save(tokenizer, str(tmp_path / "tokenizer"))
+    work = str(tmp_path / "work")
+    own = settings(tokenizer, folder=str(tmp_path / "tokenizer"))
+
+    def tasks(size=3, **changes) -> list[dict]:
+        changed = {**vars(own), **changes}
+        return [
+            {
+                "name": partition.name,
+                "digest": partition.digest,
+                "records": partition.records_file(work),
+                "tokens": partition.tokens_file(work),
+                "outcomes": partition.outcomes_file(work),
+                "sources": {"llava": source.model_dump_json()},
+                "settings": changed,
+            }
+            for partition in cut("train", [source], size, work, TokenizeSettings(**changed).digest())
+        ]
+
+    return tasks
+
+
+class TestPartition:
+    def test_records_survive_the_file(self, corpus):
+        first, second = corpus()
+        records = [*read_records(first["records"]), *read_records(second["records"])]
+        assert [record.id for record in records] == ["0", "1", "2", "3", "4"]
+        assert records[0].turns == [Turn("user", "<image>\nwhat is it?", images=1), Turn("assistant", "a dog")]
+
+    def test_files(self, corpus, tmp_path, tokenizer):
+        result = tokenize_partition(corpus()[0])
+        assert result == {
+            "name": "train-00000",
+            "records": 3,
+            "cut": 0,
+            "quarantined": {"image_missing": 1},
+            "skipped": False,
+        }
+        with pa.memory_map(str(tmp_path / "work/tokens/train-00000.arrow")) as file:
+            rows = pa.ipc.open_file(file).read_all().to_pylist()
+        assert [row["record_id"] for row in rows] == ["0", "1"]
+        assert rows[0]["images"] == [(tmp_path / "ok.png").read_bytes()]  # the file itself, not decoded pixels
+        assert tokenizer.decode(rows[0]["input_ids"]).startswith("<image>" * 4 + "<|user|>\nwhat is it?")
+        assert rows[0]["labels"][0] == IGNORE_INDEX
+        outcomes = read_outcomes(str(tmp_path / "work/outcomes/train-00000.arrow")).to_pylist()
+        assert [row["reason"] for row in outcomes] == [None, None, "image_missing"]
+        assert outcomes[0]["length"] == len(rows[0]["input_ids"])
+
+    def test_done_ones_are_skipped_until_something_changes(self, corpus):
+        first, second = corpus()
+        assert not tokenize_partition(first)["skipped"]
+        assert tokenize_partition(first) == {**tokenize_partition(first), "skipped": True}
+        assert not tokenize_partition(second)["skipped"]
+        assert tokenize_partition(corpus()[1])["skipped"]
+        assert not tokenize_partition(corpus(max_tokens=65)[0])["skipped"]
+        assert not tokenize_partition(corpus(size=2)[0])["skipped"]
+        storage.delete(corpus(size=2)[0]["tokens"])
+        assert not tokenize_partition(corpus(size=2)[0])["skipped"]
+
+    def test_a_repaired_picture_is_noticed(self, corpus, tmp_path):
+        task = corpus()[0]
+        tokenize_partition(task)
+        assert tokenize_partition(task)["skipped"]
+        Image.new("RGB", (8, 8)).save(tmp_path / "none.png")
+        again = tokenize_partition(task)
+        assert (again["skipped"], again["quarantined"]) == (False, {})
+
+    def test_whatever_a_record_does_its_neighbours_go_on(self, corpus, monkeypatch):
+        encode_good = tokenize.encode_record
+
+        def explode(record, *rest):
+            if record.id == "1":
+                raise RuntimeError("the unexpected")
+            return encode_good(record, *rest)
+
+        monkeypatch.setattr(tokenize, "encode_record", explode)
+        task = corpus()[0]
+        assert tokenize_partition(task)["quarantined"] == {"image_missing": 1, "malformed": 1}
+        outcomes = read_outcomes(task["outcomes"]).to_pylist()
+        assert outcomes[1]["detail"] == "RuntimeError: the unexpected"
+        assert storage.open_arrow(task["tokens"]).num_record_batches == 1
+
+    def test_the_digest_depends_on_the_records_not_on_the_place(self, corpus):
+        digests = [task["digest"] for task in corpus()]
+        assert len({*digests}) == 2
+        assert [task["digest"] for task in corpus(tokenizer="elsewhere")] == digests
+        assert not {*digests} & {task["digest"] for task in corpus(too_long="quarantine")}
+
+
+def test_the_arrays_are_small_integers(corpus):
+    task = corpus()[0]
+    tokenize_partition(task)
+    batch = storage.open_arrow(task["tokens"]).get_batch(0)
+    assert batch["input_ids"].flatten().to_numpy().dtype == np.int32

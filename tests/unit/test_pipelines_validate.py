@@ -1,0 +1,134 @@
+"""What sets a record aside: every reason code, on records and pictures damaged in the way it names."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from mlmamba import processing
+from mlmamba.conversation import Turn
+from pipelines import validate
+from pipelines.sources import Problem, Record
+from pipelines.validate import check_image, check_record, read_images
+
+
+def encoded(width=32, height=32, kind="PNG", mode="RGB", **options) -> bytes:
+    noise = Image.effect_noise((width, height), 80).convert(mode)
+    buffer = io.BytesIO()
+    noise.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_whole_pictures_pass_and_can_be_loaded(kind):
+    data = encoded(kind=kind)
+    assert check_image(data) is None
+    assert processing.load_pixels(data, 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_picture_modes(mode):
+    assert check_image(encoded(mode=mode)) is None
+
+
+def test_an_animation_passes_by_its_first_frame():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    assert check_image(buffer.getvalue()) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encoded()[: len(encoded()) // 2], "image_truncated"),
+        (encoded(kind="JPEG")[:-200], "image_truncated"),
+        (encoded(kind="WEBP")[:-50], "image_unreadable"),  # the decoder does not say why it gave up
+        (b"this is a text file", "image_unreadable"),
+        (b"", "image_unreadable"),
+        (encoded(kind="TIFF"), "image_format"),
+        (encoded(width=210, height=10), "image_aspect"),
+    ],
+    ids=["png-half", "jpeg-cut", "webp-cut", "text", "empty", "tiff", "aspect"],
+)
+def test_damaged_pictures(data, reason):
+    assert check_image(data).reason == reason
+
+
+def test_damage_inside_the_data():
+    data = bytearray(encoded())
+    data[len(data) // 2] ^= 0xFF
+    assert check_image(bytes(data)).reason == "image_unreadable"
+
+
+def test_a_picture_at_the_aspect_limit_passes():
+    assert check_image(encoded(width=200, height=10)) is None
+
+
+def test_bombs(monkeypatch):
+    monkeypatch.setattr(validate, "MAX_PIXELS", 1000)
+    problem = check_image(encoded())
+    assert problem == Problem("image_bomb", "32 x 32 pixels, at most 1000 are allowed")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit refuses at twice this
+    assert check_image(encoded()).reason == "image_bomb"
+
+
+def test_training_takes_every_picture_that_passes():
+    assert validate.MAX_PIXELS <= processing.MAX_PIXELS
+
+
+USER, ASSISTANT = Turn("user", "What?"), Turn("assistant", "A dog.")
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([], "empty_turn"),
+        ([USER], "role_order"),
+        ([ASSISTANT], "role_order"),
+        ([USER, USER], "role_order"),
+        ([USER, Turn("assistant", "  ")], "empty_turn"),
+        ([Turn("user", "<image>"), ASSISTANT], "empty_turn"),
+        ([USER, Turn("assistant", ""), USER, USER], "empty_turn"),  # the first fault counts
+        ([Turn("user", "What?", images=1), ASSISTANT], "placeholder_mismatch"),
+    ],
+)
+def test_turns(turns, reason):
+    assert check_record(Record("a", "s", [], turns)).reason == reason
+
+
+def test_the_assistant_shows_no_pictures():
+    record = Record("a", "s", ["x.png"], [USER, Turn("assistant", "See.", images=1)])
+    assert check_record(record).reason == "placeholder_mismatch"
+
+
+def test_a_good_record_and_one_with_a_problem():
+    assert check_record(Record("a", "s", [], [USER, ASSISTANT])) is None
+    assert check_record(Record("a", "s", problem=Problem("malformed", "x"))) == Problem("malformed", "x")
+
+
+class Folder:
+    """A source whose files are a dict; an exception stands for a read that fails with it."""
+
+    def __init__(self, files):
+        self.files, self.reads = files, 0
+
+    def read_image(self, location):
+        self.reads += 1
+        found = self.files.get(location, FileNotFoundError(location))
+        found = found.pop(0) if isinstance(found, list) else found
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def test_reading_pictures(monkeypatch):
+    monkeypatch.setattr(validate, "_RETRY_SECONDS", 0)
+    good = encoded()
+    stutter = Folder({"a": [OSError("slow down"), good], "b": good})
+    assert read_images(Record("r", "s", ["a", "b"]), stutter) == ([good, good], None)
+    assert read_images(Record("r", "s", ["b", "none"]), stutter)[1] == Problem("image_missing", "no file none")
+    broken = Folder({"a": OSError("input/output error")})
+    assert read_images(Record("r", "s", ["a"]), broken)[1].reason == "image_unreadable"
+    assert broken.reads == 3
+    assert read_images(Record("r", "s", ["a"]), Folder({"a": b"text"}))[1].detail.startswith("a: not a picture")

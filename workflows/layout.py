@@ -1,0 +1,80 @@
+"""Where things lie under the one storage folder.
+
+    data/<name>-<digest>/     shards and manifest; shared by every recipe with the same data part
+    runs/<name>-<digest>/     one folder per recipe: initial model, stages, checkpoints, evaluation
+    mlflow.db, mlflow/        tracking database and artifacts
+
+Digests come from the parts of the recipe that decide the content, so changing a recipe starts beside the old work.
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from workflows.config import Recipe, digest
+from workflows.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Folders of one recipe under one storage folder."""
+
+    storage: Path
+    data: Path
+    run: Path
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished stage's model."""
+        return self.run / "stages" / name
+
+    @property
+    def initial(self) -> Path:
+        """Model put together from its parts, before any training."""
+        return self.run / "initial"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Ray Train's storage: checkpoints of unfinished stages."""
+        return self.run / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.run / "evaluation"
+
+
+def open_storage(storage: str) -> Path:
+    """Absolute path of the storage folder, made if need be.
+
+    Raises:
+        UsageError: it is not a local path, or cannot be written.
+    """
+    if "://" in storage and not storage.startswith("file://"):
+        raise UsageError(
+            f"--storage {storage}: this version keeps runs in a folder that every node sees (a local disk or a "
+            "network file system); object stores are read as data sources only"
+        )
+    path = Path(storage.removeprefix("file://")).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"--storage {storage}: cannot write to {path} ({reason}); choose another folder") from error
+    return path
+
+
+def layout_of(recipe: Recipe, storage: Path, tokens_per_image: int) -> Layout:
+    """Folders of a recipe."""
+    data = digest(recipe.data.model_dump(mode="json", exclude={"test"}), tokens_per_image, recipe.seed)
+    run = digest(recipe.model_dump(mode="json", exclude={"register_as", "evaluate"}))
+    return Layout(storage, storage / "data" / f"{recipe.name}-{data}", storage / "runs" / f"{recipe.name}-{run}")
+
+
+def write_json(path: Path, text: str) -> None:
+    """Write beside, then rename: the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
