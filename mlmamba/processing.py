@@ -1,58 +1,12 @@
-"""MLMambaProcessor: pictures and text to model inputs, and the safe decoding of encoded pictures."""
-
-import io
-import warnings
+"""MLMambaProcessor: chats and pictures to model inputs."""
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mlmamba.conversation import IMAGE_TOKEN, Turn, check_turns, render
-
-MAX_PIXELS = 64_000_000
-
-
-class PictureError(ValueError):
-    """A picture that cannot be used. `reason` is a short stable code, the message says the details."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
-def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an encoded picture fully, upright and in RGB.
-
-    Raises:
-        PictureError: `image_unreadable` (no picture format), `image_bomb` (more than max_pixels) or `image_truncated`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
-    except Exception as error:
-        raise PictureError("image_unreadable", f"not a picture that Pillow can read ({len(data)} bytes)") from error
-    width, height = picture.size
-    if width * height > max_pixels:
-        raise PictureError("image_bomb", f"{width}x{height} pixels, over the limit of {max_pixels}")
-    try:
-        picture.load()
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception as error:
-        raise PictureError("image_truncated", f"the picture data is damaged: {error}") from error
-
-
-def to_pixels(picture: Image.Image, size: int) -> np.ndarray:
-    """RGB picture -> uint8 (3, size, size), resized directly (aspect ignored), as the released ML-Mamba does."""
-    resized = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))
-
-
-def load_pixels(data: bytes, size: int) -> np.ndarray:
-    """Encoded picture -> uint8 (3, size, size). Raises PictureError."""
-    return to_pixels(open_picture(data), size)
+from mlmamba.pictures import to_pixels
 
 
 class MLMambaProcessor(ProcessorMixin):
@@ -98,6 +52,17 @@ class MLMambaProcessor(ProcessorMixin):
         placeholders = sum(t.count(IMAGE_TOKEN) for t in texts)
         if placeholders != len(images):
             raise ValueError(f"the prompts have {placeholders} {IMAGE_TOKEN} but {len(images)} pictures were given")
+        batch = self.tokenize(texts, padding_side)
+        if images:
+            batch["pixel_values"] = torch.from_numpy(np.stack([to_pixels(p, self.image_size) for p in images]))
+        return batch
+
+    def tokenize(self, texts: list[str], padding_side: str = "left") -> BatchFeature:
+        """`input_ids` and `attention_mask` (b, l) of prompts, each `<image>` expanded to its run of placeholders.
+
+        Raises:
+            ValueError: a prompt is over `max_length`.
+        """
         expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.tokens_per_image) for t in texts]
         ids = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
         longest = max(map(len, ids))
@@ -108,7 +73,4 @@ class MLMambaProcessor(ProcessorMixin):
         lengths = torch.tensor([len(row) for row in ids])[:, None]
         positions = torch.arange(longest)[None]
         mask = positions >= longest - lengths if padding_side == "left" else positions < lengths
-        data = {"input_ids": batch["input_ids"], "attention_mask": mask.long()}
-        if images:
-            data["pixel_values"] = torch.from_numpy(np.stack([to_pixels(p, self.image_size) for p in images]))
-        return BatchFeature(data)
+        return BatchFeature({"input_ids": batch["input_ids"], "attention_mask": mask.long()})

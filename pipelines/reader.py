@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mlmamba.conversation import IGNORE_INDEX
-from mlmamba.processing import load_pixels
+from mlmamba.pictures import load_pixels
 from pipelines.packed import PackedDataset, PackedRow, batches
 
 __all__ = ["PackedDataset", "PackedRow", "batches", "collate", "prefetch"]
