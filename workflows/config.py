@@ -187,7 +187,7 @@ class EvaluateRecipe(StrictModel):
     """Pictures in one batch, with all their questions. Changes speed only."""
     max_new_tokens: int = Field(8, gt=0)
     """Longest answer in tokens."""
-    gate: dict[str, float] = {}
+    gate: dict[str, float] = Field(default_factory=dict)
     """Least score by name for promotion: "overall", a question type, or "margin_over_blind"."""
 
 

@@ -1,4 +1,4 @@
-"""Reading a recipe file and the --set overrides, with errors that name the file, the field, the value and the remedy."""
+"""Reading a recipe and its --set overrides, with errors that name the file, the field, the value and the remedy."""
 
 import difflib
 from pathlib import Path

@@ -13,8 +13,8 @@ from pathlib import Path
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
-from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.http_dataset_source import HTTPDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, RunStatus
 from mlflow.tracking import MlflowClient
 
@@ -69,7 +69,9 @@ class Tracker:
     def log_data(self, manifest: Manifest, location: Path) -> None:
         """Record the data set, by its content digest, as the run's input."""
         dataset = MetaDataset(
-            HTTPDatasetSource(location.as_uri()), name=location.name, digest=manifest.digest.removeprefix("sha256:")[:36]
+            HTTPDatasetSource(location.as_uri()),
+            name=location.name,
+            digest=manifest.digest.removeprefix("sha256:")[:36],
         )
         with mlflow.start_run(run_id=self.run_id):
             mlflow.log_input(dataset, context="training")

@@ -92,10 +92,7 @@ def causal_conv1d(
     history = x.new_zeros(b, w - 1, d) if initial_state is None else initial_state.to(x.dtype)
     padded = torch.cat([history, x], dim=1)
     weight = weight.to(x.dtype)
-    if seq_idx is None:
-        owner = None
-    else:
-        owner = torch.cat([seq_idx[:, :1].expand(b, w - 1), seq_idx], dim=1)
+    owner = None if seq_idx is None else torch.cat([seq_idx[:, :1].expand(b, w - 1), seq_idx], dim=1)
     y = x * weight[:, -1]
     for k in range(w - 1):
         shifted = padded[:, k : k + length]

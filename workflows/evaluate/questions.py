@@ -45,7 +45,10 @@ def load_questions(sources: list[SourceConfig]) -> list[Picture]:
 def majority_answer(sources: list[SourceConfig]) -> str:
     """The most frequent answer in the training sources: what a model that learned nothing else would say."""
     counts = Counter(
-        turn.text for config in sources for record in open_source(config).records() for turn in record.turns
+        turn.text
+        for config in sources
+        for record in open_source(config).records()
+        for turn in record.turns
         if turn.role == "assistant"
     )
     return counts.most_common(1)[0][0]

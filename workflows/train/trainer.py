@@ -98,8 +98,8 @@ def check_cluster(recipe: Recipe) -> None:
     for kind, each in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)):
         if train.workers * each > have.get(kind, 0):
             raise WorkflowError(
-                f"training wants {train.workers} workers x {each} {kind} but the cluster has {have.get(kind, 0):g} {kind}: "
-                f"lower train.workers, or add nodes"
+                f"training wants {train.workers} workers x {each} {kind}, the cluster has {have.get(kind, 0):g} {kind}: "
+                "lower train.workers, or add nodes"
             )
 
 

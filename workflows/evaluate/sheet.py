@@ -1,0 +1,55 @@
+"""A PNG of test pictures with questions, right answers and predictions: the figure to look at before the numbers."""
+
+import os
+import random
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from mlmamba.pictures import open_picture
+from pipelines.sources import open_source
+from workflows.config import Recipe
+from workflows.evaluate.questions import load_questions
+from workflows.evaluate.score import normalise
+
+
+def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: int = 4, rows: int = 3) -> None:
+    """Draw a seeded sample of pictures, each with up to four questions; wrong answers in red.
+
+    Args:
+        predictions: prediction by question id.
+        out: PNG file, written beside and renamed.
+    """
+    pictures = [p for p in load_questions(recipe.data.test) if p.location is not None]
+    chosen = random.Random(recipe.seed).sample(pictures, min(columns * rows, len(pictures)))
+    sources = [open_source(config) for config in recipe.data.test]
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.9 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture in zip(axes.flat, chosen, strict=False):
+        axis.imshow(open_picture(sources[picture.source].read_image(picture.location)))
+        axis.set_title(picture.record_id, fontsize=8, color="0.4")
+        for line, (question, answer, key) in enumerate(
+            list(zip(picture.questions, picture.answers, picture.ids, strict=True))[:4]
+        ):
+            said = predictions[key]
+            right = normalise(said) == normalise(answer)
+            verdict = said if right else f"{said or '(nothing)'}  (right: {answer})"
+            axis.text(
+                0.0,
+                -0.06 - 0.085 * line,
+                f"{question} {verdict}",
+                transform=axis.transAxes,
+                fontsize=7.5,
+                va="top",
+                color="black" if right else "crimson",
+            )
+    figure.suptitle(f"{recipe.name}: sample test pictures, questions and answers (red: wrong)", fontsize=11)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.93, bottom=0.09, hspace=0.55, wspace=0.12)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    os.replace(temporary, out)

@@ -1,0 +1,200 @@
+"""The whole workflow: prepare, train each stage, evaluate, register, promote. The story of the project in one file.
+
+Every step leaves a finished mark (manifest.json, stage.json, scores.json, the version's tag) only when it is whole, and
+is skipped when its mark is there. So a workflow killed anywhere and started again goes on from where it was.
+"""
+
+import json
+from pathlib import Path
+
+from pipelines.manifest import Manifest
+from pipelines.prepare import PrepareError, prepare
+from workflows.build import build_initial, image_tokens
+from workflows.config import Recipe, digest
+from workflows.console import Console
+from workflows.errors import WorkflowError
+from workflows.evaluate.runner import evaluate
+from workflows.evaluate.score import table
+from workflows.evaluate.sheet import draw_sheet
+from workflows.layout import Layout, layout_of, write_json
+from workflows.registry import champion, gate_failures, promote, register
+from workflows.runtime import connect_ray
+from workflows.tracking import Tracker
+from workflows.train.stage import total_steps
+from workflows.train.trainer import check_cluster, finished, run_stage, stage_digest
+
+
+def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
+    """Run or continue a recipe. Returns the summary that is also written to summary.json in the run folder.
+
+    Raises:
+        UsageError, WorkflowError: with a message for the person who started it.
+    """
+    layout = layout_of(recipe, storage, image_tokens(recipe.model))
+    connect_ray()
+    check_cluster(recipe)
+    manifest = prepare_data(recipe, layout, console)
+    tracker = Tracker(storage, recipe, layout.run.name)
+    status = "FAILED"
+    try:
+        tracker.log_data(manifest, layout.data)
+        model = train_stages(recipe, layout, manifest, console, tracker)
+        result = evaluate_model(recipe, layout, model, console, tracker)
+        promotion = publish(recipe, tracker, model, manifest, result, console)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+    summary = {
+        "recipe": recipe.name,
+        "run_id": tracker.run_id,
+        "data": {"folder": str(layout.data), "digest": manifest.digest},
+        "model": {"folder": str(model), **promotion},
+        "evaluation": result,
+        "samples": str(layout.evaluation / "samples.png"),
+        "storage": str(storage),
+    }
+    write_json(layout.run / "summary.json", json.dumps(summary, indent=2))
+    return summary
+
+
+def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> Manifest:
+    """Shards and manifest of the recipe's data."""
+    with console.step("prepare"):
+        phases = []
+
+        def watch(progress) -> None:
+            phases.append(progress.phase)
+            console.preparation(progress)
+
+        try:
+            manifest = prepare(recipe.data, str(layout.data), image_tokens(recipe.model), recipe.seed, watch)
+        except (PrepareError, ValueError, OSError, ModuleNotFoundError) as error:
+            raise WorkflowError(f"preparation: {error}") from error
+        if phases == ["finished"]:
+            console.note("done before, skipped")
+        train = manifest.splits["train"]
+        bad = sum(sum(split.quarantined.values()) for split in manifest.splits.values())
+        console.note(
+            f"{train.rows:,} training rows, {train.tokens:,} tokens, {train.fill:.1%} full; {bad} records set aside"
+        )
+    return manifest
+
+
+def train_stages(
+    recipe: Recipe,
+    layout: Layout,
+    manifest: Manifest,
+    console: Console,
+    tracker: Tracker,
+    only: str | None = None,
+) -> Path:
+    """Train all stages, or the one called `only`. Returns the folder of the last trained model.
+
+    Raises:
+        WorkflowError: `only` needs an earlier stage that is not finished.
+    """
+    if not (layout.initial / "config.json").exists():
+        layout.initial.parent.mkdir(parents=True, exist_ok=True)
+        build_initial(recipe, layout.data, layout.initial)
+    rows, offset, model = manifest.splits["train"].rows, 0, layout.initial
+    for index, stage in enumerate(recipe.train.stages):
+        done = finished(layout.stage(stage.name), stage_digest(recipe, index, manifest.digest))
+        wanted = only in (None, stage.name)
+        if not done and not wanted:
+            if index < [s.name for s in recipe.train.stages].index(only):
+                raise WorkflowError(
+                    f"stage {only} starts from stage {stage.name}, which is not trained yet: train it first"
+                )
+            break
+        if wanted or done:
+            model = layout.stage(stage.name)
+        if wanted:
+            with console.step(f"train {stage.name}"):
+                if done:
+                    console.note("done before, skipped")
+                else:
+                    run_stage(recipe, stage, layout, manifest.digest, _watch(console, tracker, stage.name, offset))
+        offset += total_steps(stage, rows)
+    return model
+
+
+def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
+    """Callback that shows an event and logs its numbers; steps count on over the stages."""
+
+    def on_event(event: dict) -> None:
+        console.training(event)
+        if event.get("event") == "metrics":
+            numbers = {k: v for k, v in event.items() if isinstance(v, float)}
+            tracker.log_metrics({f"train/{k}": v for k, v in numbers.items()}, offset + event["step"])
+        elif event.get("event") == "start":
+            tracker.client.set_tag(tracker.run_id, f"mlmamba.stage.{stage}", event["text"])
+
+    return on_event
+
+
+def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console, tracker: Tracker) -> dict:
+    """Scores beside the baselines, and the sheet of samples."""
+    key = json.loads((model / "stage.json").read_text())["digest"]
+    out = layout.evaluation / digest(key, recipe.data.model_dump(mode="json")["test"])
+    with console.step("evaluate"):
+        if (out / "scores.json").exists():
+            console.note("done before, skipped")
+        result = evaluate(
+            recipe, model, out, lambda done, total: console.progress(f"{done}/{total} batches", last=done == total)
+        )
+        sheet = layout.evaluation / "samples.png"
+        if not (out / "logged").exists():
+            lines = (out / "answers.jsonl").read_text().splitlines()
+            draw_sheet(recipe, {row["id"]: row["prediction"] for row in map(json.loads, lines)}, sheet)
+            tracker.log_file(sheet)
+            tracker.log_file(out / "scores.json")
+            tables = {"test": result["scores"], "blind": result["blind"], "majority": result["majority"]}
+            metrics = {f"{table}/{kind}": value for table, scores in tables.items() for kind, value in scores.items()}
+            tracker.log_metrics(metrics, 0)
+            write_json(out / "logged", tracker.run_id)
+    return result
+
+
+def publish(recipe: Recipe, tracker: Tracker, model: Path, manifest: Manifest, result: dict, console: Console) -> dict:
+    """Register the model, and move the alias to it if the gate holds."""
+    name, alias = recipe.register_as.name, recipe.register_as.alias
+    with console.step("register"):
+        version = register(tracker, recipe, model, manifest.digest, result["scores"])
+        failures = gate_failures(recipe.evaluate.gate, result["scores"])
+        before = champion(tracker.client, name, alias)
+        if failures:
+            console.note(f"{name} version {version}: not promoted: " + "; ".join(failures))
+        elif before == version:
+            console.note(f"{name} version {version} is {alias} already")
+        else:
+            promote(tracker.client, name, version, alias)
+            console.note(f"{name} version {version} is now {alias}" + (f" (was {before})" if before else ""))
+    return {"name": name, "version": version, "alias": alias, "promoted": not failures, "gate_failures": failures}
+
+
+def summary_text(summary: dict) -> str:
+    """The summary for a person: a table of scores, where things are, what to try next."""
+    model, storage = summary["model"], summary["storage"]
+    state = f"is {model['alias']}" if model["promoted"] else f"not promoted: {'; '.join(model['gate_failures'])}"
+    lines = [
+        "",
+        table(summary["evaluation"]),
+        "",
+        f"model    {model['name']} version {model['version']}, {state}",
+        f"         {model['folder']}",
+        f"run      {summary['run_id']} (MLflow)",
+        f"shards   {summary['data']['folder']}",
+        f"look at  {summary['samples']}",
+        "",
+        "next",
+    ]
+    reference = f"models:/{model['name']}@{model['alias']}" if model["promoted"] else model["folder"]
+    lines += [
+        f"  mlmamba chat {reference} --storage {storage} --image PICTURE",
+        f"  mlmamba serve {reference} --storage {storage}",
+        f"  mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db",
+    ]
+    return "\n".join(lines)
