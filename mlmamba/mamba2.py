@@ -207,7 +207,7 @@ class Mamba2Backbone(nn.Module):
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
-        nn.init.normal_(self.embeddings.weight, std=0.02)
+        nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
         for layer in self.layers:  # GPT-2's scheme, as state-spaces does it: one residual branch per block
             layer.mixer.out_proj.weight.data.div_(math.sqrt(config.num_hidden_layers))
 

@@ -1,18 +1,26 @@
 """The registered model as an MLflow pyfunc (models from code): a frame of pictures and questions in, answers out."""
 
 import mlflow
+import pandas as pd
+from mlflow.models import ModelSignature
 from mlflow.pyfunc import PythonModel
+from mlflow.types.schema import ColSpec, Schema
 
 from workflows.evaluate.answer import Answerer, Asked
 
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("binary", "image", required=False), ColSpec("string", "question")]),
+    outputs=Schema([ColSpec("string")]),
+)
+
 
 class MLMambaPyfunc(PythonModel):
-    """predict takes columns `image` (encoded bytes, or None) and `question`; returns a list of answers."""
+    """predict takes columns `image` (encoded bytes, or None) and `question`; returns one answer per row."""
 
     def load_context(self, context) -> None:
         self._answerer = Answerer(context.artifacts["model"], max_new_tokens=64)
 
-    def predict(self, context, model_input, params=None) -> list[str]:
+    def predict(self, context, model_input: pd.DataFrame, params=None) -> list[str]:
         asked = [Asked(row.image, [row.question]) for row in model_input.itertuples()]
         return [answers[0] for answers in self._answerer.answer(asked)]
 

@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from workflows.config import Recipe
 from workflows.errors import WorkflowError
+from workflows.pyfunc_model import SIGNATURE
 from workflows.tracking import Tracker, connect
 
 PREFIX = "models:/"
@@ -83,6 +84,7 @@ def register(tracker: Tracker, recipe: Recipe, model: Path, data_digest: str, sc
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"model": str(model)},
+            signature=SIGNATURE,
             pip_requirements=["mlmamba"],
         )
     if not _exists(client, name):

@@ -166,7 +166,9 @@ def publish(recipe: Recipe, tracker: Tracker, model: Path, manifest: Manifest, r
         failures = gate_failures(recipe.evaluate.gate, result["scores"])
         before = champion(tracker.client, name, alias)
         if failures:
-            console.note(f"{name} version {version}: not promoted: " + "; ".join(failures))
+            console.note(f"{name} version {version} is registered but not promoted; the recipe's gate:")
+            for failure in failures:
+                console.note(f"  {failure}")
         elif before == version:
             console.note(f"{name} version {version} is {alias} already")
         else:
@@ -178,7 +180,7 @@ def publish(recipe: Recipe, tracker: Tracker, model: Path, manifest: Manifest, r
 def summary_text(summary: dict) -> str:
     """The summary for a person: a table of scores, where things are, what to try next."""
     model, storage = summary["model"], summary["storage"]
-    state = f"is {model['alias']}" if model["promoted"] else f"not promoted: {'; '.join(model['gate_failures'])}"
+    state = f"is {model['alias']}" if model["promoted"] else "not promoted (see the gate above)"
     lines = [
         "",
         table(summary["evaluation"]),

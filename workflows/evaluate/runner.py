@@ -8,6 +8,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import ray
@@ -69,12 +70,13 @@ def collect(recipe: Recipe, model: Path, out: Path, pictures: list[Picture], on_
     """Answers in question order under "seeing" and "blind"."""
     size = recipe.evaluate.batch_pictures
     shown = {"seeing": list(range(len(pictures))), "blind": derangement(len(pictures), recipe.seed)}
-    tasks = []
+    common, tasks = {"recipe": recipe.model_dump_json(), "model": str(model)}, []
     for mode, order in shown.items():
         for first in range(0, len(pictures), size):
             chosen = range(first, min(first + size, len(pictures)))
             items = [(pictures[order[i]].source, pictures[order[i]].location, pictures[i].questions) for i in chosen]
-            tasks.append({"file": str(out / "parts" / f"{mode}-{first:07d}.json"), "items": json.dumps(items)})
+            file = str(out / "parts" / f"{mode}-{first:07d}.json")
+            tasks.append({**common, "file": file, "items": json.dumps(items)})
     todo = [task for task in tasks if not Path(task["file"]).exists()]
     done = len(tasks) - len(todo)
     on_progress(done, len(tasks))
@@ -83,10 +85,7 @@ def collect(recipe: Recipe, model: Path, out: Path, pictures: list[Picture], on_
         with quiet_ray_data():
             dataset = ray.data.from_items(todo, override_num_blocks=len(todo))
             finished = dataset.map(
-                _AnswerPart,
-                fn_constructor_args=[recipe.model_dump_json(), str(model)],
-                num_cpus=recipe.evaluate.cpus_per_worker,
-                compute=ray.data.ActorPoolStrategy(size=recipe.evaluate.workers),
+                _answer_part, num_cpus=recipe.evaluate.cpus_per_worker, concurrency=recipe.evaluate.workers
             )
             for _ in finished.iter_rows():
                 done += 1
@@ -102,22 +101,24 @@ def collect(recipe: Recipe, model: Path, out: Path, pictures: list[Picture], on_
     return predictions
 
 
-class _AnswerPart:
-    """Ray Data worker: answers one batch and writes it, whole or not at all."""
+def _answer_part(task: dict) -> dict:
+    """Ray Data task: answers one batch and writes it, whole or not at all."""
+    sources, answerer = _open_worker(task["recipe"], task["model"])
+    asked = [
+        Asked(None if location is None else sources[source].read_image(location), questions)
+        for source, location, questions in json.loads(task["items"])
+    ]
+    answers = answerer.answer(asked)
+    write_json(Path(task["file"]), json.dumps([answer for group in answers for answer in group]))
+    return {"file": task["file"]}
 
-    def __init__(self, recipe_json: str, model: str):
-        recipe = Recipe.model_validate_json(recipe_json)
-        self._sources = [open_source(config) for config in recipe.data.test]
-        self._answerer = Answerer(model, recipe.evaluate.max_new_tokens, threads=recipe.evaluate.cpus_per_worker)
 
-    def __call__(self, task: dict) -> dict:
-        asked = [
-            Asked(None if location is None else self._sources[source].read_image(location), questions)
-            for source, location, questions in json.loads(task["items"])
-        ]
-        answers = self._answerer.answer(asked)
-        write_json(Path(task["file"]), json.dumps([answer for group in answers for answer in group]))
-        return {"file": task["file"]}
+@lru_cache(maxsize=1)
+def _open_worker(recipe_json: str, model: str) -> tuple[list, Answerer]:
+    """Sources and model of this worker process, loaded by its first task."""
+    recipe = Recipe.model_validate_json(recipe_json)
+    answerer = Answerer(model, recipe.evaluate.max_new_tokens, threads=recipe.evaluate.cpus_per_worker)
+    return [open_source(config) for config in recipe.data.test], answerer
 
 
 def derangement(count: int, seed: int) -> list[int]:

@@ -1,0 +1,35 @@
+# `make quickstart` and `make test` are all the set-up there is; both make the environment when it is not there.
+VENV ?= .venv
+PYTHON ?= python3
+STORAGE ?= storage
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: install quickstart test test-all lint clean
+
+install: $(STAMP)
+
+# torch goes first: DeepSpeed's set-up imports it. DS_BUILD_OPS=0: no compiler is needed.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e '.[test,quickstart]'
+	touch $@
+
+quickstart: install
+	$(BIN)/mlmamba run quickstart --storage $(STORAGE)
+
+test: install lint
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: install lint
+	$(BIN)/pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,118 @@
+"""Messages of a request to what the model knows: alternating turns, and their pictures in reading order.
+
+The model's format has no system prompt, so the text of leading system messages becomes the first paragraphs of the
+first user turn. Pictures stand before their turn's text, wherever among its parts they were sent.
+"""
+
+import base64
+import binascii
+import io
+
+from PIL import Image
+
+from mlmamba.conversation import Turn
+from mlmamba.pictures import PictureError, open_picture
+from pipelines.validate import FORMATS
+from workflows.serve.errors import bad_request
+from workflows.serve.limits import Limits
+from workflows.serve.schema import Message
+
+SYSTEM_ROLES = ("system", "developer")
+
+
+def read_messages(
+    messages: list[Message], limits: Limits, max_pictures: int
+) -> tuple[list[Turn], list[Image.Image]]:
+    """Turns and decoded pictures of a request.
+
+    Args:
+        messages: as sent.
+        limits: the picture limits.
+        max_pictures: as many as the longest prompt has room for.
+
+    Raises:
+        ApiError: 400; roles are out of order, a turn is empty, or a picture cannot be used.
+    """
+    turns = _turns(messages)
+    count = sum(turn.images for turn in turns)
+    if count > max_pictures:  # before any is decoded
+        raise bad_request(
+            f"the messages show {count} pictures, the model has room for {max_pictures}", "messages", "too_many_pictures"
+        )
+    pictures = []
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content):
+            if part.image_url is not None and part.type == "image_url":
+                pictures.append(_picture(part.image_url.url, limits, f"messages[{i}].content[{j}].image_url.url"))
+    return turns, pictures
+
+
+def _turns(messages: list[Message]) -> list[Turn]:
+    system = [message for message in messages if message.role in SYSTEM_ROLES]
+    if messages[: len(system)] != system:
+        raise bad_request("system messages must come before all others", "messages", "role_order")
+    preface = [_text(message) for message in system]
+    turns: list[Turn] = []
+    for i, message in enumerate(messages):
+        shown = sum(part.type == "image_url" for part in message.content)
+        if shown and message.role != "user":
+            raise bad_request(f"messages[{i}]: only user messages may show pictures", f"messages[{i}].content")
+        if i < len(system):
+            continue
+        expected = "assistant" if len(turns) % 2 else "user"
+        if message.role != expected:
+            raise bad_request(
+                f"messages[{i}] has role {message.role!r}, expected {expected!r}: user and assistant take turns",
+                f"messages[{i}].role",
+                "role_order",
+            )
+        text = _text(message)
+        if not text:
+            raise bad_request(f"messages[{i}] has no text", f"messages[{i}].content", "empty_message")
+        turns.append(Turn(message.role, text if turns else "\n\n".join([*filter(None, preface), text]), images=shown))
+    if not turns or turns[-1].role != "user":
+        raise bad_request("the last message must be the user's", "messages", "role_order")
+    return turns
+
+
+def _text(message: Message) -> str:
+    return "\n".join(part.text for part in message.content if part.type == "text" and part.text).strip()
+
+
+def _picture(url: str, limits: Limits, param: str) -> Image.Image:
+    head, comma, body = url.partition(",")
+    if not head.lower().startswith("data:"):
+        raise bad_request(
+            f"{param}: pictures are not fetched from the network; send a data: URI (data:image/png;base64,...)",
+            param,
+            "remote_picture",
+        )
+    if not comma or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
+        raise bad_request(f"{param}: not of the form data:image/TYPE;base64,DATA", param, "invalid_data_uri")
+    if len(body) * 3 // 4 > limits.picture_bytes + 2:
+        raise bad_request(
+            f"{param}: the picture has about {len(body) * 3 // 4:,} bytes, over the limit of {limits.picture_bytes:,}",
+            param,
+            "picture_too_large",
+        )
+    try:
+        data = base64.b64decode("".join(body.split()), validate=True)  # line breaks are what `base64` writes
+    except (binascii.Error, ValueError) as error:
+        raise bad_request(f"{param}: the data is not base64 ({error})", param, "invalid_base64") from error
+    try:
+        _check_format(data)
+        return open_picture(data, limits.picture_pixels)
+    except PictureError as error:
+        raise bad_request(f"{param}: {error}", param, error.reason) from error
+
+
+def _check_format(data: bytes) -> None:
+    """Only the formats that training knows: Pillow reads many more, some by running other programs."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS):
+            pass
+    except Image.DecompressionBombError as error:
+        raise PictureError("image_bomb", "the picture has far too many pixels") from error
+    except Exception as error:
+        formats = ", ".join(FORMATS)
+        raise PictureError("image_unreadable", f"not a picture of a known format ({formats})") from error
