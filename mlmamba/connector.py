@@ -44,7 +44,8 @@ class VisualScanMixer(nn.Module):
     """Mamba-2 visual selective scan (MVSS): one scan per order, shared projections.
 
     in_proj, gated norm and out_proj are shared by all directions; each direction has its own convolution, A, D and dt
-    bias (ML-Mamba figure 4 and the released Bidirectional_Mamba, after Vim's "v2").
+    bias (ML-Mamba figure 4 and the released Bidirectional_Mamba, after Vim's "v2"). Each direction is normalised
+    before the merge, as in the released code.
     """
 
     def __init__(self, width: int, scan: str, expand: int, head_dim: int, state: int, kernel: int, chunk: int):
@@ -67,11 +68,11 @@ class VisualScanMixer(nn.Module):
         """(b, N, width) -> (b, N, width)."""
         order = orders(self.scan_name, *grid).to(x.device)
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
-        scanned = [
-            scan.scan(xBC.index_select(1, permutation), dt.index_select(1, permutation))[0]
-            for scan, permutation in zip(self.scans, order, strict=True)
-        ]
-        return self.out_proj(self.norm(merge(scanned, order), z))
+        scanned = []
+        for scan, permutation in zip(self.scans, order, strict=True):
+            y, _ = scan.scan(xBC.index_select(1, permutation), dt.index_select(1, permutation))
+            scanned.append(self.norm(y, z.index_select(1, permutation)))
+        return self.out_proj(merge(scanned, order))
 
 
 class ScanBlock(nn.Module):

@@ -45,9 +45,16 @@ class EncodedConversation:
     turn_ends: list[int]
 
 
+def clean(text: str) -> str:
+    """A message without placeholders (also none that appears when another is taken out) and outer white space."""
+    while IMAGE_TOKEN in text:
+        text = text.replace(IMAGE_TOKEN, "")
+    return text.strip()
+
+
 def render_turn(turn: Turn, first: bool, eos: str, tokens_per_image: int = 1) -> str:
     """Text of one turn, each picture as `tokens_per_image` placeholders."""
-    text = turn.text.replace(IMAGE_TOKEN, "").strip()
+    text = clean(turn.text)
     if turn.role == "user":
         pictures = IMAGE_TOKEN * (tokens_per_image * turn.images)
         return f"{'' if first else chr(10)}{pictures}{USER}\n{text}{eos}\n{ASSISTANT}\n"
@@ -67,7 +74,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
         expected = "assistant" if i % 2 else "user"
         if turn.role != expected:
             raise ValueError(f"turn {i} has role {turn.role!r}, expected {expected!r}: user and assistant alternate")
-        if not turn.text.replace(IMAGE_TOKEN, "").strip():
+        if not clean(turn.text):
             raise ValueError(f"turn {i} ({turn.role}) is empty")
         if turn.images and turn.role != "user":
             raise ValueError(f"turn {i} is the assistant's but has {turn.images} pictures; only users show pictures")

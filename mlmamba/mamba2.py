@@ -30,6 +30,8 @@ class LayerState:
 class MambaState:
     """Recurrent state of a batch, one LayerState per layer. Its size does not depend on how much was read."""
 
+    is_compileable = False  # `generate` asks this of a state that it is given
+
     def __init__(self, layers: list[LayerState] | None = None):
         self.layers = layers or []
 
@@ -42,7 +44,7 @@ class MambaState:
         self.layers = self.select(beam_idx).layers
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row in place, under the name that `generate` calls for several answers per prompt."""
+        """Repeat every row in place, under the name that transformers' caches give it."""
         rows = torch.arange(self.layers[0].ssm.shape[0], device=self.layers[0].ssm.device)
         self.layers = self.select(rows.repeat_interleave(repeats)).layers
 
@@ -97,6 +99,17 @@ class SelectiveScan(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
         self.D.fill_(1.0)
 
+    def _apply(self, fn, recurse: bool = True):
+        """Casts of the model to half precision (`model.bfloat16()`) leave A_log, dt_bias and D as they are."""
+        own = (self.A_log, self.dt_bias, self.D)
+        kept = {id(t) for t in (*own, *(p.grad for p in own))}
+
+        def guarded(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if id(t) in kept and out.dtype in (torch.float16, torch.bfloat16) else out
+
+        return super()._apply(guarded, recurse)
+
     def scan(
         self,
         xBC: Tensor,
@@ -107,7 +120,8 @@ class SelectiveScan(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Run xBC (b, l, e + 2gn) and raw dt (b, l, h) through convolution and recurrence.
 
-        Returns y (b, l, e) and the state after the last unmasked position of each row.
+        Given a state, padding stands at the end of a row (`Mamba2Backbone` sees to it): the convolution looks straight
+        back into the state. Returns y (b, l, e) and the state after the last unmasked position of each row.
         """
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         A, D = -torch.exp(self.A_log.float()), self.D.float()
@@ -127,7 +141,7 @@ class SelectiveScan(nn.Module):
             xBC, weight, bias, initial_state=None if state is None else state.conv, seq_idx=seq_idx
         )
         if mask is not None:
-            conv = self._last_inputs(xBC, state, mask)
+            conv = self._last_inputs(xBC, state, mask, seq_idx)
         x, B, C = self._split(out)
         y, ssm = ops.ssd(
             x,
@@ -147,7 +161,7 @@ class SelectiveScan(nn.Module):
         B, C = (t.unflatten(-1, (self.groups, self.state_size)) for t in (B, C))
         return x.unflatten(-1, (self.heads, -1)), B, C
 
-    def _last_inputs(self, xBC: Tensor, state: LayerState | None, mask: Tensor) -> Tensor:
+    def _last_inputs(self, xBC: Tensor, state: LayerState | None, mask: Tensor, seq_idx: Tensor | None) -> Tensor:
         """The convolution's last w-1 inputs of each row, counted back from its last unmasked position."""
         w, length = self.conv1d.kernel_size[0], xBC.shape[1]
         history = xBC.new_zeros(len(xBC), w - 1, xBC.shape[2]) if state is None else state.conv.to(xBC.dtype)
@@ -155,7 +169,11 @@ class SelectiveScan(nn.Module):
         positions = torch.arange(1, length + 1, device=xBC.device)
         end = (positions * mask).amax(dim=1)  # 0 for a row of nothing but padding: it keeps its history
         index = end[:, None] + torch.arange(w - 1, device=xBC.device)
-        return padded.gather(1, index[..., None].expand(-1, -1, padded.shape[2]))
+        last = padded.gather(1, index[..., None].expand(-1, -1, padded.shape[2]))
+        if seq_idx is not None:  # inputs of an earlier sequence count as zero
+            owner = torch.cat([seq_idx[:, :1].expand(-1, w - 1), seq_idx], dim=1)
+            last = last * (owner.gather(1, index) == owner.gather(1, end[:, None] + w - 2))[..., None]
+        return last
 
 
 class Mamba2Mixer(SelectiveScan):
@@ -228,6 +246,13 @@ class Mamba2Backbone(nn.Module):
             Hidden states (b, l, d) after the final norm, and the new state.
         """
         x, after = embeds, []
+        if mask is not None:
+            # Padding to the end of each row, so that what comes follows directly on the state.
+            order = torch.argsort(mask.int(), dim=1, descending=True, stable=True)
+            x, mask = _reorder(x, order), mask.gather(1, order)
+            if seq_idx is not None:  # padding belongs to the last sequence: it ends none
+                last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
+                seq_idx = seq_idx.gather(1, order.gather(1, torch.arange(x.shape[1], device=x.device).minimum(last)))
         for i, layer in enumerate(self.layers):
             before = state.layers[i] if state is not None and state.layers else None
             if self.gradient_checkpointing and self.training:
@@ -235,7 +260,13 @@ class Mamba2Backbone(nn.Module):
             else:
                 x, layer_state = layer(x, before, mask, seq_idx)
             after.append(layer_state)
-        return self.norm_f(x).to(self.embeddings.weight.dtype), MambaState(after)
+        x = self.norm_f(x).to(self.embeddings.weight.dtype)
+        return x if mask is None else _reorder(x, torch.argsort(order, dim=1)), MambaState(after)
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Positions of x (b, l, d) in the given order (b, l)."""
+    return x.gather(1, order[..., None].expand_as(x))
 
 
 class Mamba2LanguageModel(nn.Module):

@@ -51,8 +51,23 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.generation_config.suppress_tokens = [config.image_token_id]  # a placeholder is input only
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Load a saved model. In addition to transformers' errors:
+
+        Raises:
+            ValueError: the checkpoint lacks tensors; transformers would leave them as whatever was in memory.
+        """
+        source = pretrained_model_name_or_path
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{source} lacks {len(missing)} tensors of the model, first {missing[:3]}")
+        return (model, info) if output_loading_info else model
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every module initialises itself when it is built, the encoders by timm's own rules."""
+        """Only buffers that are not saved: every module initialises itself when built, encoders by timm's rules."""
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.language_model.backbone.embeddings
@@ -134,19 +149,23 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def _place_images(self, input_ids: Tensor, embeds: Tensor, features: Tensor | None) -> Tensor:
-        places = input_ids == self.config.image_token_id
-        expected = 0 if features is None else features.shape[0] * features.shape[1]
-        if features is None and not places.any():
+        places = self._image_places(input_ids, features)
+        if features is None:
             return embeds
-        found = int(places.sum())
+        return embeds.masked_scatter(places[..., None], features.to(embeds.dtype).flatten(0, 1))
+
+    def _image_places(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Where the placeholders are, (b, l). Raises ValueError unless the features fill them exactly."""
+        places = input_ids == self.config.image_token_id
+        found, per_image = int(places.sum()), self.vision.grid[0] * self.vision.grid[1]
+        pictures = 0 if features is None else features.shape[0]
+        expected = 0 if features is None else features.shape[0] * features.shape[1]
         if found != expected:
-            pictures = 0 if features is None else features.shape[0]
-            per_image = self.vision.grid[0] * self.vision.grid[1]
             raise ValueError(
                 f"the prompt has {found} image placeholders but {pictures} pictures of {per_image} tokens were given "
                 f"({expected} expected); expand each <image> with MLMambaProcessor and pass every picture"
             )
-        return embeds.masked_scatter(places[..., None], features.to(embeds.dtype).flatten(0, 1))
+        return places
 
     def _loss(self, hidden: Tensor, labels: Tensor, seq_idx: Tensor | None, count: Tensor | int | None) -> Tensor:
         """Cross entropy of the next token. Only positions with a label reach the vocabulary projection."""
@@ -160,6 +179,31 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _supports_default_dynamic_cache(self) -> bool:
         return False  # the state is a MambaState, made by the first forward
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, dict]:
+        """Repeat every row with all its pictures and its state, for several answers or beams per prompt.
+
+        transformers repeats picture by picture, which mixes up the pictures of a prompt that has more than one, and
+        does not know the state. Pictures are encoded once, before they are repeated.
+        """
+        if expand_size == 1:
+            return input_ids, kwargs
+        pixels, features = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
+        state = kwargs.pop("cache_params", None)
+        if features is None and pixels is not None:
+            features = self.get_image_features(pixels)
+        if features is not None:
+            pictures = self._image_places(input_ids, features).sum(1) // features.shape[1]
+            rows = torch.arange(len(features), device=features.device).split(pictures.tolist())
+            features = features[torch.cat([row.repeat(expand_size) for row in rows])]
+        if state is not None:
+            rows = torch.arange(len(input_ids), device=input_ids.device)
+            state = state.select(rows.repeat_interleave(expand_size))
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        expanded = {"image_features": features, "cache_params": state}
+        return input_ids, kwargs | {name: value for name, value in expanded.items() if value is not None}
 
     def prepare_inputs_for_generation(
         self,

@@ -27,6 +27,8 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise PictureError("image_bomb", str(error)) from error
     except Exception as error:
         raise PictureError("image_unreadable", f"not a picture that Pillow can read ({len(data)} bytes)") from error
     width, height = picture.size
@@ -34,6 +36,8 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise PictureError("image_bomb", f"{width}x{height} pixels, over the limit of {max_pixels}")
     try:
         picture.load()
+        if picture.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, which leaves a white picture
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         return ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:
         raise PictureError("image_truncated", f"the picture data is damaged: {error}") from error

@@ -17,6 +17,9 @@ class MLMambaProcessor(ProcessorMixin):
         image_size: side in pixels of the encoder's input.
         tokens_per_image: placeholders that one picture takes.
         max_length: longest prompt in tokens; longer ones are an error, never cut.
+
+    Raises:
+        ValueError: the tokenizer has no `<image>`.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012 - the form that transformers reads
@@ -27,6 +30,8 @@ class MLMambaProcessor(ProcessorMixin):
     ):
         self.image_size, self.tokens_per_image, self.max_length = image_size, tokens_per_image, max_length
         self.image_token, self.image_token_id = IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise ValueError(f"the tokenizer has no id for {IMAGE_TOKEN}; add it as a special token")
         super().__init__(tokenizer)
 
     def prompt(self, turns: list[Turn]) -> str:

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mlmamba.configuration import VisionConfig
 
 
 class VisionTower(nn.Module):
@@ -33,6 +36,8 @@ class VisionTower(nn.Module):
                     f"vision tower {name!r} gives patch tokens, whose number fixes the grid: set grid: null"
                 )
             self.model = timm.create_model(name, num_classes=0, img_size=image_size)
+            if not -len(self.model.blocks) <= self.block < len(self.model.blocks):
+                raise ValueError(f"vision tower {name!r} has {len(self.model.blocks)} blocks, there is no {self.block}")
             self.channels = self.model.num_features
             self.grid = tuple(self.model.patch_embed.grid_size)
         else:
@@ -49,7 +54,9 @@ class VisionTower(nn.Module):
         mean, std = (weight.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         x = (pixels.to(weight.dtype) / 255 - mean) / std
         if self.stages is None:
-            (tokens,) = self.model.get_intermediate_layers(x, n=[self.block % len(self.model.blocks)])
+            (tokens,) = self.model.forward_intermediates(
+                x, indices=[self.block], output_fmt="NLC", intermediates_only=True, stop_early=True
+            )
             return tokens
         maps = [_normalise(_resize(m, self.grid)) for m in self.model(x)]
         even = [m * math.sqrt(self.channels / (len(maps) * m.shape[1])) for m in maps]
@@ -84,8 +91,8 @@ class VisionEncoder(nn.Module):
 @lru_cache
 def _measure(towers: str, image_size: int, grid: int | None) -> tuple[int, tuple[int, int]]:
     with torch.device("meta"):
-        parts = [VisionTower(spec, image_size, grid) for spec in json.loads(towers)]
-    return sum(part.channels for part in parts), parts[0].grid
+        encoder = VisionEncoder(VisionConfig(towers=json.loads(towers), image_size=image_size, grid=grid))
+    return encoder.channels, encoder.grid
 
 
 def measure(config) -> tuple[int, tuple[int, int]]:
@@ -105,7 +112,7 @@ def load_tower_weights(tower: VisionTower, name: str, weights: str) -> None:
     Args:
         name: the timm model name.
         weights: "hub" to let timm fetch them, or a safetensors or torch checkpoint file in timm's key layout or in
-            that of the lukemelas EfficientNet packages.
+            that of the lukemelas EfficientNet packages. Position embeddings are resampled to the tower's grid.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -127,11 +134,21 @@ def load_tower_weights(tower: VisionTower, name: str, weights: str) -> None:
         if "_conv_stem.weight" in state:
             state = _from_lukemelas(state, timm.create_model(name, num_classes=1000))
     own = tower.model.state_dict()
+    if "pos_embed" in own and "pos_embed" in state:
+        state = {**state, "pos_embed": _fit_positions(state["pos_embed"], tower.model)}
     wanted = {key: _find(state, key) for key in own}
     missing = [key for key, value in wanted.items() if value is None and "num_batches_tracked" not in key]
     if missing:
         raise ValueError(f"{weights} lacks {len(missing)} of the {len(own)} tensors of {name}, first {missing[:3]}")
     tower.model.load_state_dict({key: value for key, value in wanted.items() if value is not None}, strict=False)
+
+
+def _fit_positions(embedding: Tensor, model: nn.Module) -> Tensor:
+    """Position embeddings (1, prefix + N, channels) for the model's grid: DINOv2's are for 37x37, we use 27x27."""
+    prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    if embedding.shape[1] == model.pos_embed.shape[1]:
+        return embedding
+    return resample_abs_pos_embed(embedding, list(model.patch_embed.grid_size), num_prefix_tokens=prefix)
 
 
 def _find(state: dict[str, Tensor], key: str) -> Tensor | None:

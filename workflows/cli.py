@@ -31,8 +31,14 @@ def main(argv: list[str] | None = None) -> int:
         print("\nmlmamba: stopped; run the same command again to go on", file=sys.stderr)
         return 1
     failed = isinstance(result, dict) and result.pop("failed", False)
-    if result is not None:
-        print(json.dumps(result, indent=2) if arguments.json else result["text"])
+    if arguments.json and result is not None:
+        print(
+            json.dumps(
+                {k: v for k, v in result.items() if k != "text"} if isinstance(result, dict) else result, indent=2
+            )
+        )
+    elif result is not None:
+        print(result["text"])
     return 1 if failed else 0
 
 
@@ -54,13 +60,17 @@ def prepare(a: argparse.Namespace) -> dict:
     from workflows.run import prepare_data
 
     layout = layout_of(recipe, storage, image_tokens(recipe.model))
-    manifest = prepare_data(recipe, layout, _console())
-    problems = verify(str(layout.data)) if a.verify else []
-    text = f"{layout.data}\ndigest {manifest.digest}"
-    if a.verify:
-        text += "\n" + ("\n".join(problems) or "verified: every shard is as the manifest says")
-    summary = {"folder": str(layout.data), "problems": problems, "failed": bool(problems), "text": text}
-    return {**summary, **json.loads(manifest.model_dump_json())} if a.json else summary
+    manifests = prepare_data(recipe, layout, _console())
+    sets, texts = {}, []
+    for stage, folder in layout.data.items():
+        if str(folder) not in sets:
+            problems = verify(str(folder)) if a.verify else []
+            sets[str(folder)] = {**json.loads(manifests[stage].model_dump_json()), "problems": problems}
+            texts += [str(folder), f"digest {manifests[stage].digest}", *problems]
+            if a.verify and not problems:
+                texts.append("verified: every shard is as the manifest says")
+    failed = any(content["problems"] for content in sets.values())
+    return {**({"data": sets} if a.json else {}), "failed": failed, "text": "\n".join(texts)}
 
 
 def train(a: argparse.Namespace) -> dict:
@@ -80,12 +90,12 @@ def train(a: argparse.Namespace) -> dict:
     connect_ray()
     check_cluster(recipe)
     console = _console()
-    manifest = prepare_data(recipe, layout, console)
+    manifests = prepare_data(recipe, layout, console)
     tracker = Tracker(storage, recipe, layout.run.name)
     status = "FAILED"
     try:
-        tracker.log_data(manifest, layout.data)
-        model = train_stages(recipe, layout, manifest, console, tracker, a.stage)
+        tracker.log_data(manifests, layout)
+        model = train_stages(recipe, layout, manifests, console, tracker, a.stage)
         status = "FINISHED"
     finally:
         tracker.finish(status)

@@ -128,6 +128,9 @@ class StageRecipe(StrictModel):
     """Packed rows that one worker runs at once; the rest is accumulated."""
     clip: float = Field(1.0, ge=0)
     """Global gradient norm limit; 0 for none."""
+    data: DataConfig | None = None
+    """Data set of this stage alone, as the paper has one for the connector and one for the rest. Absent: the
+    recipe's. The tokenizer must be the same."""
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -217,6 +220,19 @@ class Recipe(StrictModel):
     """The evaluation."""
     register_as: RegisterRecipe
     """The registry entry."""
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self):
+        for stage in self.train.stages:
+            if stage.data is not None and (stage.data.tokenizer != self.data.tokenizer or not self.data.tokenizer.name):
+                raise ValueError(
+                    f"stage {stage.name!r} has its own data: data.tokenizer.name must be set, and be the same there"
+                )
+        return self
+
+    def data_of(self, stage: StageRecipe) -> DataConfig:
+        """The data set that a stage trains on."""
+        return stage.data or self.data
 
 
 def digest(*parts: object) -> str:

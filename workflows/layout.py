@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.config import DataConfig
 from workflows.config import Recipe, digest
 from workflows.errors import UsageError
 
@@ -21,7 +22,8 @@ class Layout:
     """Folders of one recipe under one storage folder."""
 
     storage: Path
-    data: Path
+    data: dict[str, Path]
+    """Data set folder by stage; stages on the same data share one."""
     run: Path
 
     def stage(self, name: str) -> Path:
@@ -67,9 +69,14 @@ def open_storage(storage: str) -> Path:
 
 def layout_of(recipe: Recipe, storage: Path, tokens_per_image: int) -> Layout:
     """Folders of a recipe."""
-    data = digest(recipe.data.model_dump(mode="json", exclude={"test"}), tokens_per_image, recipe.seed)
+
+    def folder(config: DataConfig) -> Path:
+        content = config.model_dump(mode="json", exclude={"test", "partition_records", "max_quarantined"})
+        return storage / "data" / f"{recipe.name}-{digest(content, tokens_per_image, recipe.seed)}"
+
+    data = {stage.name: folder(recipe.data_of(stage)) for stage in recipe.train.stages}
     run = digest(recipe.model_dump(mode="json", exclude={"register_as", "evaluate"}))
-    return Layout(storage, storage / "data" / f"{recipe.name}-{data}", storage / "runs" / f"{recipe.name}-{run}")
+    return Layout(storage, data, storage / "runs" / f"{recipe.name}-{run}")
 
 
 def write_json(path: Path, text: str) -> None:

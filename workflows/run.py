@@ -7,6 +7,7 @@ is skipped when its mark is there. So a workflow killed anywhere and started aga
 import json
 from pathlib import Path
 
+from pipelines.config import DataConfig
 from pipelines.manifest import Manifest
 from pipelines.prepare import PrepareError, prepare
 from workflows.build import build_initial, image_tokens
@@ -33,14 +34,15 @@ def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
     layout = layout_of(recipe, storage, image_tokens(recipe.model))
     connect_ray()
     check_cluster(recipe)
-    manifest = prepare_data(recipe, layout, console)
+    manifests = prepare_data(recipe, layout, console)
+    data_digest = digest_of(manifests)
     tracker = Tracker(storage, recipe, layout.run.name)
     status = "FAILED"
     try:
-        tracker.log_data(manifest, layout.data)
-        model = train_stages(recipe, layout, manifest, console, tracker)
+        tracker.log_data(manifests, layout)
+        model = train_stages(recipe, layout, manifests, console, tracker)
         result = evaluate_model(recipe, layout, model, console, tracker)
-        promotion = publish(recipe, tracker, model, manifest, result, console)
+        promotion = publish(recipe, tracker, model, data_digest, result, console)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -50,7 +52,7 @@ def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
     summary = {
         "recipe": recipe.name,
         "run_id": tracker.run_id,
-        "data": {"folder": str(layout.data), "digest": manifest.digest},
+        "data": {"folders": sorted(map(str, set(layout.data.values()))), "digest": data_digest},
         "model": {"folder": str(model), **promotion},
         "evaluation": result,
         "samples": str(layout.evaluation / "samples.png"),
@@ -60,9 +62,18 @@ def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
     return summary
 
 
-def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> Manifest:
-    """Shards and manifest of the recipe's data."""
-    with console.step("prepare"):
+def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, Manifest]:
+    """Shards and manifest of every stage's data. Returns the manifests by stage."""
+    made: dict[Path, Manifest] = {}
+    for stage in recipe.train.stages:
+        folder = layout.data[stage.name]
+        if folder not in made:
+            made[folder] = _prepare_one(recipe, recipe.data_of(stage), folder, console)
+    return {stage.name: made[layout.data[stage.name]] for stage in recipe.train.stages}
+
+
+def _prepare_one(recipe: Recipe, data: DataConfig, folder: Path, console: Console) -> Manifest:
+    with console.step(f"prepare {folder.name}"):
         phases = []
 
         def watch(progress) -> None:
@@ -70,7 +81,7 @@ def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> Manifest:
             console.preparation(progress)
 
         try:
-            manifest = prepare(recipe.data, str(layout.data), image_tokens(recipe.model), recipe.seed, watch)
+            manifest = prepare(data, str(folder), image_tokens(recipe.model), recipe.seed, watch)
         except (PrepareError, ValueError, OSError, ModuleNotFoundError) as error:
             raise WorkflowError(f"preparation: {error}") from error
         if phases == ["finished"]:
@@ -83,10 +94,16 @@ def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> Manifest:
     return manifest
 
 
+def digest_of(manifests: dict[str, Manifest]) -> str:
+    """One digest for all the data of a workflow: the data set's own where there is but one."""
+    digests = sorted({manifest.digest for manifest in manifests.values()})
+    return digests[0] if len(digests) == 1 else digest(digests)
+
+
 def train_stages(
     recipe: Recipe,
     layout: Layout,
-    manifest: Manifest,
+    manifests: dict[str, Manifest],
     console: Console,
     tracker: Tracker,
     only: str | None = None,
@@ -98,10 +115,11 @@ def train_stages(
     """
     if not (layout.initial / "config.json").exists():
         layout.initial.parent.mkdir(parents=True, exist_ok=True)
-        build_initial(recipe, layout.data, layout.initial)
-    rows, offset, model = manifest.splits["train"].rows, 0, layout.initial
+        build_initial(recipe, layout.data[recipe.train.stages[0].name], layout.initial)
+    digests = {name: manifest.digest for name, manifest in manifests.items()}
+    offset, model = 0, layout.initial
     for index, stage in enumerate(recipe.train.stages):
-        done = finished(layout.stage(stage.name), stage_digest(recipe, index, manifest.digest))
+        done = finished(layout.stage(stage.name), stage_digest(recipe, index, digests))
         wanted = only in (None, stage.name)
         if not done and not wanted:
             if index < [s.name for s in recipe.train.stages].index(only):
@@ -116,8 +134,8 @@ def train_stages(
                 if done:
                     console.note("done before, skipped")
                 else:
-                    run_stage(recipe, stage, layout, manifest.digest, _watch(console, tracker, stage.name, offset))
-        offset += total_steps(stage, rows)
+                    run_stage(recipe, stage, layout, digests, _watch(console, tracker, stage.name, offset))
+        offset += total_steps(stage, manifests[stage.name].splits["train"].rows)
     return model
 
 
@@ -158,11 +176,11 @@ def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console
     return result
 
 
-def publish(recipe: Recipe, tracker: Tracker, model: Path, manifest: Manifest, result: dict, console: Console) -> dict:
+def publish(recipe: Recipe, tracker: Tracker, model: Path, data_digest: str, result: dict, console: Console) -> dict:
     """Register the model, and move the alias to it if the gate holds."""
     name, alias = recipe.register_as.name, recipe.register_as.alias
     with console.step("register"):
-        version = register(tracker, recipe, model, manifest.digest, result["scores"])
+        version = register(tracker, recipe, model, data_digest, result["scores"])
         failures = gate_failures(recipe.evaluate.gate, result["scores"])
         before = champion(tracker.client, name, alias)
         if failures:
@@ -188,7 +206,7 @@ def summary_text(summary: dict) -> str:
         f"model    {model['name']} version {model['version']}, {state}",
         f"         {model['folder']}",
         f"run      {summary['run_id']} (MLflow)",
-        f"shards   {summary['data']['folder']}",
+        *(f"shards   {folder}" for folder in summary["data"]["folders"]),
         f"look at  {summary['samples']}",
         "",
         "next",

@@ -20,6 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.manifest import Manifest
 from workflows.config import Recipe
+from workflows.layout import Layout
 
 WORKFLOW_TAG = "mlmamba.workflow"
 
@@ -66,16 +67,20 @@ class Tracker:
         for name, value in flatten(recipe.model_dump(mode="json")).items():
             self.client.log_param(self.run_id, name, str(value)[:6000])
 
-    def log_data(self, manifest: Manifest, location: Path) -> None:
-        """Record the data set, by its content digest, as the run's input."""
-        dataset = MetaDataset(
-            HTTPDatasetSource(location.as_uri()),
-            name=location.name,
-            digest=manifest.digest.removeprefix("sha256:")[:36],
-        )
+    def log_data(self, manifests: dict[str, Manifest], layout: Layout) -> None:
+        """Record every stage's data set, by its content digest, as an input of the run; once, however often called."""
+        known = {item.dataset.digest for item in self.client.get_run(self.run_id).inputs.dataset_inputs}
+        for stage, manifest in manifests.items():
+            short = manifest.digest.removeprefix("sha256:")[:36]
+            if short not in known:
+                self._log_dataset(layout.data[stage], short)
+                known.add(short)
+            self.client.set_tag(self.run_id, f"mlmamba.data.{stage}", manifest.digest)
+
+    def _log_dataset(self, location: Path, digest: str) -> None:
+        dataset = MetaDataset(HTTPDatasetSource(location.as_uri()), name=location.name, digest=digest)
         with mlflow.start_run(run_id=self.run_id):
             mlflow.log_input(dataset, context="training")
-        self.client.set_tag(self.run_id, "mlmamba.data_digest", manifest.digest)
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Log numbers under their names at a step."""

@@ -70,8 +70,10 @@ def causal_conv1d(
         seq_idx: (b, l) integers or None; inputs of another sequence count as zero.
 
     Returns:
-        y (b, l, d) and the last w-1 inputs (b, w-1, d), those of an earlier sequence zeroed.
+        y (b, l, d) and the last w-1 inputs (b, w-1, d), those of an earlier sequence zeroed; both in x's dtype.
     """
+    out_dtype, x = x.dtype, _upcast(x)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     b, length, d = x.shape
     w = weight.shape[1]
     history = x.new_zeros(b, w - 1, d) if initial_state is None else initial_state.to(x.dtype)
@@ -85,7 +87,7 @@ def causal_conv1d(
         y = (window.transpose(1, 2) * weight).sum(-1)
         ys.append(y if bias is None else y + bias)
     tail = padded[:, length:] * (owner[:, length:] == owner[:, -1:])[..., None]
-    return F.silu(torch.stack(ys, dim=1)), tail
+    return F.silu(torch.stack(ys, dim=1)).to(out_dtype), tail.to(out_dtype)
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -88,7 +88,9 @@ class Service:
         served = self.loaded()
         request = parse_request(body)
         if request.model not in (None, served.id, served.source.label):
-            raise ApiError(404, f"model {request.model!r} is not served here; ask for {served.id!r}", "model", "no_model")
+            raise ApiError(
+                404, f"model {request.model!r} is not served here; ask for {served.id!r}", "model", "no_model"
+            )
         settings = _settings(request, self.limits)
         prompt = await asyncio.get_running_loop().run_in_executor(self._readers, served.read, request.messages)
         return _response(served, await served.answer(prompt, settings))
@@ -162,7 +164,9 @@ async def _read_body(request: Request, limit: int) -> bytes:
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise ApiError(413, f"the body is over the limit of {limit:,} bytes; send smaller pictures", code="too_large")
+            raise ApiError(
+                413, f"the body is over the limit of {limit:,} bytes; send smaller pictures", code="too_large"
+            )
         chunks.append(chunk)
     return b"".join(chunks)
 

@@ -86,9 +86,6 @@ class Engine:
             ValueError: the turns break the rules of a conversation, or the prompt is too long.
         """
         text = self._processor.prompt(turns)
-        shown = text.count(self._processor.image_token)
-        if shown != len(pictures):  # a text can be written so that removing its placeholders makes a new one
-            raise ValueError(f"the texts must not contain {self._processor.image_token}")
         pixels = None
         if pictures:
             pixels = torch.from_numpy(np.stack([to_pixels(p, self._processor.image_size) for p in pictures]))

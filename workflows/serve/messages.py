@@ -20,9 +20,7 @@ from workflows.serve.schema import Message
 SYSTEM_ROLES = ("system", "developer")
 
 
-def read_messages(
-    messages: list[Message], limits: Limits, max_pictures: int
-) -> tuple[list[Turn], list[Image.Image]]:
+def read_messages(messages: list[Message], limits: Limits, max_pictures: int) -> tuple[list[Turn], list[Image.Image]]:
     """Turns and decoded pictures of a request.
 
     Args:
@@ -37,7 +35,9 @@ def read_messages(
     count = sum(turn.images for turn in turns)
     if count > max_pictures:  # before any is decoded
         raise bad_request(
-            f"the messages show {count} pictures, the model has room for {max_pictures}", "messages", "too_many_pictures"
+            f"the messages show {count} pictures, the model has room for {max_pictures}",
+            "messages",
+            "too_many_pictures",
         )
     pictures = []
     for i, message in enumerate(messages):

@@ -68,9 +68,9 @@ def serve_model(
 
     owns_ray = not ray.is_initialized()
     connect_ray()
+    _refuse_second(ray)
     server = Server(f"http://{_address(host)}:{port}", owns_ray)
     try:
-        _refuse_second(ray)
         _deploy(reference, storage, host, port, replicas, threads)
     except BaseException:
         server.stop()
@@ -81,3 +81,114 @@ def serve_model(
             _wait_for_interrupt()
             _say("stopping ...")
     return server
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise UsageError unless the port can be listened at."""
+    if not 0 < port < 65536:
+        raise UsageError(f"--port {port}: ports go from 1 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left counts as free
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"--port {port}: {host}:{port} is in use; stop what listens there or choose another --port"
+        elif error.errno == errno.EACCES:
+            message = f"--port {port}: not allowed to listen at {host}:{port}; choose a --port from 1024 on"
+        else:
+            message = f"--host {host}: cannot listen at {host}:{port} ({error.strerror}); choose another --host"
+        raise UsageError(message) from error
+
+
+def _refuse_second(ray) -> None:
+    from ray import serve
+
+    if serve.status().proxies:
+        raise WorkflowError(
+            f"Ray Serve already runs on this Ray cluster ({ray.get_runtime_context().gcs_address}); "
+            "stop it with `serve shutdown`, or add the model to its config (workflows.serve.deployment:application)"
+        )
+
+
+def _deploy(reference: str, storage: Path, host: str, port: int, replicas: int, threads: int | None) -> None:
+    import ray
+    from ray import serve
+
+    from workflows.serve.deployment import ServeOptions, application
+
+    have = ray.cluster_resources()
+    cores = int(have.get("CPU", 1))
+    if replicas * (threads or 1) > cores:
+        raise UsageError(
+            f"{replicas} replicas x {threads or 1} threads are more than the {cores} CPU cores that Ray has here; "
+            "lower --replicas"
+        )
+    options = ServeOptions(
+        model=reference,
+        storage=str(storage),
+        replicas=replicas,
+        threads=threads or min(_MOST_THREADS, cores // replicas),
+        gpus=int(have.get("GPU", 0) >= replicas),
+    )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        serve.run(application(options), name=APPLICATION)
+    except RuntimeError as error:
+        raise WorkflowError(f"the model could not be served: {_root_cause(error)}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the replica's traceback, which Ray Serve puts into its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _stop(owns_ray: bool) -> None:
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    if owns_ray:
+        ray.shutdown()
+
+
+def _wait_for_interrupt() -> None:
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, interrupt) if main else None
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _address(host: str) -> str:
+    """How to write the host in a URL that works on this machine."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def _announcement(url: str, source: ResolvedModel, replicas: int) -> str:
+    run = f", run {source.run_id}" if source.run_id else ""
+    return f"""
+serving   {source.label}{run}{f", {replicas} replicas" if replicas > 1 else ""}
+at        {url}/v1 (OpenAI style; Ctrl-C stops)
+ask       curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d @- <<END
+{{"messages": [{{"role": "user", "content": [
+  {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,$(base64 < picture.png | tr -d '\\n')"}}}},
+  {{"type": "text", "text": "what is shown?"}}]}}]}}
+END
+"""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -97,7 +97,10 @@ def train_stage(config: dict) -> None:
 
 
 def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
-    """DeepSpeed's JSON for a stage. The optimizer is ours, so that its parameter groups are."""
+    """DeepSpeed's JSON for a stage. The optimizer is ours, so that its parameter groups are.
+
+    bf16 means autocast over float32 weights: DeepSpeed's own bf16 mode would also round A_log, dt_bias and D.
+    """
     accumulation = stage.batch_rows // (train.workers * stage.micro_batch_rows)
     return {
         "train_micro_batch_size_per_gpu": stage.micro_batch_rows,
@@ -106,7 +109,7 @@ def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
         "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": train.precision == "bf16"},
+        "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }

@@ -75,12 +75,13 @@ class _Pump(threading.Thread):
             self._on_event(event)
 
 
-def stage_digest(recipe: Recipe, index: int, data_digest: str) -> str:
-    """Changes when anything that decides the weights of stage `index` changes."""
+def stage_digest(recipe: Recipe, index: int, data_digests: dict[str, str]) -> str:
+    """Changes when anything that decides the weights of stage `index` changes. Data digests are by stage."""
     before = recipe.train.stages[: index + 1]
     numerics = recipe.train.model_dump(include={"workers", "zero_stage", "precision"})
     stages = [stage.model_dump(mode="json") for stage in before]
-    return digest(data_digest, recipe.seed, recipe.model.model_dump(mode="json"), numerics, stages)
+    data = [data_digests[stage.name] for stage in before]
+    return digest(data, recipe.seed, recipe.model.model_dump(mode="json"), numerics, stages)
 
 
 def finished(folder: Path, expected: str) -> bool:
@@ -96,14 +97,17 @@ def check_cluster(recipe: Recipe) -> None:
     train = recipe.train
     have = ray.cluster_resources()
     for kind, each in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)):
-        if train.workers * each > have.get(kind, 0):
+        there = have.get(kind, 0)
+        if train.workers * each > there:
             raise WorkflowError(
-                f"training wants {train.workers} workers x {each} {kind}, the cluster has {have.get(kind, 0):g} {kind}: "
+                f"training wants {train.workers} workers x {each} {kind}, the cluster has {there:g} {kind}: "
                 "lower train.workers, or add nodes"
             )
 
 
-def run_stage(recipe: Recipe, stage: StageRecipe, layout: Layout, data_digest: str, on_event: OnEvent) -> Path:
+def run_stage(
+    recipe: Recipe, stage: StageRecipe, layout: Layout, data_digests: dict[str, str], on_event: OnEvent
+) -> Path:
     """Train one stage from the model before it. Returns the folder of the trained model.
 
     Raises:
@@ -111,12 +115,12 @@ def run_stage(recipe: Recipe, stage: StageRecipe, layout: Layout, data_digest: s
     """
     index = [s.name for s in recipe.train.stages].index(stage.name)
     start_from = layout.stage(recipe.train.stages[index - 1].name) if index else layout.initial
-    out, key = layout.stage(stage.name), stage_digest(recipe, index, data_digest)
+    out, key = layout.stage(stage.name), stage_digest(recipe, index, data_digests)
     job = StageJob(
         stage=stage.model_dump(mode="json"),
         train=recipe.train.model_dump(mode="json"),
         seed=recipe.seed,
-        data=str(layout.data),
+        data=str(layout.data[stage.name]),
         start_from=str(start_from),
         export_to=str(out),
         threads=recipe.train.cpus_per_worker,
@@ -150,7 +154,7 @@ def run_stage(recipe: Recipe, stage: StageRecipe, layout: Layout, data_digest: s
     finally:
         pump.stop()
         ray.kill(log)
-    write_json(out / DONE, json.dumps({"digest": key, "stage": stage.name, "data_digest": data_digest}, indent=2))
+    write_json(out / DONE, json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2))
     return out
 
 

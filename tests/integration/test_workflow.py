@@ -1,0 +1,121 @@
+"""The main job on the real parts, tiny: Ray Data, Ray Train with two DeepSpeed workers, MLflow, evaluation, chat.
+
+One run is shared by the tests that look at it; another is killed in the middle and must end in the same model.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from mlmamba.loading import load_model
+from tests.integration.tiny import mlmamba, recipe, start, write_corpus, write_recipe
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("corpus")
+    write_corpus(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe_file(corpus) -> Path:
+    return write_recipe(corpus / "tiny.yaml", recipe(corpus))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file, tmp_path_factory) -> dict:
+    """Summary of one whole run."""
+    result = mlmamba("run", recipe_file, "--storage", tmp_path_factory.mktemp("storage"), "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout) | {"stderr": result.stderr}
+
+
+def test_the_run_ends_in_a_registered_and_promoted_model(finished):
+    client = MlflowClient(f"sqlite:///{finished['storage']}/mlflow.db")
+    assert client.get_model_version_by_alias("tiny", "champion").version == "1"
+    assert finished["model"]["promoted"]
+
+
+def test_every_question_is_scored_beside_the_baselines(finished):
+    evaluation = finished["evaluation"]
+    assert evaluation["questions"]["overall"] == 36
+    for table in ("scores", "blind", "majority"):
+        assert 0 <= evaluation[table]["overall"] <= 1
+    assert evaluation["majority"]["overall"] == pytest.approx(1 / 3)
+
+
+def test_one_mlflow_run_holds_parameters_losses_and_data(finished):
+    client = MlflowClient(f"sqlite:///{finished['storage']}/mlflow.db")
+    run = client.get_run(finished["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.stages.1.name"] == "full"
+    losses = client.get_metric_history(finished["run_id"], "train/loss")
+    assert [m.step for m in losses] == [2, 4, 6, 8, 10, 12, 14]
+    assert losses[-1].value < losses[0].value
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.digest == finished["data"]["digest"].removeprefix("sha256:")[:36]
+    assert {f.path for f in client.list_artifacts(finished["run_id"])} >= {"samples.png", "scores.json"}
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    assert len(client.search_runs(experiments)) == 1
+
+
+def test_the_connector_stage_trains_the_connector_alone(finished):
+    run = Path(finished["model"]["folder"]).parents[1]
+    before = load_file(run / "initial" / "model.safetensors")
+    after = load_file(run / "stages" / "connector" / "model.safetensors")
+    last = load_file(run / "stages" / "full" / "model.safetensors")
+    assert before.keys() == after.keys() == last.keys()
+    moved = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert moved == {"connector"}
+    moved = {name.split(".")[0] for name in before if not after[name].equal(last[name])}
+    assert moved == {"connector", "language_model"}
+    assert "stage connector: trains connector (" in finished["stderr"]
+
+
+def test_a_second_run_does_nothing_and_says_so(finished, recipe_file):
+    again = mlmamba("run", recipe_file, "--storage", finished["storage"], "--json")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("done before, skipped") == 4  # data, two stages, evaluation
+    ours = {k: v for k, v in finished.items() if k != "stderr"}
+    assert json.loads(again.stdout) == ours
+
+
+def test_chat_answers_from_the_registry(finished, corpus):
+    picture = corpus / "test" / "0.png"
+    reference, question = "models:/tiny@champion", "What colour is it?"
+    said = mlmamba(
+        "chat", reference, "--storage", finished["storage"], "--image", picture, "--question", question, "--json"
+    )
+    assert said.returncode == 0, said.stderr
+    assert isinstance(json.loads(said.stdout)["answer"], str)
+
+
+def test_the_model_folder_opens_by_itself(finished):
+    model, processor = load_model(finished["model"]["folder"])
+    assert processor.tokens_per_image == 4
+    assert model.config.image_token_id == processor.image_token_id
+
+
+def test_killed_in_training_it_goes_on_and_ends_in_the_same_weights(finished, recipe_file, tmp_path):
+    """SIGKILL to the whole process group after the first checkpoint of the last stage, then the same command."""
+    killed = start("run", recipe_file, "--storage", tmp_path)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("runs/*/checkpoints/full-*/step-*")) and time.monotonic() < deadline:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    again = mlmamba("run", recipe_file, "--storage", tmp_path, "--json")
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)
+    assert "going on from the checkpoint of step" in again.stderr
+    assert summary["data"]["digest"] == finished["data"]["digest"]
+    ours, undisturbed = (load_file(Path(s["model"]["folder"]) / "model.safetensors") for s in (summary, finished))
+    assert all(ours[name].equal(undisturbed[name]) for name in undisturbed)

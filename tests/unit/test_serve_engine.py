@@ -1,0 +1,249 @@
+"""The engine: answers in a batch are the answers alone, each row ends for its own reason, and the queue is bounded."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlmamba.configuration import MLMambaConfig
+from mlmamba.conversation import IMAGE_TOKEN, Turn
+from mlmamba.loading import load_model
+from mlmamba.modeling import MLMambaForConditionalGeneration
+from pipelines.config import TokenizerConfig
+from pipelines.tokenizer import load_or_train
+from workflows.build import save
+from workflows.serve.engine import Engine, EngineClosed, QueueFull
+from workflows.serve.generation import Prompt, Settings, generate
+from workflows.serve.limits import Limits
+
+TEXTS = ["what is the blue shape?", "a rectangle", "is there a red circle in the image?", "yes", "no"] * 20
+QUESTIONS = [
+    "what is shown?",
+    "is there a red circle in the image? say it",
+    "a",
+    "what is the shape? " * 4,
+    "no",
+    "yes",
+]
+
+
+def save_tiny_model(out, max_length=200):
+    """A model with random weights: a pretend encoder of 64 px and 4 tokens per picture, and two Mamba-2 layers."""
+    torch.manual_seed(3)
+    tokenizer = load_or_train(TokenizerConfig(train_vocab_size=300), iter(TEXTS))
+    config = MLMambaConfig(
+        text_config={
+            "vocab_size": 304,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 16,
+            "head_dim": 16,
+            "num_heads": 4,
+            "expand": 2,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        vision_config={"towers": [{"model": "test_vit.r160_in1k", "block": -2}], "image_size": 64},
+        connector_config={"name": "msc_advanced", "head_dim": 16, "state_size": 16, "chunk_size": 16},
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        max_position_embeddings=max_length,
+    )
+    model = MLMambaForConditionalGeneration(config)
+    with torch.no_grad():
+        for layer in model.language_model.backbone.layers:
+            layer.mixer.A_log.fill_(-3)  # as drawn, it would have forgotten the picture before it answers
+    save(model, tokenizer, out)
+    return out
+
+
+def picture(seed=0, size=(48, 40)):
+    """A few large random blocks: noise would be all alike to the encoder."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (2, 2, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return load_model(save_tiny_model(tmp_path_factory.mktemp("serve") / "tiny"))
+
+
+@pytest.fixture
+def engine(loaded):
+    engine = Engine(*loaded, Limits(max_batch=4, max_waiting=6), threads=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def gate(loaded, monkeypatch):
+    """Holds the model back until it is opened, and records the size of every batch."""
+    opened, sizes, original = threading.Event(), [], loaded[0].generate
+
+    def generate_when_open(input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        assert opened.wait(30)
+        return original(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(loaded[0], "generate", generate_when_open)
+    opened.sizes = sizes
+    return opened
+
+
+def prompts(engine):
+    """Different lengths, some with a picture or two."""
+    shown = [i % 3 for i in range(len(QUESTIONS))]
+    pictures = [[picture(10 * i + j) for j in range(n)] for i, n in enumerate(shown)]
+    return [engine.prepare([Turn("user", q, len(p))], p) for q, p in zip(QUESTIONS, pictures, strict=True)]
+
+
+def test_an_answer_in_a_batch_is_the_answer_alone(engine, loaded):
+    asked = prompts(engine)
+    settings = [Settings(max_tokens=4 + 5 * i) for i in range(len(asked))]
+    alone = [generate(*loaded, [p], [s])[0] for p, s in zip(asked, settings, strict=True)]
+    assert generate(*loaded, asked, settings) == alone
+    assert len({answer.text for answer in alone}) == len(alone)
+    assert [a.completion_tokens for a in alone] == [s.max_tokens for s in settings]
+    assert [a.prompt_tokens for a in alone] == [len(p.input_ids) for p in asked]
+
+
+def test_pictures_go_to_their_own_prompts(engine, loaded):
+    asked = [engine.prepare([Turn("user", "what?", 1)], [picture(seed)]) for seed in range(4)]
+    answers = generate(*loaded, asked, [Settings(max_tokens=20)] * 4)
+    assert len({answer.text for answer in answers}) > 1  # else the model does not look, and this shows nothing
+    reverse = generate(*loaded, asked[::-1], [Settings(max_tokens=20)] * 4)
+    assert reverse == answers[::-1]
+
+
+def test_the_answer_is_what_the_model_generates(engine, loaded):
+    model, processor = loaded
+    inputs = processor(images=[picture(5)], text=processor.prompt([Turn("user", "what?", 1)]))
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    expected = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    prompt = engine.prepare([Turn("user", "what?", 1)], [picture(5)])
+    assert engine.submit(prompt, Settings(max_tokens=20)).result(30).text == expected
+
+
+def test_rows_end_by_stop_string_and_length(engine, loaded):
+    asked = prompts(engine)[:3]
+    free = generate(*loaded, asked, [Settings(12)] * 3)
+    stop = free[1].text[3:6]
+    settings = [Settings(12), Settings(12, stop=("never seen", stop)), Settings(7)]
+    ended = generate(*loaded, asked, settings)
+    assert ended[0] == free[0]
+    assert (ended[1].text, ended[1].finish_reason) == (free[1].text[: free[1].text.index(stop)].strip(), "stop")
+    assert ended[1].completion_tokens < 12
+    assert (ended[2].completion_tokens, ended[2].finish_reason) == (7, "length")
+    assert free[2].text.startswith(ended[2].text)
+
+
+def test_rows_end_by_the_end_token(engine, loaded, monkeypatch):
+    model, asked = loaded[0], prompts(engine)[:3]
+    with torch.inference_mode():
+        ids = model.generate(input_ids=asked[0].input_ids[None], max_new_tokens=12, do_sample=False)[0]
+    new = ids[len(asked[0].input_ids) :].tolist()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", new[4])
+    ended = generate(*loaded, asked, [Settings(12)] * 3)
+    assert (ended[0].finish_reason, ended[0].completion_tokens) == ("stop", new.index(new[4]) + 1)
+    assert ended == [generate(*loaded, [p], [Settings(12)])[0] for p in asked]
+    assert len({answer.completion_tokens for answer in ended}) > 1
+
+
+def test_a_seed_decides_a_sampled_answer(engine):
+    prompt = engine.prepare([Turn("user", "what?")], [])
+    sampled = [Settings(16, temperature=1.5, top_p=0.95, seed=seed) for seed in (1, 1, 2)]
+    before = torch.random.get_rng_state()
+    futures = [engine.submit(prompt, s) for s in (sampled[0], Settings(16), sampled[1], Settings(16), sampled[2])]
+    first, greedy, again, greedy_again, other = (future.result(30).text for future in futures)
+    assert first == again != other
+    assert greedy == greedy_again != first
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_without_a_seed_answers_vary(engine):
+    prompt = engine.prepare([Turn("user", "what?")], [])
+    futures = [engine.submit(prompt, Settings(16, temperature=2.0)) for _ in range(3)]
+    assert len({future.result(30).text for future in futures}) > 1
+
+
+def test_a_vanishing_temperature_is_greedy():
+    assert Settings(4, temperature=1e-9).greedy
+    assert not Settings(4, temperature=0.1).greedy
+
+
+def test_those_that_wait_are_answered_together(engine, gate):
+    prompt = engine.prepare([Turn("user", "what?")], [])
+    first = engine.submit(prompt, Settings(2))
+    while not gate.sizes:
+        pass
+    waiting = [engine.submit(prompt, Settings(2)) for _ in range(3)]
+    waiting.append(engine.submit(prompt, Settings(2, temperature=1.0)))
+    waiting += [engine.submit(prompt, Settings(2)) for _ in range(2)]
+    gate.set()
+    for future in (first, *waiting):
+        future.result(30)
+    assert gate.sizes == [1, 4, 1, 1]  # max_batch greedy ones, the sampled one, the greedy one left over
+
+
+def test_the_queue_is_bounded_and_cancelling_frees_a_place(engine, gate):
+    prompt = engine.prepare([Turn("user", "what?")], [])
+    running = engine.submit(prompt, Settings(2))
+    while not gate.sizes:
+        pass
+    waiting = [engine.submit(prompt, Settings(2)) for _ in range(6)]
+    with pytest.raises(QueueFull) as full:
+        engine.submit(prompt, Settings(2))
+    assert 1 <= full.value.retry_after <= 60
+    assert waiting[2].cancel()
+    replacement = engine.submit(prompt, Settings(2))
+    gate.set()
+    for future in (running, *waiting[:2], *waiting[3:], replacement):
+        future.result(30)
+
+
+def test_one_bad_prompt_does_not_fail_its_neighbours(engine, gate):
+    good = engine.prepare([Turn("user", "what?", 1)], [picture()])
+    bad = Prompt(good.input_ids, None)  # placeholders and no picture: only the model itself can notice
+    first = engine.submit(good, Settings(4))
+    while not gate.sizes:
+        pass
+    futures = [engine.submit(p, Settings(4)) for p in (good, bad, good)]
+    gate.set()
+    assert futures[0].result(30) == futures[2].result(30) == first.result(30)
+    with pytest.raises(ValueError, match="placeholders"):
+        futures[1].result(30)
+    assert engine.alive
+
+
+def test_closing_answers_those_that_wait(loaded):
+    engine = Engine(*loaded, Limits(max_batch=2))
+    engine.warm_up()
+    prompt = engine.prepare([Turn("user", "what?")], [])
+    futures = [engine.submit(prompt, Settings(4)) for _ in range(5)]
+    engine.close()
+    assert all(future.done() for future in futures)
+    assert not engine.alive
+    with pytest.raises(EngineClosed):
+        engine.submit(prompt, Settings(4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("long " * 300, "over the limit of 200"),
+        ("<image>", "empty"),
+    ],
+)
+def test_prompts_that_cannot_be(engine, text, message):
+    with pytest.raises(ValueError, match=message):
+        engine.prepare([Turn("user", text)], [])
+
+
+def test_room_for_pictures(engine):
+    assert engine.max_pictures == 200 // 16

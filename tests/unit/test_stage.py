@@ -1,0 +1,72 @@
+"""What a stage trains and freezes, its parameter groups and its schedule."""
+
+import pytest
+import torch
+from torch import nn
+
+from workflows.config import StageRecipe, TrainRecipe
+from workflows.train.loop import deepspeed_config
+from workflows.train.stage import describe, freeze, parameter_groups, schedule, total_steps
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vision = nn.Linear(2, 3)
+        self.connector = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        self.language_model = nn.Linear(4, 5)
+        self.language_model.A_log = nn.Parameter(torch.zeros(2, 2))
+
+
+def stage(**changes) -> StageRecipe:
+    return StageRecipe(
+        **{"name": "s", "trains": ["connector"], "steps": 10, "learning_rate": 1.0, "batch_rows": 4, **changes}
+    )
+
+
+def test_only_the_named_parts_train():
+    model = Model()
+    text = describe(stage(), freeze(model, stage()))
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"connector"}
+    assert text == "stage s: trains connector (24); frozen: vision (9), language_model (29); saves the whole model"
+
+
+def test_a_later_stage_thaws_what_an_earlier_one_froze():
+    model = Model()
+    freeze(model, stage())
+    freeze(model, stage(trains=["language_model"]))
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"language_model"}
+
+
+def test_biases_norms_and_state_space_parameters_are_never_decayed():
+    model = Model()
+    freeze(model, stage(trains=["connector", "language_model"]))
+    decayed, plain = parameter_groups(model, 0.1)
+    assert {id(p) for p in decayed["params"]} == {id(model.connector[0].weight), id(model.language_model.weight)}
+    assert decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0.0
+    assert len(plain["params"]) == 5
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    recipe = stage(steps=100, warmup=0.1)
+    scheduler, rates = schedule(recipe, optimizer, 100), []
+    for _ in range(100):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] > 0
+    assert max(rates) == rates[10] == 1.0
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert rates[-1] < 0.01
+
+
+@pytest.mark.parametrize(("length", "expected"), [({"steps": 7}, 7), ({"steps": None, "epochs": 2.5}, 25)])
+def test_steps_come_from_steps_or_epochs(length, expected):
+    assert total_steps(stage(**length), rows=43) == expected
+
+
+def test_accumulation_fills_the_batch():
+    train = TrainRecipe(workers=2, stages=[stage(batch_rows=12, micro_batch_rows=2)])
+    assert deepspeed_config(train.stages[0], train)["gradient_accumulation_steps"] == 3
