@@ -35,6 +35,7 @@ def export_model(engine, start_from: Path, out: Path, rank: int) -> None:
             if file.name != "model.safetensors":
                 shutil.copy2(file, partial / file.name)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could mark it finished
         partial.replace(out)
     dist.barrier()
 

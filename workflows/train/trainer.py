@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,9 @@ def run_stage(
     finally:
         pump.stop()
         ray.kill(log)
-    write_json(out / DONE, json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2))
+    text = json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2)
+    write_json(out / DONE, text)
+    shutil.rmtree(layout.checkpoints / f"{stage.name}-{key}", ignore_errors=True)  # only an unfinished stage needs them
     return out
 
 
