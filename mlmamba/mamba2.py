@@ -253,6 +253,8 @@ class Mamba2Backbone(nn.Module):
             if seq_idx is not None:  # padding belongs to the last sequence: it ends none
                 last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
                 seq_idx = seq_idx.gather(1, order.gather(1, torch.arange(x.shape[1], device=x.device).minimum(last)))
+        if seq_idx is not None:  # numbered through, as the operators need it: an id that comes back is a new sequence
+            seq_idx = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
         for i, layer in enumerate(self.layers):
             before = state.layers[i] if state is not None and state.layers else None
             if self.gradient_checkpointing and self.training:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 
 from workflows.config import Recipe
@@ -48,8 +49,9 @@ def resolve_model(reference: str, storage: Path) -> ResolvedModel:
             raise WorkflowError(f"{reference} is neither a model folder (no config.json) nor models:/NAME@ALIAS")
         return ResolvedModel(folder)
     version = get_version(connect(storage), reference)
-    folder = mlflow.artifacts.download_artifacts(f"{PREFIX}{version.name}/{version.version}")
-    return ResolvedModel(Path(folder) / "artifacts" / "model", version.name, str(version.version), version.run_id)
+    package = Path(mlflow.artifacts.download_artifacts(f"{PREFIX}{version.name}/{version.version}"))
+    inside = Model.load(package).flavors["python_function"]["artifacts"]["model"]["path"]
+    return ResolvedModel(package / inside, version.name, str(version.version), version.run_id)
 
 
 def get_version(client: MlflowClient, reference: str):

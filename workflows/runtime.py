@@ -24,6 +24,7 @@ def quiet_libraries() -> None:
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed reports its search for one
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="mlflow")
     for name in ("DeepSpeed", "deepspeed", "mlflow", "alembic", "transformers", "timm"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

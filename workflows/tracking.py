@@ -23,11 +23,12 @@ from workflows.config import Recipe
 from workflows.layout import Layout
 
 WORKFLOW_TAG = "mlmamba.workflow"
+SERVER = os.environ.get("MLFLOW_TRACKING_URI")  # read once: mlflow.set_tracking_uri overwrites it
 
 
 def tracking_uri(storage: Path) -> str:
-    """MLFLOW_TRACKING_URI when it is set, else an SQLite database in the storage folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI when it was set by the user, else an SQLite database in the storage folder."""
+    return SERVER or f"sqlite:///{storage / 'mlflow.db'}"
 
 
 def connect(storage: Path) -> MlflowClient:
@@ -60,7 +61,7 @@ class Tracker:
         existing = self.client.get_experiment_by_name(name)
         if existing:
             return existing.experiment_id
-        location = None if os.environ.get("MLFLOW_TRACKING_URI") else (storage / "mlflow").as_uri()
+        location = None if SERVER else (storage / "mlflow").as_uri()
         return self.client.create_experiment(name, artifact_location=location)
 
     def _log_parameters(self, recipe: Recipe) -> None:

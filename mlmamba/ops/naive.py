@@ -30,7 +30,8 @@ def ssd(
         B, C: (b, l, g, n).
         D: (h,) skip weights, or None.
         initial_state: (b, h, p, n), or None for zeros. It belongs to the sequence of the first position.
-        seq_idx: (b, l) integers, or None. The state restarts from zero where the value changes.
+        seq_idx: (b, l) integers, or None. The state restarts from zero where the value changes; a value that was left
+            must not come back in its row.
 
     Returns:
         y of shape (b, l, h, p) in x's dtype, and the final state (b, h, p, n) in float32 (float64 for float64 input).

@@ -12,7 +12,6 @@ registered model, `x-model-run-id` (the MLflow run that made it). Prompts, pictu
 import asyncio
 import logging
 import time
-import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from starlette.exceptions import HTTPException
 
 from workflows.registry import ResolvedModel
 from workflows.serve.engine import Engine, EngineClosed, QueueFull
-from workflows.serve.errors import ApiError, bad_request
+from workflows.serve.errors import ApiError, bad_request, without_message
 from workflows.serve.generation import Answer, Prompt, Settings
 from workflows.serve.limits import Limits
 from workflows.serve.messages import read_messages
@@ -116,9 +115,8 @@ def build_app(service: Service) -> FastAPI:
             completion = await service.complete(body)
         except ApiError:
             raise
-        except Exception as error:  # the message is not logged: it could repeat what was asked
-            where = "".join(traceback.format_tb(error.__traceback__)[-3:])
-            logger.error("a request failed with %s\n%s", type(error).__name__, where)
+        except Exception as error:
+            logger.error("a request failed: %s", without_message(error))
             raise ApiError(500, "the server failed to answer; its log says where", code="internal") from error
         return JSONResponse(completion.model_dump())
 

@@ -33,7 +33,7 @@ class ServeOptions(StrictModel):
     """Limits of one replica."""
 
 
-@serve.deployment(name="mlmamba", max_constructor_retry_count=3)
+@serve.deployment(name="mlmamba", max_constructor_retry_count=2)
 @serve.ingress()
 class ModelDeployment:
     """Loads the model before it counts as running, so Ray Serve sends requests only to replicas that can answer."""

@@ -4,7 +4,6 @@ import logging
 import math
 import threading
 import time
-import traceback
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from PIL import Image
 
 from mlmamba.conversation import Turn
 from mlmamba.pictures import to_pixels
+from workflows.serve.errors import without_message
 from workflows.serve.generation import Answer, Prompt, Settings, generate
 from workflows.serve.limits import Limits
 
@@ -152,12 +152,10 @@ class Engine:
         try:
             answers = generate(self._model, self._processor, [j.prompt for j in jobs], [j.settings for j in jobs])
         except Exception as error:
-            # The message is not logged: it could repeat what was asked.
-            where = "".join(traceback.format_tb(error.__traceback__)[-3:])
-            logger.error("a batch of %d failed with %s\n%s", len(jobs), type(error).__name__, where)
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
                 return
+            logger.error("a batch of %d failed, each is tried alone: %s", len(jobs), without_message(error))
             for job in jobs:  # one request must not fail its neighbours
                 self._answer([job])
             return

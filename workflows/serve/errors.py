@@ -1,5 +1,7 @@
 """Errors that a client sees, in the form of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
+import traceback
+
 
 class ApiError(Exception):
     """A request that is answered with an error.
@@ -42,3 +44,8 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A 400."""
     return ApiError(400, message, param, code)
+
+
+def without_message(error: BaseException) -> str:
+    """An error for the log: its type and where it was raised. Its message could repeat what was asked."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"

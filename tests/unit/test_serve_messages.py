@@ -1,0 +1,152 @@
+"""Messages to turns and pictures: order, system text, and every way in which a picture can be wrong."""
+
+import base64
+import io
+import json
+import struct
+import textwrap
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlmamba.conversation import Turn
+from workflows.serve.client import data_uri
+from workflows.serve.errors import ApiError
+from workflows.serve.limits import Limits
+from workflows.serve.messages import read_messages
+from workflows.serve.schema import parse_request
+
+
+def encoded(size=(8, 6), kind="PNG", colour=(200, 10, 10)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def image(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def read(*messages, limits=None, max_pictures=4):
+    body = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    return read_messages(parse_request(json.dumps(body).encode()).messages, limits or Limits(), max_pictures)
+
+
+def refused(*messages, **kwargs):
+    with pytest.raises(ApiError) as caught:
+        read(*messages, **kwargs)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_a_conversation_with_pictures():
+    red, blue = data_uri(encoded()), data_uri(encoded((4, 4), "JPEG", (0, 0, 250)))
+    turns, pictures = read(
+        ("user", [text("look at"), image(red), text("this"), image(blue)]),
+        ("assistant", "a square"),
+        ("user", [image(red), text("sure?")]),
+    )
+    assert turns == [
+        Turn("user", "look at\nthis", images=2),
+        Turn("assistant", "a square"),
+        Turn("user", "sure?", images=1),
+    ]
+    assert [picture.size for picture in pictures] == [(8, 6), (4, 4), (8, 6)]
+    assert pictures[0].getpixel((0, 0)) == (200, 10, 10)
+
+
+def test_system_text_opens_the_first_user_turn():
+    turns, _ = read(
+        ("system", "Be brief."), ("developer", [text("In English.")]), ("system", ""), ("user", "what?"),
+        ("assistant", "a circle"), ("user", "sure?"),
+    )  # fmt: skip
+    assert turns[0] == Turn("user", "Be brief.\n\nIn English.\n\nwhat?")
+    assert turns[2] == Turn("user", "sure?")
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (["assistant"], "messages\\[0\\] has role 'assistant'"),
+        (["user", "user"], "messages\\[1\\] has role 'user'"),
+        (["system", "user", "assistant", "assistant"], "messages\\[3\\] has role 'assistant'"),
+        (["user", "assistant"], "last message must be the user's"),
+        (["system"], "last message must be the user's"),
+        (["user", "system", "user"], "before all others"),
+    ],
+)
+def test_roles_out_of_order(roles, message):
+    error = refused(*[(role, "words") for role in roles])
+    assert error.code == "role_order"
+    with pytest.raises(ApiError, match=message):
+        raise error
+
+
+@pytest.mark.parametrize("content", ["", " \n", [], [text("")], [image(data_uri(encoded()))]])
+def test_a_message_without_text(content):
+    assert refused(("user", content)).code == "empty_message"
+
+
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_only_users_show_pictures(role):
+    before = [] if role == "system" else [("user", "what?")]
+    error = refused(*before, (role, [image(data_uri(encoded())), text("x")]), ("user", "what?"))
+    assert "only user messages" in str(error)
+
+
+def damaged():
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()[:2000]
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("https://example.com/a.png", "remote_picture"),
+        ("file:///etc/passwd", "remote_picture"),
+        ("", "remote_picture"),
+        ("data:image/png;base64", "invalid_data_uri"),
+        ("data:image/png,abc", "invalid_data_uri"),
+        ("data:text/html;base64,AAAA", "invalid_data_uri"),
+        ("data:image/png;base64,@@@@", "invalid_base64"),
+        ("data:image/png;base64,AAA", "invalid_base64"),
+        ("data:image/png;base64,ÄÖ", "invalid_base64"),
+        ("data:image/png;base64,", "image_unreadable"),
+        (data_uri(b"no picture at all"), "image_unreadable"),
+        (data_uri(encoded()[:40]), "image_unreadable"),
+        (data_uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "image_unreadable"),
+        (data_uri(damaged()), "image_truncated"),
+    ],
+)
+def test_a_picture_that_cannot_be_used(url, code):
+    error = refused(("user", [text("what?"), image(url)]))
+    assert (error.code, error.param) == (code, "messages[0].content[1].image_url.url")
+
+
+def test_picture_limits():
+    url = data_uri(encoded((40, 40)))
+    asked = ("user", [text("what?"), image(url)])
+    assert refused(asked, limits=Limits(picture_pixels=1599)).code == "image_bomb"
+    assert refused(asked, limits=Limits(picture_bytes=50)).code == "picture_too_large"
+    assert refused(("user", [text("what?"), *[image(url)] * 5])).code == "too_many_pictures"
+    assert len(read(asked, limits=Limits(picture_pixels=1600, picture_bytes=2000))[1]) == 1
+
+
+def test_a_bomb_is_refused_before_it_is_decoded():
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    bomb += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    assert refused(("user", [text("what?"), image(data_uri(bomb))])).code == "image_bomb"
+
+
+def test_base64_with_line_breaks():
+    lines = "\n".join(textwrap.wrap(base64.b64encode(encoded()).decode(), 20))
+    assert len(read(("user", [text("what?"), image(f"data:image/png;base64,{lines}")]))[1]) == 1
