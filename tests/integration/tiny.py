@@ -69,11 +69,11 @@ def recipe(root: Path, **changes) -> dict:
         },
         "train": {
             "workers": 2,
-            "save_every": 3,
-            "log_every": 2,
+            "save_every": 4,
+            "log_every": 4,
             "stages": [
                 {"name": "connector", "trains": ["connector"], "steps": 2, **stage},
-                {"name": "full", "trains": ["connector", "language_model"], "steps": 12, **stage},
+                {"name": "full", "trains": ["connector", "language_model"], "steps": 40, **stage},
             ],
         },
         "evaluate": {"max_new_tokens": 4, "batch_pictures": 4},

@@ -15,9 +15,9 @@ import pytest
 import torch
 import uvicorn
 from PIL import Image
-from tiny import pictures, tiny_model, tiny_tokenizer
 
 from mlmamba.loading import load_model
+from tests.tiny import pictures, tiny_model, tiny_tokenizer
 from workflows.build import save
 from workflows.registry import ResolvedModel
 from workflows.serve.app import Served, Service, build_app

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import PER_IMAGE, tiny_model, tiny_tokenizer
 
 from mlmamba.conversation import Turn
 from mlmamba.loading import load_model
+from tests.tiny import PER_IMAGE, tiny_model, tiny_tokenizer
 from workflows.build import save
 from workflows.serve.engine import Engine, EngineClosed, QueueFull
 from workflows.serve.generation import Prompt, Settings, generate

@@ -138,13 +138,14 @@ def _deploy(reference: str, storage: Path, host: str, port: int, replicas: int, 
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         serve.run(application(options), name=APPLICATION)
     except RuntimeError as error:
-        raise WorkflowError(f"the model could not be served: {_root_cause(error)}") from error
+        raise WorkflowError(f"{reference} could not be served: {_cause(serve.status())}") from error
 
 
-def _root_cause(error: BaseException) -> str:
-    """The last line of the replica's traceback, which Ray Serve puts into its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _cause(status) -> str:
+    """The last line of the replica's traceback, which Ray Serve keeps in the deployment's message."""
+    deployments = [d for application in status.applications.values() for d in application.deployments.values()]
+    lines = [line.strip() for d in deployments for line in d.message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Ray Serve gives no reason; see its logs in /tmp/ray/session_latest/logs/serve"
 
 
 def _stop(owns_ray: bool) -> None:

@@ -1,0 +1,223 @@
+"""The service as users meet it: `serve_model` on a real Ray Serve, asked over real HTTP on a free loopback port."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import shlex
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import ray
+import torch
+from PIL import Image
+
+from mlmamba.conversation import Turn
+from mlmamba.loading import load_model
+from mlmamba.pictures import open_picture
+from tests.tiny import tiny_model, tiny_tokenizer
+from workflows.build import save
+from workflows.errors import UsageError, WorkflowError
+from workflows.evaluate.answer import Answerer, Asked
+from workflows.serve.client import ask, data_uri, request
+from workflows.serve.run import check_port, serve_model
+
+CHAT = "/v1/chat/completions"
+TOKENS = 12
+
+
+def picture(seed, kind="PNG"):
+    """An encoded picture of a few large blocks."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (3, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((40, 30), Image.Resampling.NEAREST).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    save(tiny_model({"tie_word_embeddings": False}, max_position_embeddings=300), tiny_tokenizer(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder, tmp_path_factory):
+    started_here = not ray.is_initialized()
+    with serve_model(
+        str(folder), tmp_path_factory.mktemp("storage"), port=free_port(), threads=1, block=False
+    ) as server:
+        yield server.url
+    assert ray.is_initialized() != started_here
+    with pytest.raises(urllib.error.URLError):
+        request(server.url, "/healthz")
+
+
+def post(url, body):
+    """Status and JSON of a chat completion request, whatever its status."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    call = urllib.request.Request(url + CHAT, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(call, timeout=60) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_answers_are_those_of_the_model(url, folder):
+    asked = [Asked(picture(1), ["what is shown?", "is it red?"]), Asked(picture(2, "JPEG"), ["what is shown?"])]
+    asked.append(Asked(None, ["say something"]))
+    expected = [text for texts in Answerer(folder, TOKENS).answer(asked) for text in texts]
+    answers = [ask(url, q, item.image, max_tokens=TOKENS) for item in asked for q in item.questions]
+    assert answers == expected
+    assert len(set(answers)) == len(answers)
+
+
+def test_eight_at_once_get_the_answers_they_get_alone(url):
+    questions = ["what?", "what is shown in this picture?", "a " * 20 + "b", "is it red?"] * 2
+    pictures = [None if i % 3 == 0 else picture(i) for i in range(8)]
+    alone = [ask(url, q, p, max_tokens=TOKENS + i) for i, (q, p) in enumerate(zip(questions, pictures, strict=True))]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: ask(url, questions[i], pictures[i], max_tokens=TOKENS + i), range(8)))
+    assert together == alone
+    assert len(set(alone)) == 8
+
+
+def test_a_conversation_with_several_pictures_and_a_system_message(url, folder):
+    shown = [{"type": "image_url", "image_url": {"url": data_uri(picture(seed))}} for seed in (3, 4)]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "which is larger?"}, *shown]},
+        {"role": "assistant", "content": "the first"},
+        {"role": "user", "content": [shown[0], {"type": "text", "text": "sure?"}]},
+    ]
+    status, content = post(url, {"messages": messages, "max_tokens": TOKENS})
+    assert status == 200
+    model, processor = load_model(folder)
+    turns = [Turn("user", "Be brief.\n\nwhich is larger?", 2), Turn("assistant", "the first"), Turn("user", "sure?", 1)]
+    inputs = processor([open_picture(picture(seed)) for seed in (3, 4, 3)], processor.prompt(turns))
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert content["choices"][0]["message"]["content"] == expected
+    assert content["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+    assert content["usage"]["completion_tokens"] == len(ids)
+
+
+BAD_PICTURE = {"type": "image_url", "image_url": {"url": data_uri(picture(1)[:60])}}
+MALFORMED = {
+    "empty": b"",
+    "not JSON": b"{messages: hello}",
+    "not UTF-8": b'{"messages": "\xff"}',
+    "deep": b"[" * 50_000,
+    "not an object": b"[1, 2]",
+    "no messages": {},
+    "no turns": {"messages": []},
+    "wrong type": {"messages": [{"role": "user", "content": 5}]},
+    "wrong role": {"messages": [{"role": "robot", "content": "hello"}]},
+    "wrong order": {"messages": [{"role": "assistant", "content": "hello"}]},
+    "no text": {"messages": [{"role": "user", "content": ""}]},
+    "too long": {"messages": [{"role": "user", "content": "hello " * 500}]},
+    "stream": {"messages": [{"role": "user", "content": "hello"}], "stream": True},
+    "max_tokens": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 10**9},
+    "temperature": {"messages": [{"role": "user", "content": "hello"}], "temperature": "hot"},
+    "damaged picture": {"messages": [{"role": "user", "content": [BAD_PICTURE, {"type": "text", "text": "what?"}]}]},
+    "remote picture": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}},
+                    {"type": "text", "text": "what?"},
+                ],
+            }
+        ]
+    },
+}
+
+
+def test_malformed_requests_are_400_and_the_service_goes_on(url):
+    before = ask(url, "what?", picture(1), max_tokens=TOKENS)
+    for name, body in MALFORMED.items():
+        status, content = post(url, body)
+        assert status == 400, (name, content)
+        assert content["error"].keys() == {"message", "type", "param", "code"}, name
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", CHAT)
+    connection.putheader("Content-Length", "500")
+    connection.endheaders(b'{"messages": [')  # and hangs up in the middle
+    connection.close()
+    assert ask(url, "what?", picture(1), max_tokens=TOKENS) == before
+
+
+def test_models_and_health(url):
+    (entry,) = request(url, "/v1/models")["data"]
+    assert (entry["id"], entry["label"], entry["version"]) == ("tiny", "tiny", None)
+    assert request(url, "/healthz") == {"status": "alive"}
+    assert request(url, "/readyz") == {"status": "ready"}
+    with urllib.request.urlopen(url + "/healthz", timeout=10) as reply:
+        assert reply.headers["x-model-version"] == "tiny"
+
+
+def test_the_announced_command_works(url, tmp_path):
+    from workflows.registry import ResolvedModel
+    from workflows.serve.run import _announcement
+
+    text = _announcement(url, ResolvedModel(tmp_path), 1)
+    command = text[text.index("curl") :].replace("picture.png", shlex.quote(str(tmp_path / "a.png")))
+    (tmp_path / "a.png").write_bytes(picture(5))
+    reply = json.loads(subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout)
+    assert reply["choices"][0]["message"]["content"] == ask(url, "what is shown?", picture(5))
+
+
+def test_the_openai_wire_format(url):
+    """The fields that OpenAI's client reads, by name and type."""
+    _, content = post(url, {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3})
+    assert content["id"].startswith("chatcmpl-")
+    assert isinstance(content["created"], int)
+    (choice,) = content["choices"]
+    assert (choice["index"], choice["message"]["role"]) == (0, "assistant")
+    assert choice["finish_reason"] in ("stop", "length")
+    assert base64.b64encode(choice["message"]["content"].encode())
+
+
+def test_a_port_in_use_is_said_before_anything_starts(url, folder, tmp_path):
+    port = int(url.rpartition(":")[2])
+    with pytest.raises(UsageError, match=f"--port {port}: 127.0.0.1:{port} is in use"):
+        serve_model(str(folder), tmp_path, port=port)
+    with pytest.raises(UsageError, match="--port 70000"):
+        check_port("127.0.0.1", 70_000)
+    with pytest.raises(UsageError, match="--host 192"):
+        check_port("192.0.2.77", free_port())
+
+
+def test_a_second_service_on_one_ray_is_refused_and_the_first_goes_on(url, folder, tmp_path):
+    with pytest.raises(WorkflowError, match="already runs on this Ray cluster"):
+        serve_model(str(folder), tmp_path, port=free_port(), block=False)
+    assert request(url, "/readyz") == {"status": "ready"}
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(WorkflowError, match="neither a model folder"):
+        serve_model(str(tmp_path), tmp_path, port=free_port())
+
+
+def test_nothing_that_was_asked_is_logged(url):
+    secret = f"secret-{os.getpid()}-question"
+    ask(url, secret, max_tokens=2)
+    post(url, {"messages": [{"role": "user", "content": secret}], "temperature": secret})
+    logs = ray._private.worker._global_node.get_logs_dir_path()
+    found = subprocess.run(["grep", "-rl", secret, logs], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")

@@ -1,0 +1,115 @@
+"""Decoding pictures: whatever bytes come in, either an upright RGB picture comes out or an error with its reason."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlmamba.pictures import PictureError, load_pixels, open_picture, to_pixels
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def encode(picture: Image.Image, form: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, form, **options)
+    return out.getvalue()
+
+
+def two_halves(width: int = 8, height: int = 4) -> Image.Image:
+    """Left half red, right half blue."""
+    picture = Image.new("RGB", (width, height), RED)
+    picture.paste(BLUE, (width // 2, 0, width, height))
+    return picture
+
+
+def reason_of(data: bytes, **options) -> str:
+    with pytest.raises(PictureError) as caught:
+        open_picture(data, **options)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_common_formats_open_in_rgb(form):
+    picture = open_picture(encode(Image.new("RGB", (9, 5), (200, 100, 50)), form))
+    assert (picture.mode, picture.size) == ("RGB", (9, 5))
+    assert np.abs(np.asarray(picture).astype(int) - (200, 100, 50)).max() <= 12
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture at all", b"<html>404</html>", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_what_is_no_picture_is_unreadable(data):
+    assert reason_of(data) == "image_unreadable"
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_truncated_picture_is_an_error(form):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encode(noise, form)
+    assert reason_of(data[: len(data) // 2]) == "image_truncated"
+
+
+def test_too_many_pixels_are_refused_before_decoding():
+    data = encode(Image.new("RGB", (100, 50)))
+    assert open_picture(data, max_pixels=5000).size == (100, 50)
+    assert reason_of(data, max_pixels=4999) == "image_bomb"
+    truncated = data[:60]
+    assert reason_of(truncated, max_pixels=4999) == "image_bomb"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_real_bomb_has_the_same_reason():
+    """Over twice its own limit Pillow raises before we can look at the size; below it warns."""
+    assert reason_of(encode(Image.new("1", (20_000, 10_000)))) == "image_bomb"
+    assert reason_of(encode(Image.new("1", (10_000, 10_000)))) == "image_bomb"
+
+
+@pytest.mark.parametrize(
+    ("orientation", "first_row"),
+    [(1, [RED, BLUE]), (2, [BLUE, RED]), (3, [BLUE, RED]), (6, [RED, RED]), (8, [BLUE, BLUE])],
+)
+def test_the_exif_orientation_is_applied(orientation, first_row):
+    picture = two_halves()
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    upright = open_picture(encode(picture, exif=exif))
+    assert upright.size == ((8, 4) if orientation < 5 else (4, 8))
+    assert [upright.getpixel((0, 0)), upright.getpixel((upright.width - 1, 0))] == first_row
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1", "CMYK"])
+def test_every_mode_becomes_rgb(mode):
+    form = "TIFF" if mode == "CMYK" else "PNG"
+    picture = open_picture(encode(Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode), form))
+    assert picture.mode == "RGB"
+    assert (np.asarray(picture) == 255).all()
+
+
+def test_a_palette_keeps_its_colours():
+    palette = two_halves().convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
+    assert palette.mode == "P"
+    opened = open_picture(encode(palette))
+    assert (opened.getpixel((0, 0)), opened.getpixel((7, 0))) == (RED, BLUE)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    opened = np.asarray(open_picture(encode(Image.fromarray(ramp))))
+    assert (opened == (ramp >> 8)[..., None]).all()
+
+
+def test_pixels_are_channels_first_and_square():
+    pixels = to_pixels(two_halves(8, 8), 8)
+    assert (pixels.dtype, pixels.shape, pixels.flags.c_contiguous) == (np.uint8, (3, 8, 8), True)
+    assert pixels[:, 0, 0].tolist() == [255, 0, 0]
+    assert pixels[:, 0, 7].tolist() == [0, 0, 255]
+
+
+def test_the_aspect_is_ignored():
+    assert to_pixels(two_halves(64, 4), 16).shape == (3, 16, 16)
+
+
+def test_bytes_become_pixels_in_one_call():
+    assert (load_pixels(encode(two_halves()), 8) == to_pixels(two_halves(), 8)).all()
+    with pytest.raises(PictureError):
+        load_pixels(b"nothing", 8)
