@@ -194,8 +194,9 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         state = kwargs.pop("cache_params", None)
         if features is None and pixels is not None:
             features = self.get_image_features(pixels)
+        places = self._image_places(input_ids, features)
         if features is not None:
-            pictures = self._image_places(input_ids, features).sum(1) // features.shape[1]
+            pictures = places.sum(1) // features.shape[1]
             rows = torch.arange(len(features), device=features.device).split(pictures.tolist())
             features = features[torch.cat([row.repeat(expand_size) for row in rows])]
         if state is not None:

@@ -22,7 +22,7 @@ def ssd(
     seq_idx: Tensor | None = None,
     chunk_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `naive.ssd`."""
+    """Same contract as `naive.ssd`. The kernel gives the initial state to sequence 0, so each row counts from 0."""
     return mamba_chunk_scan_combined(
         x,
         dt,
@@ -32,7 +32,7 @@ def ssd(
         chunk_size=chunk_size,
         D=D,
         initial_states=initial_state,
-        seq_idx=None if seq_idx is None else seq_idx.to(torch.int32),
+        seq_idx=None if seq_idx is None else (seq_idx - seq_idx[:, :1]).to(torch.int32),
         return_final_states=True,
     )
 
@@ -46,10 +46,13 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `naive.causal_conv1d`.
 
-    The kernel takes either boundaries or an initial state, so the torch path serves the case with both.
+    The kernel takes either boundaries or an initial state, up to four taps and channels in multiples of 8; the torch
+    path serves the other cases.
     """
-    if seq_idx is not None and initial_state is not None:
+    if (seq_idx is not None and initial_state is not None) or x.shape[2] % 8 or weight.shape[1] > 4:
         return chunked.causal_conv1d(x, weight, bias, initial_state, seq_idx)
+    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8 or x.storage_offset() % 8:
+        x = x.contiguous()  # a slice of a projection need not be aligned as the kernel wants it
     y = causal_conv1d_fn(
         x.transpose(1, 2),
         weight.to(x.dtype),

@@ -11,7 +11,9 @@ import subprocess
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import ray
@@ -22,11 +24,13 @@ from mlmamba.conversation import Turn
 from mlmamba.loading import load_model
 from mlmamba.pictures import open_picture
 from tests.tiny import tiny_model, tiny_tokenizer
+from workflows import pyfunc_model
 from workflows.build import save
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.answer import Answerer, Asked
 from workflows.serve.client import ask, data_uri, request
 from workflows.serve.run import check_port, serve_model
+from workflows.tracking import connect
 
 CHAT = "/v1/chat/completions"
 TOKENS = 12
@@ -48,17 +52,33 @@ def free_port():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    folder = tmp_path_factory.mktemp("serve") / "model"
     save(tiny_model({"tie_word_embeddings": False}, max_position_embeddings=300), tiny_tokenizer(), folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def url(folder, tmp_path_factory):
+def registered(folder, tmp_path_factory):
+    """A storage folder whose registry has the model as version 1 (champion) of `shapes`, and the run that made it."""
+    storage = tmp_path_factory.mktemp("storage")
+    client = connect(storage)
+    experiment = client.create_experiment("shapes", artifact_location=(storage / "mlflow").as_uri())
+    with mlflow.start_run(experiment_id=experiment) as run:
+        code = Path(pyfunc_model.__file__)
+        info = mlflow.pyfunc.log_model(
+            name="model", python_model=str(code), artifacts={"model": str(folder)}, pip_requirements=["mlmamba"]
+        )
+    client.create_registered_model("shapes")
+    client.create_model_version("shapes", source=info.model_uri, run_id=run.info.run_id)
+    client.set_registered_model_alias("shapes", "champion", "1")
+    return storage, run.info.run_id
+
+
+@pytest.fixture(scope="module")
+def url(registered):
+    storage, _ = registered
     started_here = not ray.is_initialized()
-    with serve_model(
-        str(folder), tmp_path_factory.mktemp("storage"), port=free_port(), threads=1, block=False
-    ) as server:
+    with serve_model("models:/shapes@champion", storage, port=free_port(), threads=1, block=False) as server:
         yield server.url
     assert ray.is_initialized() != started_here
     with pytest.raises(urllib.error.URLError):
@@ -162,13 +182,22 @@ def test_malformed_requests_are_400_and_the_service_goes_on(url):
     assert ask(url, "what?", picture(1), max_tokens=TOKENS) == before
 
 
-def test_models_and_health(url):
+def test_models_and_health(url, registered):
     (entry,) = request(url, "/v1/models")["data"]
-    assert (entry["id"], entry["label"], entry["version"]) == ("tiny", "tiny", None)
+    assert (entry["id"], entry["version"], entry["run_id"]) == ("shapes", "1", registered[1])
     assert request(url, "/healthz") == {"status": "alive"}
     assert request(url, "/readyz") == {"status": "ready"}
-    with urllib.request.urlopen(url + "/healthz", timeout=10) as reply:
-        assert reply.headers["x-model-version"] == "tiny"
+
+
+def test_every_response_says_which_version_gave_it(url, registered):
+    ok, refused = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}, {"messages": []}
+    for path, body in ((CHAT, ok), (CHAT, refused), ("/v1/models", None), ("/readyz", None), ("/nowhere", None)):
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        connection.request("POST" if body else "GET", path, json.dumps(body) if body else None)
+        reply = connection.getresponse()
+        assert (reply.headers["x-model-version"], reply.headers["x-model-run-id"]) == ("shapes/1", registered[1])
+        connection.close()
+    assert post(url, ok)[1]["system_fingerprint"] == "shapes/1"
 
 
 def test_the_announced_command_works(url, tmp_path):
@@ -184,7 +213,7 @@ def test_the_announced_command_works(url, tmp_path):
 
 def test_the_openai_wire_format(url):
     """The fields that OpenAI's client reads, by name and type."""
-    _, content = post(url, {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3})
+    _, content = post(url, {"model": "shapes", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3})
     assert content["id"].startswith("chatcmpl-")
     assert isinstance(content["created"], int)
     (choice,) = content["choices"]
@@ -207,6 +236,11 @@ def test_a_second_service_on_one_ray_is_refused_and_the_first_goes_on(url, folde
     with pytest.raises(WorkflowError, match="already runs on this Ray cluster"):
         serve_model(str(folder), tmp_path, port=free_port(), block=False)
     assert request(url, "/readyz") == {"status": "ready"}
+
+
+def test_more_replicas_than_cores_are_refused(url, folder, tmp_path):
+    with pytest.raises(UsageError, match="--replicas 999"):
+        serve_model(str(folder), tmp_path, port=free_port(), replicas=999)
 
 
 def test_a_model_that_is_not_there(tmp_path):

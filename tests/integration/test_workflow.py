@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from mlmamba.loading import load_model
-from tests.integration.tiny import mlmamba, recipe, start, write_corpus, write_recipe
+from tests.integration.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from tests.integration.tiny import recipe, write_corpus, write_recipe
+from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import VERBS, main
 
 

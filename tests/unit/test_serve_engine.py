@@ -1,6 +1,7 @@
 """The engine: answers in a batch are the answers alone, each row ends for its own reason, and the queue is bounded."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,16 +55,16 @@ def engine(loaded):
 @pytest.fixture
 def gate(loaded, monkeypatch):
     """Holds the model back until it is opened, and records the size of every batch."""
-    opened, sizes, original = threading.Event(), [], loaded[0].generate
+    opened, begun, sizes, original = threading.Event(), threading.Event(), [], loaded[0].generate
 
     def generate_when_open(input_ids, **kwargs):
         sizes.append(len(input_ids))
+        begun.set()
         assert opened.wait(30)
         return original(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(loaded[0], "generate", generate_when_open)
-    opened.sizes = sizes
-    return opened
+    return SimpleNamespace(open=opened.set, begun=begun, sizes=sizes)
 
 
 def prompts(engine):
@@ -152,12 +153,11 @@ def test_a_vanishing_temperature_is_greedy():
 def test_those_that_wait_are_answered_together(engine, gate):
     prompt = engine.prepare([Turn("user", "what?")], [])
     first = engine.submit(prompt, Settings(2))
-    while not gate.sizes:
-        pass
+    assert gate.begun.wait(30)
     waiting = [engine.submit(prompt, Settings(2)) for _ in range(3)]
     waiting.append(engine.submit(prompt, Settings(2, temperature=1.0)))
     waiting += [engine.submit(prompt, Settings(2)) for _ in range(2)]
-    gate.set()
+    gate.open()
     for future in (first, *waiting):
         future.result(30)
     assert gate.sizes == [1, 4, 1, 1]  # max_batch greedy ones, the sampled one, the greedy one left over
@@ -166,15 +166,14 @@ def test_those_that_wait_are_answered_together(engine, gate):
 def test_the_queue_is_bounded_and_cancelling_frees_a_place(engine, gate):
     prompt = engine.prepare([Turn("user", "what?")], [])
     running = engine.submit(prompt, Settings(2))
-    while not gate.sizes:
-        pass
+    assert gate.begun.wait(30)
     waiting = [engine.submit(prompt, Settings(2)) for _ in range(6)]
     with pytest.raises(QueueFull) as full:
         engine.submit(prompt, Settings(2))
     assert 1 <= full.value.retry_after <= 60
     assert waiting[2].cancel()
     replacement = engine.submit(prompt, Settings(2))
-    gate.set()
+    gate.open()
     for future in (running, *waiting[:2], *waiting[3:], replacement):
         future.result(30)
 
@@ -183,10 +182,9 @@ def test_one_bad_prompt_does_not_fail_its_neighbours(engine, gate):
     good = engine.prepare([Turn("user", "what?", 1)], [picture()])
     bad = Prompt(good.input_ids, None)  # placeholders and no picture: only the model itself can notice
     first = engine.submit(good, Settings(4))
-    while not gate.sizes:
-        pass
+    assert gate.begun.wait(30)
     futures = [engine.submit(p, Settings(4)) for p in (good, bad, good)]
-    gate.set()
+    gate.open()
     assert futures[0].result(30) == futures[2].result(30) == first.result(30)
     with pytest.raises(ValueError, match="placeholders"):
         futures[1].result(30)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
@@ -20,9 +21,9 @@ _MOST_THREADS = 8  # generating one token after the other gains nothing from mor
 class Server:
     """A running service. Also a context manager that stops it."""
 
-    def __init__(self, url: str, owns_ray: bool):
+    def __init__(self, url: str, joined: bool):
         self.url = url
-        self._owns_ray = owns_ray
+        self._joined = joined  # whether this process came to Ray for the service alone
 
     def __enter__(self) -> "Server":
         return self
@@ -32,7 +33,16 @@ class Server:
 
     def stop(self) -> None:
         """Stop Ray Serve, after the requests that it is answering, and Ray if it was started for this."""
-        _stop(self._owns_ray)
+        import ray
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        with contextlib.suppress(RayServeException):  # Ray Serve did not come up
+            serve.delete(APPLICATION)
+        if not self._joined or os.environ.get("RAY_ADDRESS"):
+            serve.shutdown()  # else it goes with its Ray; doing both makes Ray print a false alarm
+        if self._joined:
+            ray.shutdown()
 
 
 def serve_model(
@@ -66,12 +76,18 @@ def serve_model(
     _say(f"loading {source.label} ...")
     import ray
 
-    owns_ray = not ray.is_initialized()
+    joined = not ray.is_initialized()
     connect_ray()
-    _refuse_second(ray)
-    server = Server(f"http://{_address(host)}:{port}", owns_ray)
+    server = Server(f"http://{_address(host)}:{port}", joined)
     try:
-        _deploy(reference, storage, host, port, replicas, threads)
+        options = _options(ray.cluster_resources(), reference, storage, replicas, threads)
+        _refuse_second(ray)
+    except BaseException:
+        if joined:
+            ray.shutdown()
+        raise
+    try:
+        _deploy(options, host, port)
     except BaseException:
         server.stop()
         raise
@@ -113,32 +129,35 @@ def _refuse_second(ray) -> None:
         )
 
 
-def _deploy(reference: str, storage: Path, host: str, port: int, replicas: int, threads: int | None) -> None:
-    import ray
-    from ray import serve
+def _options(have: dict[str, float], reference: str, storage: Path, replicas: int, threads: int | None):
+    from workflows.serve.deployment import ServeOptions
 
-    from workflows.serve.deployment import ServeOptions, application
-
-    have = ray.cluster_resources()
-    cores = int(have.get("CPU", 1))
-    if replicas * (threads or 1) > cores:
+    cores = int(have.get("CPU", 0))
+    if not 0 < replicas * (threads or 1) <= cores:
         raise UsageError(
-            f"{replicas} replicas x {threads or 1} threads are more than the {cores} CPU cores that Ray has here; "
-            "lower --replicas"
+            f"--replicas {replicas}: with {threads or 1} CPU cores each; Ray has {cores} here, so choose from 1 to "
+            f"{cores // (threads or 1)}"
         )
-    options = ServeOptions(
+    return ServeOptions(
         model=reference,
         storage=str(storage),
         replicas=replicas,
         threads=threads or min(_MOST_THREADS, cores // replicas),
         gpus=int(have.get("GPU", 0) >= replicas),
     )
+
+
+def _deploy(options, host: str, port: int) -> None:
+    from ray import serve
+
+    from workflows.serve.deployment import application
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         serve.run(application(options), name=APPLICATION)
     except RuntimeError as error:
-        raise WorkflowError(f"{reference} could not be served: {_cause(serve.status())}") from error
+        raise WorkflowError(f"{options.model} could not be served: {_cause(serve.status())}") from error
 
 
 def _cause(status) -> str:
@@ -146,17 +165,6 @@ def _cause(status) -> str:
     deployments = [d for application in status.applications.values() for d in application.deployments.values()]
     lines = [line.strip() for d in deployments for line in d.message.splitlines() if line.strip()]
     return lines[-1] if lines else "Ray Serve gives no reason; see its logs in /tmp/ray/session_latest/logs/serve"
-
-
-def _stop(owns_ray: bool) -> None:
-    import ray
-    from ray import serve
-
-    serve.delete(APPLICATION)  # lets requests that are being answered finish
-    if owns_ray:
-        ray.shutdown()  # takes Ray Serve along; serve.shutdown() before it makes Ray print a false alarm
-    else:
-        serve.shutdown()
 
 
 def _wait_for_interrupt() -> None:

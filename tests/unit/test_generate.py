@@ -1,0 +1,136 @@
+"""`generate`: each prompt of a batch gets what it gets alone, however it is padded, repeated, split or streamed."""
+
+import threading
+
+import pytest
+import torch
+from tiny import IMAGE_ID, PER_IMAGE, pad, pictures, prompt
+from transformers import TextIteratorStreamer, TextStreamer
+
+ROWS = [prompt(12, images=1, seed=1), prompt(7, images=1, seed=2), prompt(2, seed=3), prompt(15, images=2, seed=4)]
+PICTURES = pictures(4)
+SEEN = [PICTURES[:1], PICTURES[1:2], None, PICTURES[2:]]
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+BEAMS = {**GREEDY, "num_beams": 3}
+
+
+def alone(model, **options) -> list[torch.Tensor]:
+    """New tokens (answers, n) of each prompt by itself."""
+    return [
+        model.generate(row, pixel_values=seen, **options)[:, row.shape[1] :]
+        for row, seen in zip(ROWS, SEEN, strict=True)
+    ]
+
+
+def together(model, **options) -> torch.Tensor:
+    ids, mask = pad(ROWS, "left")
+    out = model.generate(ids, attention_mask=mask, pixel_values=PICTURES, **options)
+    return out[:, ids.shape[1] :]
+
+
+def test_the_answers_differ(model):
+    """Else the tests below would prove nothing."""
+    answers = {tuple(row.tolist()) for row in together(model, **GREEDY)}
+    assert len(answers) == 4
+    other = model.generate(ROWS[0], pixel_values=PICTURES[1:2], **GREEDY)[0, 12:].tolist()
+    assert tuple(other) not in answers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [GREEDY, BEAMS, {**BEAMS, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "two answers of three beams"],
+)
+def test_a_batch_of_unequal_prompts_equals_each_alone(model, options):
+    assert torch.equal(together(model, **options), torch.cat(alone(model, **options)))
+
+
+def test_decoding_equals_reading_everything_again(model):
+    row = ROWS[0]
+    for token in alone(model, **GREEDY)[0][0]:
+        with torch.no_grad():
+            logits = model(row, PICTURES[:1]).logits[0, -1]
+        logits[IMAGE_ID] = float("-inf")
+        assert token == logits.argmax()
+        row = torch.cat([row, token.view(1, 1)], dim=1)
+
+
+def test_several_samples_of_a_prompt_see_its_pictures(model):
+    """With one likely token left per step, every sample is the greedy answer."""
+    sampled = together(model, max_new_tokens=6, do_sample=True, top_k=1, num_return_sequences=3, eos_token_id=None)
+    assert torch.equal(sampled, together(model, **GREEDY).repeat_interleave(3, dim=0))
+
+
+def test_sampling_is_reproducible_with_a_seed(model):
+    def sample(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return together(model, max_new_tokens=8, do_sample=True, temperature=3.0, num_return_sequences=2)
+
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
+
+
+@pytest.mark.parametrize("options", [GREEDY, {**BEAMS, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_features_can_be_given_in_place_of_pictures(model, options):
+    with torch.no_grad():
+        features = model.get_image_features(PICTURES)
+    ids, mask = pad(ROWS, "left")
+    out = model.generate(ids, attention_mask=mask, image_features=features, **options)
+    assert torch.equal(out[:, ids.shape[1] :], together(model, **options))
+
+
+@pytest.mark.parametrize("options", [GREEDY, {**BEAMS, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_generation_goes_on_from_a_state(model, options):
+    """One picture is read once; questions of different length about it are answered in one batch."""
+    prefix = prompt(6, images=1, seed=5)
+    questions = [prompt(n, seed=n) for n in (5, 1, 3)]
+    with torch.no_grad():
+        state = model(prefix, PICTURES[:1]).cache_params
+    before = [layer.ssm.clone() for layer in state.layers]
+    ids, mask = pad(questions, "left")
+    rows = torch.zeros(3, dtype=torch.long)
+    out = model.generate(ids, attention_mask=mask, cache_params=state.select(rows), **options)[:, ids.shape[1] :]
+    expected = [
+        model.generate(torch.cat([prefix, q], dim=1), pixel_values=PICTURES[:1], **options)[:, 6 + q.shape[1] :]
+        for q in questions
+    ]
+    assert torch.equal(out, torch.cat(expected))
+    single = model.generate(questions[0], cache_params=state, **options)[:, 5:]
+    assert torch.equal(single, expected[0])
+    assert all(torch.equal(layer.ssm, old) for layer, old in zip(state.layers, before, strict=True))
+
+
+def test_generation_stops_at_the_end_token_and_pads(model):
+    answers = alone(model, **GREEDY)
+    end = int(answers[0][0, 2])
+    out = together(model, **{**GREEDY, "eos_token_id": end})
+    for row, answer in zip(out, answers, strict=True):
+        answer = answer[0].tolist()
+        kept = answer[: answer.index(end) + 1] if end in answer else answer
+        assert row.tolist() == (kept + [0] * 6)[: len(row)]
+
+
+def test_a_placeholder_is_never_generated(model):
+    scores = model.generate(ROWS[2], return_dict_in_generate=True, output_scores=True, **GREEDY).scores
+    assert all(score[0, IMAGE_ID] == float("-inf") for score in scores)
+
+
+@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_a_wrong_number_of_pictures_is_an_error(model, options, given):
+    with pytest.raises(ValueError, match=rf"has {2 * PER_IMAGE} image placeholders but {given} pictures"):
+        model.generate(ROWS[3], pixel_values=PICTURES[:given] if given else None, **options)
+
+
+def test_tokens_stream_as_they_come(model, tokenizer, capsys):
+    expected = tokenizer.decode(alone(model, **GREEDY)[0][0])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    options = {"pixel_values": PICTURES[:1], "streamer": streamer, **GREEDY}
+    thread = threading.Thread(target=model.generate, args=(ROWS[0],), kwargs=options)
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == expected
+
+    model.generate(ROWS[0], pixel_values=PICTURES[:1], streamer=TextStreamer(tokenizer, skip_prompt=True), **GREEDY)
+    assert capsys.readouterr().out == expected + "\n"
