@@ -1,11 +1,12 @@
 """Our Mamba-2 against transformers' Mamba2ForCausalLM with the same weights: same keys, same logits, same decoding.
 
-What transformers' CPU path gets wrong is pinned too, so that we hear of it when that changes: it ignores `seq_idx`.
+What transformers gets wrong is pinned too, so that we hear of it when that changes: its CPU path ignores `seq_idx`,
+and biases leak into left padding.
 """
 
 import pytest
 import torch
-from closeness import assert_close
+from closeness import assert_close, relative_error
 from tiny import TEXT, pad, prompt
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -109,3 +110,14 @@ def test_transformers_ignores_boundaries_on_the_cpu_and_we_do_not():
     with_seq_idx = theirs(packed, seq_idx=seq_idx.int()).logits
     assert torch.equal(with_seq_idx, theirs(packed).logits)
     assert (with_seq_idx - alone).abs().max() > 0.01 * alone.abs().max()
+
+
+@torch.no_grad()
+def test_transformers_lets_biases_leak_into_left_padding_and_we_do_not():
+    """It masks before the projection, whose bias then fills the padding that the convolution reads."""
+    theirs, ours = pair(use_bias=True)
+    rows = [prompt(13, seed=1), prompt(6, seed=2)]
+    ids, mask = pad(rows, "left")
+    alone = theirs(rows[1]).logits[0]
+    assert_close(run(ours, ids, mask=mask.bool())[0][1, 7:], alone, TOLERANCE)
+    assert relative_error(theirs(ids, attention_mask=mask).logits[1, 7:], alone) > 0.01
