@@ -40,7 +40,8 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         return ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:
-        raise PictureError("image_truncated", f"the picture data is damaged: {error}") from error
+        reason = "image_truncated" if "truncated" in str(error).lower() else "image_unreadable"
+        raise PictureError(reason, f"the picture data is damaged: {error}") from error
 
 
 def to_pixels(picture: Image.Image, size: int) -> np.ndarray:

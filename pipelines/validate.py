@@ -1,15 +1,17 @@
 """What a record must be to become a training sample. Each failure has a reason code, listed in `REASONS`.
 
-The picture check does everything that training will do except the resize, so that a picture that passes here cannot
-stop a training run.
+The picture check decodes with the function that training decodes with, so that a picture that passes here cannot stop a
+training run.
 """
 
 import io
 import time
+import warnings
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from mlmamba.conversation import check_turns
+from mlmamba.pictures import MAX_PIXELS, PictureError, open_picture
 from pipelines.sources.base import Problem, Record, Source
 
 REASONS = {
@@ -28,7 +30,6 @@ REASONS = {
 }
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")  # MPO: JPEG as some cameras write it; the first frame counts
-MAX_PIXELS = 64_000_000  # as in mlmamba.processing, which would refuse more when training decodes the picture
 MAX_ASPECT = 20.0  # beyond this a square resize leaves stripes
 _READ_TRIES = 3
 _RETRY_SECONDS = 0.5
@@ -53,24 +54,19 @@ def check_record(record: Record) -> Problem | None:
 def check_image(data: bytes) -> Problem | None:
     """The first thing wrong with an encoded picture, or None. Decodes it fully; of an animation, the first frame."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if image.format not in FORMATS:
-                return Problem("image_format", f"{image.format} is not one of {', '.join(FORMATS)}")
-            if width * height > MAX_PIXELS:
-                return Problem("image_bomb", f"{width} x {height} pixels, at most {MAX_PIXELS} are allowed")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                return Problem("image_aspect", f"{width} x {height} pixels, at most {MAX_ASPECT:g}:1 is allowed")
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        return Problem("image_bomb", str(error))
-    except UnidentifiedImageError:
-        return Problem("image_unreadable", f"not a picture: {len(data)} bytes beginning {data[:8]!r}")
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged files
-        reason = "image_truncated" if "truncated" in str(error).lower() else "image_unreadable"
-        return Problem(reason, f"{type(error).__name__}: {error}")
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            (width, height), kind = image.size, image.format
+    except Exception:  # open_picture says below what is wrong with it
+        width = height = kind = None
+    if kind is not None and kind not in FORMATS:
+        return Problem("image_format", f"{kind} is not one of {', '.join(FORMATS)}")
+    if kind is not None and max(width, height) > MAX_ASPECT * min(width, height):
+        return Problem("image_aspect", f"{width} x {height} pixels, at most {MAX_ASPECT:g}:1 is allowed")
+    try:
+        open_picture(data, MAX_PIXELS)
+    except PictureError as error:
+        return Problem(error.reason, str(error))
     return None
 
 

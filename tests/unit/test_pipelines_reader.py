@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mlmamba.conversation import IGNORE_INDEX
-from mlmamba.processing import load_pixels
+from mlmamba.pictures import load_pixels
 from pipelines import storage
 from pipelines.manifest import Manifest, ShardInfo, split_info, verify
 from pipelines.reader import PackedDataset, batches, collate, prefetch
