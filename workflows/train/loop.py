@@ -9,7 +9,6 @@ import os
 import resource
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import deepspeed
@@ -22,28 +21,12 @@ from mlmamba.modeling import MLMambaForConditionalGeneration
 from pipelines.reader import PackedDataset, batches, collate, prefetch
 from workflows.config import StageRecipe, TrainRecipe
 from workflows.train.export import export_model
+from workflows.train.job import StageJob
 from workflows.train.stage import describe, freeze, parameter_groups, schedule, total_steps
 
 
-@dataclass(frozen=True)
-class StageJob:
-    """Everything a worker needs to run one stage; crosses to the workers as a plain dict."""
-
-    stage: dict
-    train: dict
-    seed: int
-    data: str
-    start_from: str
-    export_to: str
-    threads: int
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-def train_stage(config: dict) -> None:
-    """Entry point of a Ray Train worker. `config` is a `StageJob` as a dict."""
-    job = StageJob(**config)
+def train_stage(job: StageJob) -> None:
+    """Run one stage on this worker; every worker of the group does."""
     stage, train = StageRecipe(**job.stage), TrainRecipe(**job.train)
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)

@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 from workflows.config import Recipe, StageRecipe, digest
 from workflows.errors import WorkflowError
 from workflows.layout import Layout, write_json
-from workflows.train.loop import StageJob, train_stage
+from workflows.train.job import StageJob, run_job
 
 OnEvent = Callable[[dict], None]
 DONE = "stage.json"
@@ -129,7 +129,7 @@ def run_stage(
     log = EventLog.remote()
     pump = _Pump(log, on_event)
     trainer = TorchTrainer(
-        train_stage,
+        run_job,
         train_loop_config=job.as_dict(),
         scaling_config=ScalingConfig(
             num_workers=recipe.train.workers,
