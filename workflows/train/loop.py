@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import deepspeed
+import deepspeed.ops
 import ray.train
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from workflows.config import StageRecipe, TrainRecipe
 from workflows.train.export import export_model
 from workflows.train.job import StageJob
 from workflows.train.stage import describe, freeze, parameter_groups, schedule, total_steps
+
+# DeepSpeed would compile this extension on first use on a CPU: a minute, a compiler, and it serves only inference.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def train_stage(job: StageJob) -> None:
