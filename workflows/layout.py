@@ -79,9 +79,9 @@ def layout_of(recipe: Recipe, storage: Path, tokens_per_image: int) -> Layout:
     return Layout(storage, data, storage / "runs" / f"{recipe.name}-{run}")
 
 
-def write_json(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside, then rename: the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)

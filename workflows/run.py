@@ -5,6 +5,9 @@ is skipped when its mark is there. So a workflow killed anywhere and started aga
 """
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from pipelines.config import DataConfig
@@ -16,11 +19,11 @@ from workflows.console import Console
 from workflows.errors import WorkflowError
 from workflows.evaluate.runner import evaluate
 from workflows.evaluate.score import table
-from workflows.evaluate.sheet import draw_sheet
-from workflows.layout import Layout, layout_of, write_json
+from workflows.evaluate.sheet import draw_sheet, save_example
+from workflows.layout import Layout, layout_of, write_atomic
 from workflows.registry import champion, gate_failures, promote, register
 from workflows.runtime import connect_ray
-from workflows.tracking import Tracker
+from workflows.tracking import Tracker, tracking_uri
 from workflows.train.stage import total_steps
 from workflows.train.trainer import check_cluster, finished, run_stage, stage_digest
 
@@ -56,9 +59,10 @@ def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
         "model": {"folder": str(model), **promotion},
         "evaluation": result,
         "samples": str(layout.evaluation / "samples.png"),
+        "example": save_example(recipe, layout.evaluation),
         "storage": str(storage),
     }
-    write_json(layout.run / "summary.json", json.dumps(summary, indent=2))
+    write_atomic(layout.run / "summary.json", json.dumps(summary, indent=2))
     return summary
 
 
@@ -172,7 +176,7 @@ def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console
             tables = {"test": result["scores"], "blind": result["blind"], "majority": result["majority"]}
             metrics = {f"{table}/{kind}": value for table, scores in tables.items() for kind, value in scores.items()}
             tracker.log_metrics(metrics, 0)
-            write_json(out / "logged", tracker.run_id)
+            write_atomic(out / "logged", tracker.run_id)
     return result
 
 
@@ -197,24 +201,37 @@ def publish(recipe: Recipe, tracker: Tracker, model: Path, data_digest: str, res
 
 def summary_text(summary: dict) -> str:
     """The summary for a person: a table of scores, where things are, what to try next."""
-    model, storage = summary["model"], summary["storage"]
+    model, example = summary["model"], summary["example"]
     state = f"is {model['alias']}" if model["promoted"] else "not promoted (see the gate above)"
-    lines = [
-        "",
-        table(summary["evaluation"]),
-        "",
-        f"model    {model['name']} version {model['version']}, {state}",
-        f"         {model['folder']}",
-        f"run      {summary['run_id']} (MLflow)",
-        *(f"shards   {folder}" for folder in summary["data"]["folders"]),
-        f"look at  {summary['samples']}",
-        "",
-        "next",
-    ]
-    reference = f"models:/{model['name']}@{model['alias']}" if model["promoted"] else model["folder"]
-    lines += [
-        f"  mlmamba chat {reference} --storage {storage} --image PICTURE",
-        f"  mlmamba serve {reference} --storage {storage}",
-        f"  mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db",
-    ]
-    return "\n".join(lines)
+    reference = f"models:/{model['name']}@{model['alias']}" if model["promoted"] else _short(model["folder"])
+    common = f"{reference} --storage {_short(summary['storage'])}"
+    return "\n".join(
+        [
+            "",
+            table(summary["evaluation"]),
+            "",
+            f"model    {model['name']} version {model['version']}, {state}",
+            f"         {_short(model['folder'])}",
+            f"run      {summary['run_id']} (MLflow)",
+            *(f"shards   {_short(folder)}" for folder in summary["data"]["folders"]),
+            f"look at  {_short(summary['samples'])}",
+            "",
+            "next",
+            f"  {_command('mlmamba')} chat {common} \\",
+            f"      --image {_short(example['image'])} --question '{example['question']}'",
+            f"  {_command('mlmamba')} serve {common}",
+            f"  {_command('mlflow')} ui --backend-store-uri {tracking_uri(Path(summary['storage']))}",
+        ]
+    )
+
+
+def _short(path: str) -> str:
+    """A path as a person would type it: relative when it lies below the current folder."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _command(name: str) -> str:
+    """How to call a command of this environment: by its name when the shell finds it, else by its path."""
+    if shutil.which(name):
+        return name
+    return os.path.relpath(Path(sys.executable).with_name(name))

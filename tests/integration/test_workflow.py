@@ -6,6 +6,7 @@ One run is shared by the tests that look at it; another is killed in the middle 
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from mlmamba.loading import load_model
 from tests.integration.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
+from workflows.serve.client import ask
+from workflows.serve.run import serve_model
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +90,17 @@ def test_a_second_run_does_nothing_and_says_so(finished, recipe_file):
     assert json.loads(again.stdout) == ours
 
 
-def test_chat_answers_from_the_registry(finished, corpus):
-    picture = corpus / "test" / "0.png"
-    reference, question = "models:/tiny@champion", "What colour is it?"
-    said = mlmamba(
-        "chat", reference, "--storage", finished["storage"], "--image", picture, "--question", question, "--json"
-    )
+def test_the_champion_answers_in_the_terminal_and_over_http_alike(finished):
+    reference, storage, example = "models:/tiny@champion", finished["storage"], finished["example"]
+    asked = ("--image", example["image"], "--question", example["question"])
+    said = mlmamba("chat", reference, "--storage", storage, *asked, "--json")
     assert said.returncode == 0, said.stderr
-    assert isinstance(json.loads(said.stdout)["answer"], str)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with serve_model(reference, Path(storage), port=port, block=False) as server:
+        answer = ask(server.url, example["question"], example["image"], max_tokens=64)
+    assert answer == json.loads(said.stdout)["answer"]
 
 
 def test_the_model_folder_opens_by_itself(finished):

@@ -21,7 +21,7 @@ from workflows.errors import WorkflowError
 from workflows.evaluate.answer import Answerer, Asked
 from workflows.evaluate.questions import Picture, load_questions, majority_answer
 from workflows.evaluate.score import MARGIN, OVERALL, accuracy_by_type
-from workflows.layout import write_json
+from workflows.layout import write_atomic
 
 OnProgress = Callable[[int, int], None]
 
@@ -61,8 +61,8 @@ def evaluate(recipe: Recipe, model: Path, out: Path, on_progress: OnProgress = l
     lines = (
         json.dumps(dict(zip(("id", "question", "answer", "type", "prediction"), row, strict=True))) for row in rows
     )
-    write_json(out / "answers.jsonl", "\n".join(lines) + "\n")
-    write_json(out / "scores.json", json.dumps(result, indent=2))
+    write_atomic(out / "answers.jsonl", "\n".join(lines) + "\n")
+    write_atomic(out / "scores.json", json.dumps(result, indent=2))
     return result
 
 
@@ -109,7 +109,7 @@ def _answer_part(task: dict) -> dict:
         for source, location, questions in json.loads(task["items"])
     ]
     answers = answerer.answer(asked)
-    write_json(Path(task["file"]), json.dumps([answer for group in answers for answer in group]))
+    write_atomic(Path(task["file"]), json.dumps([answer for group in answers for answer in group]))
     return {"file": task["file"]}
 
 

@@ -12,8 +12,18 @@ from matplotlib import pyplot as plt
 from mlmamba.pictures import open_picture
 from pipelines.sources import open_source
 from workflows.config import Recipe
-from workflows.evaluate.questions import load_questions
+from workflows.evaluate.questions import Picture, load_questions
 from workflows.evaluate.score import normalise
+from workflows.layout import write_atomic
+
+
+def save_example(recipe: Recipe, folder: Path) -> dict[str, str]:
+    """Put one test picture into a folder, for a person to ask about. Returns its `image` path and a `question`."""
+    picture = _sample(recipe, 1)[0]
+    data = open_source(recipe.data.test[picture.source]).read_image(picture.location)
+    file = folder / f"example{Path(picture.location).suffix}"
+    write_atomic(file, data)
+    return {"image": str(file), "question": picture.questions[0]}
 
 
 def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: int = 4, rows: int = 3) -> None:
@@ -23,8 +33,7 @@ def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: 
         predictions: prediction by question id.
         out: PNG file, written beside and renamed.
     """
-    pictures = [p for p in load_questions(recipe.data.test) if p.location is not None]
-    chosen = random.Random(recipe.seed).sample(pictures, min(columns * rows, len(pictures)))
+    chosen = _sample(recipe, columns * rows)
     sources = [open_source(config) for config in recipe.data.test]
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.9 * rows), squeeze=False)
     for axis in axes.flat:
@@ -53,3 +62,8 @@ def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: 
     figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     os.replace(temporary, out)
+
+
+def _sample(recipe: Recipe, count: int) -> list[Picture]:
+    pictures = [picture for picture in load_questions(recipe.data.test) if picture.location is not None]
+    return random.Random(recipe.seed).sample(pictures, min(count, len(pictures)))

@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 
 from workflows.config import Recipe, StageRecipe, digest
 from workflows.errors import WorkflowError
-from workflows.layout import Layout, write_json
+from workflows.layout import Layout, write_atomic
 from workflows.train.job import StageJob, run_job
 
 OnEvent = Callable[[dict], None]
@@ -156,7 +156,7 @@ def run_stage(
         pump.stop()
         ray.kill(log)
     text = json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2)
-    write_json(out / DONE, text)
+    write_atomic(out / DONE, text)
     shutil.rmtree(layout.checkpoints / f"{stage.name}-{key}", ignore_errors=True)  # only an unfinished stage needs them
     return out
 
