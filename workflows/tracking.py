@@ -36,6 +36,8 @@ def connect(storage: Path) -> MlflowClient:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     mlflow.set_tracking_uri(tracking_uri(storage))
+    if SERVER is None:  # MLflow puts it into the environment, where a child process would take it for the user's
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     return MlflowClient()
 
 

@@ -90,7 +90,10 @@ def write_recipe(path: Path, content: dict) -> Path:
 def start(*arguments: str | Path) -> subprocess.Popen:
     """The command line as a process group of its own."""
     command = [sys.executable, "-m", "workflows.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
 
 
 def mlmamba(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
