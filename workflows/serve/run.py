@@ -171,14 +171,15 @@ def _wait_for_interrupt() -> None:
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
+    # Both: a shell that starts a command in the background lets it ignore SIGINT.
     main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, interrupt) if main else None
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _address(host: str) -> str:
