@@ -1,10 +1,10 @@
-"""The whole preparation: tokenizer, pass 1 (tokenize), pass 2 (pack), manifest.
+"""The whole preparation: tokenizer, pass 1 (tokenize), pass 2 (pack), manifest. In the data set's folder:
 
-    out/tokenizer/                files of the transformers tokenizer
-    out/shards/train-00000.arrow  packed rows (schema.PACKED); validation-00000.arrow and so on beside them
-    out/quarantine.arrow          the records that were set aside (schema.QUARANTINE)
-    out/manifest.json             written last: without it the folder is not a data set
-    out/work/                     what a killed run continues from; removed at the end
+    tokenizer/                files of the transformers tokenizer
+    shards/train-00000.arrow  packed rows (schema.PACKED); validation-00000.arrow and so on beside them
+    quarantine.arrow          the records that were set aside (schema.QUARANTINE)
+    manifest.json             written last: without it the folder is not a data set
+    work/                     what a killed run continues from; removed at the end
 
 A second call with the same recipe touches nothing of a finished data set.
 """
