@@ -13,12 +13,12 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 from torch import Tensor
 
-from mlmamba.ops import chunked, naive
-from mlmamba.ops.chunked import causal_conv1d_step, ssd_step
+from mlmamba.ops import chunked, convolution, naive
+from mlmamba.ops.chunked import ssd_step
+from mlmamba.ops.convolution import causal_conv1d_step
 
 PATHS = ("naive", "torch", "cuda")
 __all__ = ["PATHS", "causal_conv1d", "causal_conv1d_step", "force_path", "has_kernels", "path_for", "ssd", "ssd_step"]
@@ -59,18 +59,15 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, chunk_size: i
     path = path_for(x)
     if path == "naive":
         return naive.ssd(x, dt, A, B, C, **kwargs)
-    return _module(path).ssd(x, dt, A, B, C, chunk_size=chunk_size, **kwargs)
+    module = import_module("mlmamba.ops.cuda") if path == "cuda" else chunked
+    return module.ssd(x, dt, A, B, C, chunk_size=chunk_size, **kwargs)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs):
     """Depthwise causal convolution and SiLU on the chosen path; arguments and results as in `naive.causal_conv1d`."""
-    return _module(path_for(x)).causal_conv1d(x, weight, bias, **kwargs)
-
-
-def _module(path: str) -> ModuleType:
-    if path == "cuda":
-        return import_module("mlmamba.ops.cuda")
-    return naive if path == "naive" else chunked
+    path = path_for(x)
+    module = import_module("mlmamba.ops.cuda") if path == "cuda" else naive if path == "naive" else convolution
+    return module.causal_conv1d(x, weight, bias, **kwargs)
 
 
 def _known(path: str) -> str:

@@ -8,7 +8,7 @@ from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 
-from mlmamba.ops import chunked
+from mlmamba.ops import convolution
 
 
 def ssd(
@@ -50,7 +50,7 @@ def causal_conv1d(
     path serves the other cases.
     """
     if (seq_idx is not None and initial_state is not None) or x.shape[2] % 8 or weight.shape[1] > 4:
-        return chunked.causal_conv1d(x, weight, bias, initial_state, seq_idx)
+        return convolution.causal_conv1d(x, weight, bias, initial_state, seq_idx)
     if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8 or x.storage_offset() % 8:
         x = x.contiguous()  # a slice of a projection need not be aligned as the kernel wants it
     y = causal_conv1d_fn(

@@ -13,7 +13,7 @@ from closeness import assert_close, assert_same_gradients
 from ops_inputs import BOUNDARIES, TOLERANCE, conv_inputs, ssd_inputs
 
 from mlmamba import ops
-from mlmamba.ops import chunked, naive
+from mlmamba.ops import chunked, convolution, naive
 
 CHUNK = 4
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 2)
@@ -59,7 +59,7 @@ def test_chunked_recurrence_equals_naive(length, with_state, packed, dtype, grou
 @pytest.mark.parametrize(NAMES, CASES)
 def test_shifted_convolution_equals_naive(length, with_state, packed, dtype):
     a = conv_inputs(length, with_state, packed, dtype)
-    ours, truth = chunked.causal_conv1d(**a), naive.causal_conv1d(**a)
+    ours, truth = convolution.causal_conv1d(**a), naive.causal_conv1d(**a)
     assert {t.dtype for t in (*ours, *truth)} == {dtype}
     assert_close(ours[0], truth[0], TOLERANCE[dtype], "outputs")
     assert torch.equal(ours[1], truth[1])
@@ -112,7 +112,7 @@ def test_gradients_in_double_precision():
     )
     seq_idx, names = conv.pop("seq_idx"), list(conv)
     assert torch.autograd.gradcheck(
-        lambda *t: chunked.causal_conv1d(**dict(zip(names, t, strict=True)), seq_idx=seq_idx), list(conv.values())
+        lambda *t: convolution.causal_conv1d(**dict(zip(names, t, strict=True)), seq_idx=seq_idx), list(conv.values())
     )
 
 
