@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mlmamba import ops
+from mlmamba.ops.linear import Linear
 
 
 @dataclass
@@ -67,6 +68,8 @@ class RMSNorm(nn.Module):
         x = x.float()
         if gate is not None:
             x = x * F.silu(gate.float())
+        if self.groups == 1:
+            return F.rms_norm(x, x.shape[-1:], self.weight.float(), self.eps).to(dtype)
         parts = x.unflatten(-1, (self.groups, -1))
         x = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
         return (self.weight.float() * x).to(dtype)
@@ -190,9 +193,9 @@ class Mamba2Mixer(SelectiveScan):
             config.chunk_size,
             config.use_conv_bias,
         )
-        self.in_proj = nn.Linear(config.hidden_size, inner + self.conv_dim + self.heads, bias=config.use_bias)
+        self.in_proj = Linear(config.hidden_size, inner + self.conv_dim + self.heads, bias=config.use_bias)
         self.norm = RMSNorm(inner, config.layer_norm_epsilon, config.n_groups)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
         self.dt_limit = tuple(config.time_step_limit)
 
     def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None):
@@ -277,6 +280,6 @@ class Mamba2LanguageModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.backbone = Mamba2Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight

@@ -63,7 +63,7 @@ def ssd(
             state,
             None if seq_idx is None else seq_idx.unflatten(1, (-1, q)),
         )
-    return y.flatten(1, 2)[:, :length].to(x.dtype), state.transpose(2, 3).reshape(b, h, p, n)
+    return y.flatten(1, 2)[:, :length].to(x.dtype), state.transpose(2, 3).contiguous().view(b, h, p, n)
 
 
 def ssd_step(
@@ -75,8 +75,8 @@ def ssd_step(
     work = state.dtype
     xf, dtf = x.to(work), dt.to(work)
     decay = torch.exp(dtf * A.to(work))[..., None, None]
-    added = (dtf[..., None] * xf).view(b, g, -1, 1) * B.to(work)[:, :, None]
-    state = torch.addcmul(added.view_as(state), state, decay)
+    added = (dtf[..., None] * xf).reshape(b, g, -1, 1)
+    state = (state * decay).reshape(b, g, -1, n).addcmul_(added, B.to(work)[:, :, None]).view(b, h, p, n)
     y = (state.view(b * g, -1, n) @ C.to(work).reshape(b * g, n, 1)).view(b, h, p)
     if D is not None:
         y = torch.addcmul(y, xf, D.to(work)[:, None])
