@@ -11,12 +11,13 @@ class VisionConfig(PreTrainedConfig):
     """One or several timm encoders whose features are concatenated on channels.
 
     Args:
-        towers: one dict per encoder. `model` is the timm name. A model of patch tokens (a ViT) takes `block`, the
-            block whose output is used (-2, the second to last, is the papers' choice). A model of feature maps takes
-            `stages`, the indices of the maps to use; shallow maps keep colour, deep maps keep shape.
+        towers: one dict per encoder, in the order of their channels. `model` is the timm name. A model of patch tokens
+            (a ViT) takes `block`, the block whose output is used; -2, the second to last, is what the released code
+            takes (the papers do not say). A model of feature maps takes `stages`, the indices of the maps to use;
+            shallow maps keep colour, deep maps keep shape.
         image_size: side in pixels of the square picture that every tower gets.
-        grid: side of the feature grid in cells. Feature maps are resized to it; for patch tokens it must be None, as
-            the patches fix it.
+        grid: side of the feature grid in cells. Feature maps are resized to it and need it. Patches fix their grid:
+            where all towers give patches it may be left out, and else it must be theirs.
     """
 
     model_type = "mlmamba_vision"
@@ -31,10 +32,11 @@ class ConnectorConfig(PreTrainedConfig):
     """Connector between vision features and language model; the names are explained in mlmamba/connector.py.
 
     Args:
-        name: "mlp", "msc_basic" or "msc_advanced".
+        name: one of `mlmamba.connector.CONNECTORS`.
         scan: "bsm" (forward and backward) or "csm" (rows, columns and both reversed).
-        layout: "paper" or "released".
-        hidden_size: width of the MLP's hidden layer; None for four times its input width.
+        merge: how the scans are put together, "mean" or "sum".
+        layout: of "msc_basic" and "msc_advanced": "paper" or "released".
+        hidden_size: width of the MLP's hidden layer ("vss_l2": of the scan); None for the connector's own default.
         expand, head_dim, state_size, conv_kernel, chunk_size: of the Mamba-2 scan.
     """
 
@@ -42,6 +44,7 @@ class ConnectorConfig(PreTrainedConfig):
 
     name: str = "msc_advanced"
     scan: str = "bsm"
+    merge: str = "mean"
     layout: str = "paper"
     hidden_size: int | None = None
     expand: int = 2

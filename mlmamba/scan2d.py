@@ -6,14 +6,15 @@ its place (tests/unit/test_scan2d.py).
 
 BSM, bidirectional (ML-Mamba figure 3; the released code): forward and backward over the rows.
 CSM, cross-scan (ML-Mamba figure 3; never released, so this follows VMamba's cross scan, which VL-Mamba names as its
-base): rows, columns, and both reversed. The merge is the mean, where VMamba sums: dividing keeps the scale of a single
-scan and avoids overflow in half precision.
+base): rows, columns, and both reversed. ML-Mamba's paper does not say how scans are merged. The default is the mean, as
+in its released code: it keeps the scale of a single scan and avoids overflow in half precision. VMamba sums.
 """
 
 import torch
 from torch import Tensor
 
 SCANS = ("bsm", "csm")
+MERGES = ("mean", "sum")
 
 
 def orders(scan: str, height: int, width: int) -> Tensor:
@@ -31,9 +32,20 @@ def orders(scan: str, height: int, width: int) -> Tensor:
     raise ValueError(f"unknown scan {scan!r}; choose one of {', '.join(SCANS)}")
 
 
-def merge(scanned: list[Tensor], order: Tensor) -> Tensor:
-    """Mean of k scans, each (b, H*W, d) in its own order, put back in row-major order."""
+def merge(scanned: list[Tensor], order: Tensor, how: str = "mean") -> Tensor:
+    """Mean or sum of k scans, each (b, H*W, d) in its own order, put back in row-major order.
+
+    Raises:
+        ValueError: `how` is neither "mean" nor "sum".
+    """
     total = 0
     for y, permutation in zip(scanned, order, strict=True):
         total = total + y.index_select(1, torch.argsort(permutation))
-    return total / len(scanned)
+    return total / len(scanned) if check_merge(how) == "mean" else total
+
+
+def check_merge(how: str) -> str:
+    """The same name, or a ValueError."""
+    if how not in MERGES:
+        raise ValueError(f"unknown merge {how!r}; choose one of {', '.join(MERGES)}")
+    return how

@@ -2,16 +2,16 @@
 
 Pictures come as uint8 (n, 3, s, s); every tower normalises them with its own mean and standard deviation, so one batch
 serves towers of different families. Prefix tokens (class, registers) are dropped. All towers must give one grid.
+Pretrained weights: mlmamba/vision_weights.py.
 """
 
+import difflib
 import json
 import math
 from functools import lru_cache
-from pathlib import Path
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,52 +19,92 @@ from mlmamba.configuration import VisionConfig
 
 
 class VisionTower(nn.Module):
-    """One timm model. forward: uint8 (n, 3, s, s) -> (n, N, channels)."""
+    """One timm model. forward: uint8 (n, 3, s, s) -> (n, N, channels), N = height * width of `grid`.
+
+    Args:
+        spec: an entry of `VisionConfig.towers`. `block` counts as timm does: the blocks of a plain vision transformer,
+            the stages of a model that grows coarser as it goes deeper.
+        image_size, grid: of the VisionConfig.
+
+    Raises:
+        ValueError: timm has no such model, block or stage, or `spec` and `grid` do not go together.
+    """
 
     def __init__(self, spec: dict, image_size: int, grid: int | None):
         super().__init__()
         spec = dict(spec)
-        name = spec.pop("model")
+        self.name = spec.pop("model")
         self.stages, self.block = spec.pop("stages", None), spec.pop("block", None)
         if spec:
-            raise ValueError(f"vision tower {name!r} has unknown keys {sorted(spec)}; known: model, stages, block")
+            raise ValueError(f"vision tower {self.name!r} has unknown keys {sorted(spec)}; known: model, stages, block")
         if (self.stages is None) == (self.block is None):
-            raise ValueError(f"vision tower {name!r} needs either `block` (patch tokens) or `stages` (feature maps)")
+            raise ValueError(
+                f"vision tower {self.name!r} needs either `block` (patch tokens) or `stages` (feature maps)"
+            )
         if self.stages is None:
-            if grid is not None:
-                raise ValueError(
-                    f"vision tower {name!r} gives patch tokens, whose number fixes the grid: set grid: null"
-                )
-            self.model = timm.create_model(name, num_classes=0, img_size=image_size)
-            if not -len(self.model.blocks) <= self.block < len(self.model.blocks):
-                raise ValueError(f"vision tower {name!r} has {len(self.model.blocks)} blocks, there is no {self.block}")
-            self.channels = self.model.num_features
-            self.grid = tuple(self.model.patch_embed.grid_size)
+            self._build_tokens(image_size, grid)
         else:
-            if grid is None:
-                raise ValueError(f"vision tower {name!r} gives feature maps: set vision.grid to the side in cells")
-            self.model = timm.create_model(name, features_only=True, out_indices=self.stages)
-            self.channels = sum(self.model.feature_info.channels())
-            self.grid = (grid, grid)
+            self._build_maps(image_size, grid)
         data = timm.data.resolve_data_config({}, model=self.model)
         self.mean, self.std = data["mean"], data["std"]
 
+    def _build_tokens(self, image_size: int, grid: int | None) -> None:
+        self.model = _create(self.name, image_size, num_classes=0)
+        blocks = self.model.feature_info
+        if not -len(blocks) <= self.block < len(blocks):
+            raise ValueError(f"vision tower {self.name!r} has {len(blocks)} blocks, there is no {self.block}")
+        self.channels = blocks[self.block]["num_chs"]
+        side = image_size // blocks[self.block]["reduction"]
+        if grid not in (None, side):
+            raise ValueError(
+                f"vision tower {self.name!r} gives {side} x {side} patch tokens at {image_size} pixels, which fixes "
+                f"the grid: vision.grid cannot be {grid}, set it to {side} or leave it out"
+            )
+        self.grid = (side, side)
+
+    def _build_maps(self, image_size: int, grid: int | None) -> None:
+        if grid is None:
+            raise ValueError(f"vision tower {self.name!r} gives feature maps: set vision.grid to the side in cells")
+        try:
+            self.model = _create(self.name, image_size, features_only=True, out_indices=tuple(self.stages))
+        except (AssertionError, IndexError) as error:
+            raise ValueError(f"vision tower {self.name!r} has no stages {list(self.stages)}: {error}") from error
+        self.channels = sum(self.model.feature_info.channels())
+        self.grid = (grid, grid)
+
     def forward(self, pixels: Tensor) -> Tensor:
         weight = next(self.model.parameters())
-        mean, std = (weight.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        x = (pixels.to(weight.dtype) / 255 - mean) / std
-        if self.stages is None:
-            (tokens,) = self.model.forward_intermediates(
-                x, indices=[self.block], output_fmt="NLC", intermediates_only=True, stop_early=True
+        mean, std = (torch.tensor(v, device=weight.device).view(3, 1, 1) for v in (self.mean, self.std))
+        x = ((pixels.float() / 255 - mean) / std).to(weight.dtype)
+        return self._tokens(x) if self.stages is None else self._maps(x)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        (block,) = self.model.forward_intermediates(
+            x, indices=[self.block], output_fmt="NCHW", intermediates_only=True, stop_early=True
+        )
+        if tuple(block.shape[1:]) != (self.channels, *self.grid):
+            raise ValueError(
+                f"block {self.block} of vision tower {self.name!r} has {block.shape[1]} channels on a grid of "
+                f"{tuple(block.shape[2:])}; timm states {self.channels} on {self.grid}. Choose an image_size that its "
+                "strides divide, or `stages` and a grid"
             )
-            return tokens
-        maps = [_normalise(_resize(m, self.grid)) for m in self.model(x)]
+        return block.flatten(2).transpose(1, 2).contiguous()
+
+    def _maps(self, x: Tensor) -> Tensor:
+        maps = self.model(x)
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        maps = [_normalise(_resize(m, self.grid)) for m in maps]
         even = [m * math.sqrt(self.channels / (len(maps) * m.shape[1])) for m in maps]
         return torch.cat(even, dim=1).flatten(2).transpose(1, 2)
 
 
 class VisionEncoder(nn.Module):
-    """All towers of a VisionConfig. forward: uint8 (n, 3, s, s) -> (n, N, sum of channels)."""
+    """All towers of a VisionConfig. forward: uint8 (n, 3, s, s) -> (n, N, sum of channels).
+
+    Raises:
+        ValueError: a tower cannot be built, there is none, or they give different grids.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -73,7 +113,7 @@ class VisionEncoder(nn.Module):
         self.towers = nn.ModuleList(VisionTower(spec, config.image_size, config.grid) for spec in config.towers)
         grids = {tower.grid for tower in self.towers}
         if len(grids) > 1:
-            names = [spec["model"] for spec in config.towers]
+            names = [tower.name for tower in self.towers]
             raise ValueError(f"towers {names} give different grids {sorted(grids)}; fusing on channels needs one grid")
         self.grid = self.towers[0].grid
         self.channels = sum(tower.channels for tower in self.towers)
@@ -88,90 +128,53 @@ class VisionEncoder(nn.Module):
         return torch.cat([tower(pixels) for tower in self.towers], dim=-1)
 
 
-@lru_cache
-def _measure(towers: str, image_size: int, grid: int | None) -> tuple[int, tuple[int, int]]:
-    with torch.device("meta"):
-        encoder = VisionEncoder(VisionConfig(towers=json.loads(towers), image_size=image_size, grid=grid))
-    return encoder.channels, encoder.grid
-
-
 def measure(config) -> tuple[int, tuple[int, int]]:
-    """Channels and grid (height, width) of a VisionConfig, without allocating weights."""
+    """Channels and grid (height, width) of a VisionConfig, found by running it without weights.
+
+    Raises:
+        ValueError: the encoders cannot be built, do not fit together, or cannot read pictures of that size.
+    """
     return _measure(json.dumps(config.towers), config.image_size, config.grid)
 
 
-def tokens_per_image(config) -> int:
-    """Number of feature vectors, and so of placeholders, that one picture takes."""
-    height, width = measure(config)[1]
-    return height * width
+@lru_cache
+def _measure(towers: str, image_size: int, grid: int | None) -> tuple[int, tuple[int, int]]:
+    with torch.device("meta"):
+        encoder = VisionEncoder(VisionConfig(towers=json.loads(towers), image_size=image_size, grid=grid)).eval()
+        picture = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+        for tower in encoder.towers:
+            try:
+                tower(picture)
+            except (AssertionError, RuntimeError) as error:  # timm's own ways of refusing a size
+                message = f"vision tower {tower.name!r} cannot read pictures of {image_size} pixels: {error}"
+                raise ValueError(message) from error
+    return encoder.channels, encoder.grid
 
 
-def load_tower_weights(tower: VisionTower, name: str, weights: str) -> None:
-    """Put pretrained weights into a tower, strictly.
-
-    Args:
-        name: the timm model name.
-        weights: "hub" to let timm fetch them, or a safetensors or torch checkpoint file in timm's key layout or in
-            that of the lukemelas EfficientNet packages. Position embeddings are resampled to the tower's grid.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: keys that the tower needs are missing from the file.
-    """
-    if weights == "hub":
-        full = timm.create_model(name, pretrained=True)
-        state = full.state_dict()
+def _create(name: str, image_size: int, **options) -> nn.Module:
+    """A timm model without pretrained weights, told the picture's size if it is built for one size only."""
+    if ":" in name:  # a hub repository or a folder, which timm reads itself: taken for a vision transformer
+        fixed = "features_only" not in options
     else:
-        path = Path(weights)
-        if not path.is_file():
-            raise FileNotFoundError(f"no weights for {name} at {weights}")
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if "_conv_stem.weight" in state:
-            state = _from_lukemelas(state, timm.create_model(name, num_classes=1000))
-    own = tower.model.state_dict()
-    if "pos_embed" in own and "pos_embed" in state:
-        state = {**state, "pos_embed": _fit_positions(state["pos_embed"], tower.model)}
-    wanted = {key: _find(state, key) for key in own}
-    missing = [key for key, value in wanted.items() if value is None and "num_batches_tracked" not in key]
-    if missing:
-        raise ValueError(f"{weights} lacks {len(missing)} of the {len(own)} tensors of {name}, first {missing[:3]}")
-    tower.model.load_state_dict({key: value for key, value in wanted.items() if value is not None}, strict=False)
+        _check_name(name)
+        fixed = timm.get_pretrained_cfg(name).fixed_input_size
+    return timm.create_model(name, **options, **({"img_size": image_size} if fixed else {}))
 
 
-def _fit_positions(embedding: Tensor, model: nn.Module) -> Tensor:
-    """Position embeddings (1, prefix + N, channels) for the model's grid: DINOv2's are for 37x37, we use 27x27."""
-    prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-    if embedding.shape[1] == model.pos_embed.shape[1]:
-        return embedding
-    return resample_abs_pos_embed(embedding, list(model.patch_embed.grid_size), num_prefix_tokens=prefix)
+def _check_name(name: str) -> None:
+    """Raises ValueError with the nearest known names unless timm knows this architecture and its tag."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}" + _did_you_mean(known))
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(architecture)]
+    if tag and tag not in tags:
+        known = [f"{architecture}.{t}" for t in difflib.get_close_matches(tag, tags, n=3, cutoff=0.0)]
+        raise ValueError(f"timm {timm.__version__} has no weights {name!r}" + _did_you_mean(known))
 
 
-def _find(state: dict[str, Tensor], key: str) -> Tensor | None:
-    """timm's feature extractors flatten `blocks.0` to `blocks_0`-like names for some families; accept either."""
-    return state.get(key, state.get(key.replace("_", ".", 1)))
-
-
-def _from_lukemelas(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a lukemelas EfficientNet checkpoint to timm's keys.
-
-    Both list stem, blocks, head and classifier in the order of the computation, so tensors pair up in order; the
-    shapes are checked pair by pair.
-    """
-    source = {k: v for k, v in state.items() if "num_batches_tracked" not in k}
-    target = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
-    if len(source) != len(target):
-        raise ValueError(f"the checkpoint has {len(source)} tensors, {type(model).__name__} has {len(target)}")
-    renamed = {}
-    for (old, value), (new, own) in zip(source.items(), target.items(), strict=True):
-        if value.shape != own.shape:
-            raise ValueError(f"{old} {tuple(value.shape)} does not fit {new} {tuple(own.shape)}")
-        renamed[new] = value
-    return renamed
+def _did_you_mean(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
 
 
 def _resize(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -8,21 +8,19 @@ from transformers import PreTrainedTokenizerFast
 
 from mlmamba.configuration import MLMambaConfig
 from mlmamba.modeling import MLMambaForConditionalGeneration
+from mlmamba.presets import PRESETS
 
 # The real tokenizer lies beside the repository on the project's machines.
 NEOX = Path(__file__).parents[2] / "shared" / "data" / "gpt-neox-20b" / "tokenizer.json"
 IMAGE_ID, VOCABULARY, PER_IMAGE, SIDE = 1, 264, 4, 32
 
+TINY = PRESETS["tiny"]
 TEXT = {
+    **TINY["text"],
     "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "state_size": 8,
-    "head_dim": 8,
     "num_heads": 4,
     "expand": 2,
     "n_groups": 1,
-    "chunk_size": 4,
     "tie_word_embeddings": True,
     "pad_token_id": 0,
     "bos_token_id": 0,
@@ -33,8 +31,8 @@ TEXT = {
 def tiny_config(text: dict | None = None, **changes) -> MLMambaConfig:
     parts = {
         "text_config": TEXT | (text or {}),
-        "vision_config": {"towers": [{"model": "test_vit", "block": -2}], "image_size": SIDE},
-        "connector_config": {"head_dim": 16, "state_size": 8, "chunk_size": 4, "hidden_size": 16},
+        "vision_config": TINY["vision"],
+        "connector_config": TINY["connector"],
         "image_token_id": IMAGE_ID,
         "max_position_embeddings": 64,
     }

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mlmamba.scan2d import SCANS, merge, orders
+from mlmamba.scan2d import MERGES, SCANS, merge, orders
 
 
 def test_bsm_reads_rows_forward_and_backward():
@@ -36,13 +36,30 @@ def test_orders_of_a_grid_wider_than_high():
     ]
 
 
+def test_orders_of_a_grid_higher_than_wide():
+    # 0 1
+    # 2 3
+    # 4 5
+    assert orders("bsm", 3, 2).tolist() == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
+    assert orders("csm", 3, 2).tolist() == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 2, 4, 1, 3, 5],
+        [5, 4, 3, 2, 1, 0],
+        [5, 3, 1, 4, 2, 0],
+    ]
+
+
 @pytest.mark.parametrize("scan", SCANS)
 def test_merging_what_was_only_reordered_returns_the_grid(scan):
     rng = random.Random(0)
     for height, width in [(1, 1), (1, 7), (5, 1), *((rng.randint(1, 9), rng.randint(1, 9)) for _ in range(20))]:
         order = orders(scan, height, width)
         patches = torch.randn(2, height * width, 3)
-        assert torch.equal(merge([patches[:, permutation] for permutation in order], order), patches)
+        scanned = [patches[:, permutation] for permutation in order]
+        assert torch.equal(merge(scanned, order), patches)
+        assert torch.equal(merge(scanned, order, "sum"), len(order) * patches)
+        for one, permutation in zip(scanned, order, strict=True):
+            assert torch.equal(merge([one], permutation[None]), patches)
 
 
 @pytest.mark.parametrize("scan", SCANS)
@@ -51,12 +68,19 @@ def test_every_scan_reads_every_patch_once(scan):
         assert permutation.sort().values.tolist() == list(range(24))
 
 
-def test_the_merge_is_the_mean_at_each_place():
+def test_the_merge_is_the_mean_or_the_sum_at_each_place():
     order = orders("bsm", 1, 3)
     forward, backward = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[[10.0], [20.0], [30.0]]])
     assert merge([forward, backward], order).flatten().tolist() == [15.5, 11.0, 6.5]
+    assert merge([forward, backward], order, "sum").flatten().tolist() == [31.0, 22.0, 13.0]
 
 
 def test_unknown_scans_are_refused():
     with pytest.raises(ValueError, match="unknown scan 'zigzag'; choose one of bsm, csm"):
         orders("zigzag", 3, 3)
+
+
+def test_unknown_merges_are_refused():
+    assert MERGES == ("mean", "sum")
+    with pytest.raises(ValueError, match="unknown merge 'max'; choose one of mean, sum"):
+        merge([torch.zeros(1, 9, 1)], orders("bsm", 3, 3)[:1], "max")

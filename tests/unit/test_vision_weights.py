@@ -12,7 +12,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mlmamba.vision import VisionTower, load_tower_weights
+from mlmamba.vision import VisionTower
+from mlmamba.vision_weights import load_tower_weights
 
 
 def tower_of(name: str, size: int = 32, **spec) -> VisionTower:
@@ -41,6 +42,7 @@ def write(model: torch.nn.Module, path: Path) -> str:
         ("test_vit", {"block": -2}),
         ("test_efficientnet", {"stages": [0, 2]}),
         ("test_convnext", {"stages": [0, 2]}),  # its feature extractor has other key names than the model
+        ("test_vit", {"stages": [1, 4]}),  # and so has this one
     ],
 )
 def test_weights_in_timms_own_form(tmp_path, name, spec, suffix):
@@ -64,6 +66,22 @@ def test_missing_tensors_are_an_error_that_names_them(tmp_path):
     with pytest.raises(
         ValueError, match=r"lacks 1 of the \d+ tensors of test_vit, first \['blocks.3.attn.qkv.weight'\]"
     ):
+        load_tower_weights(tower_of("test_vit", block=-2), "test_vit", str(tmp_path / "w.safetensors"))
+
+
+def test_position_embeddings_of_a_feature_extractor_follow_the_grid_too(tmp_path):
+    source = pretrained("test_vit", img_size=64)
+    tower = tower_of("test_vit", 32, stages=[1])
+    load_tower_weights(tower, "test_vit", write(source, tmp_path / "w.safetensors"))
+    assert tower.model.model.pos_embed.shape[1] == 1 + 4
+    assert torch.equal(tower.model.model.pos_embed[:, :1], source.pos_embed[:, :1])
+
+
+def test_a_tensor_of_another_shape_is_an_error_that_names_it(tmp_path):
+    state = timm.create_model("test_vit", img_size=32).state_dict()
+    state["blocks.3.attn.qkv.weight"] = torch.zeros(3, 3)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"blocks.3.attn.qkv.weight is \(3, 3\), test_vit needs \(192, 64\)"):
         load_tower_weights(tower_of("test_vit", block=-2), "test_vit", str(tmp_path / "w.safetensors"))
 
 
