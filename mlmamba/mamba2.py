@@ -88,9 +88,9 @@ class SelectiveScan(nn.Module):
         self.inner, self.heads, self.state_size, self.groups, self.chunk = inner, heads, state, groups, chunk
         self.conv_dim = inner + 2 * groups * state
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, kernel, groups=self.conv_dim, bias=conv_bias)
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(heads, dtype=torch.float32))
         self.dt_limit = (0.0, math.inf)
         self.reset_scan_parameters()
 

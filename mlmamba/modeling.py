@@ -5,17 +5,21 @@ constant in size and passes between calls as `cache_params`, so a prompt may be 
 many continuations. Shapes: b batch, l length, n pictures, N tokens per picture, d width.
 """
 
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mlmamba.checks import check_device, check_pictures, check_state, check_text
 from mlmamba.configuration import MLMambaConfig
 from mlmamba.connector import build_connector
 from mlmamba.conversation import IGNORE_INDEX
+from mlmamba.generation import MLMambaGenerationMixin
 from mlmamba.mamba2 import Mamba2LanguageModel, MambaState
 from mlmamba.vision import VisionEncoder
 
@@ -29,23 +33,27 @@ class MLMambaOutput(ModelOutput):
     cache_params: MambaState | None = None
 
 
-class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """ML-Mamba. Build with random weights from a config, or load with `from_pretrained`."""
+class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
+    """ML-Mamba. Build with random weights from a config, or load with `from_pretrained`.
+
+    `import mlmamba` registers it with transformers' Auto classes (mlmamba/auto.py). Its parts are `vision`, `connector`
+    and `language_model`; LoRA goes on `language_model.*(in_proj|out_proj)`.
+    """
 
     config_class = MLMambaConfig
     base_model_prefix = "language_model"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _is_stateful = True
-    _no_split_modules = ["Mamba2Block"]  # noqa: RUF012 - the form that transformers reads
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # noqa: RUF012 - the form that transformers reads
 
     def __init__(self, config: MLMambaConfig):
         super().__init__(config)
         self.vision = VisionEncoder(config.vision_config)
         self.connector = build_connector(self.vision.channels, config.text_config.hidden_size, config.connector_config)
         self.language_model = Mamba2LanguageModel(config.text_config)
+        # What a device map must not divide: some of their parts are called by other ways than their forward.
+        self._no_split_modules = ["Mamba2Block", "VisionEncoder", type(self.connector).__name__]
         if config.text_config.tie_word_embeddings:
             self._tied_weights_keys = {"language_model.lm_head.weight": "language_model.backbone.embeddings.weight"}
         self.generation_config.suppress_tokens = [config.image_token_id]  # a placeholder is input only
@@ -53,15 +61,35 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """Load a saved model. In addition to transformers' errors:
+        """Load a saved model, strictly. In addition to transformers' errors:
 
         Raises:
-            ValueError: the checkpoint lacks tensors; transformers would leave them as whatever was in memory.
+            ValueError: the checkpoint lacks tensors, has tensors that the model does not, or tensors of other shapes;
+                transformers would leave what is missing as whatever was in memory, and drop what is unexpected. Or the
+                device map offloads parts to the CPU or to disk.
         """
         source = pretrained_model_name_or_path
+        kwargs["ignore_mismatched_sizes"] = True  # so that the error below can name them
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        problems = []
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{source} lacks {len(missing)} tensors of the model, first {missing[:3]}")
+            problems.append(f"lacks {len(missing)} tensors of the model, first {missing[:3]}")
+        if unexpected := sorted(info["unexpected_keys"]):
+            problems.append(f"holds {len(unexpected)} tensors that the model does not have, first {unexpected[:3]}")
+        if mismatched := sorted(info["mismatched_keys"]):
+            name, found, expected = mismatched[0]
+            problems.append(
+                f"holds {len(mismatched)} tensors of another shape, first {name}: {tuple(found)} in the checkpoint, "
+                f"{tuple(expected)} in the model"
+            )
+        if problems:
+            raise ValueError(f"{source} {'; it '.join(problems)}. Is it of another configuration?")
+        placed = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+        if "disk" in placed or ("cpu" in placed and len(placed) > 1):
+            raise ValueError(
+                f"the device map puts parts on {', '.join(sorted(placed))}, which offloads some; the scans read "
+                "weights where offloading does not see it. Give a map of accelerators only, or one device for all"
+            )
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,8 +116,32 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision.eval()
         return self
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options) -> None:
+        """Keep only the input of every language block for the backward pass, which runs the block again.
+
+        Raises:
+            ValueError: an option of transformers' that the blocks do not have (every_n_layers, offload).
+        """
+        defaults = {"every_n_layers": 1, "offload": False}
+        unknown = {name: value for name, value in options.items() if value != defaults.get(name)}
+        if unknown:
+            raise ValueError(f"gradient checkpointing wraps every language block; it has no option {unknown}")
+        with _old_name():
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo `gradient_checkpointing_enable`."""
+        with _old_name():
+            super().gradient_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        with _old_name():
+            return super().is_gradient_checkpointing
+
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pictures uint8 (n, 3, s, s) -> language embeddings (n, N, d)."""
+        """Pictures uint8 (n, 3, s, s) -> language embeddings (n, N, d). Raises ValueError on other pictures."""
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features = self.vision(pixel_values)
@@ -109,13 +161,16 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> MLMambaOutput:
         """Run the model.
 
         Args:
             input_ids: (b, l).
             pixel_values: uint8 (n, 3, s, s), all pictures of the batch in reading order.
-            image_features: (n, N, d) from `get_image_features`, in place of `pixel_values`.
+            image_features: (n, N, d) from `get_image_features`, in place of `pixel_values`; or (k, d), one vector for
+                each placeholder, for a piece of a prompt that begins or ends within a picture.
             attention_mask: (b, l), 0 at padding on either side.
             seq_idx: (b, l) integers marking the sequences of packed rows; state and loss do not cross them.
             labels: (b, l) like input_ids, IGNORE_INDEX where there is no loss. Shifted inside.
@@ -125,15 +180,25 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels, for accumulation
                 weighted by loss tokens.
+            output_attentions, output_hidden_states: accepted because tools pass them; True is an error.
 
         Raises:
-            ValueError: the placeholders and the pictures do not match, or neither or both inputs are given.
+            ValueError: the placeholders and the pictures do not match, neither or both inputs are given, or a tensor is
+                of the wrong shape, dtype or device (mlmamba/checks.py).
+            TypeError: `cache_params` is no MambaState.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions or output_hidden_states:
+            raise ValueError("ML-Mamba has no attentions and returns no hidden states of its blocks")
+        per_token = {"attention_mask": attention_mask, "seq_idx": seq_idx, "labels": labels}
+        rows, _ = check_text(input_ids, inputs_embeds, per_token, self.config)
+        check_pictures(input_ids, pixel_values, image_features, self.config)
+        check_state(cache_params, rows, self.config)
+        if not self._weights_are_managed():
+            inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
+            check_device(self.device, cache_params, {**inputs, "image_features": image_features, **per_token})
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if pixel_values is not None and image_features is None:
+            if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             inputs_embeds = self._place_images(input_ids, inputs_embeds, image_features)
         mask = None if attention_mask is None else attention_mask.bool()
@@ -148,23 +213,46 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output = MLMambaOutput(loss=loss, logits=logits, cache_params=state if keep_state else None)
         return output if return_dict is not False else output.to_tuple()
 
+    def _weights_are_managed(self) -> bool:
+        """Whether accelerate moves the inputs to the weights, or ZeRO-3 brings the weights to the inputs."""
+        return hasattr(self, "hf_device_map") or hasattr(next(self.parameters()), "ds_id")
+
     def _place_images(self, input_ids: Tensor, embeds: Tensor, features: Tensor | None) -> Tensor:
-        places = self._image_places(input_ids, features)
+        places = self.image_places(input_ids, features)
         if features is None:
             return embeds
-        return embeds.masked_scatter(places[..., None], features.to(embeds.dtype).flatten(0, 1))
+        return embeds.masked_scatter(places[..., None], features.to(embeds).flatten(0, -2))
 
-    def _image_places(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Where the placeholders are, (b, l). Raises ValueError unless the features fill them exactly."""
+    def image_places(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Where the placeholders of pictures are in input_ids (b, l): a mask (b, l).
+
+        Args:
+            features: (n, N, d) or (k, d), see `forward`, or None where there are no pictures.
+
+        Raises:
+            ValueError: the features do not fill the placeholders exactly, or a picture would be split over two rows.
+        """
         places = input_ids == self.config.image_token_id
-        found, per_image = int(places.sum()), self.vision.grid[0] * self.vision.grid[1]
-        pictures = 0 if features is None else features.shape[0]
-        expected = 0 if features is None else features.shape[0] * features.shape[1]
-        if found != expected:
+        found = places.sum(1).tolist()
+        if features is None:
+            expected, given = 0, "no pictures were given"
+        elif features.ndim == 2:
+            expected, given = len(features), f"{len(features)} feature vectors were given"
+        else:
+            expected = features.shape[0] * features.shape[1]
+            given = f"{features.shape[0]} pictures of {features.shape[1]} tokens were given ({expected} expected)"
+        if sum(found) != expected:
             raise ValueError(
-                f"the prompt has {found} image placeholders but {pictures} pictures of {per_image} tokens were given "
-                f"({expected} expected); expand each <image> with MLMambaProcessor and pass every picture"
+                f"the prompt has {sum(found)} image placeholders but {given}; expand each <image> with "
+                "MLMambaProcessor and pass every picture"
             )
+        if features is not None and features.ndim == 3:
+            for row, count in enumerate(found):
+                if count % features.shape[1]:
+                    raise ValueError(
+                        f"row {row} has {count} image placeholders, no multiple of the {features.shape[1]} tokens of a "
+                        "picture; a picture does not go on in the next row"
+                    )
         return places
 
     def _loss(self, hidden: Tensor, labels: Tensor, seq_idx: Tensor | None, count: Tensor | int | None) -> Tensor:
@@ -177,57 +265,13 @@ class MLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         total = F.cross_entropy(logits, targets[keep], reduction="sum")
         return total / (keep.sum().clamp(min=1) if count is None else count)
 
-    def _supports_default_dynamic_cache(self) -> bool:
-        return False  # the state is a MambaState, made by the first forward
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs
-    ) -> tuple[Tensor, dict]:
-        """Repeat every row with all its pictures and its state, for several answers or beams per prompt.
+@contextmanager
+def _old_name():
+    """No warning where transformers has a newer name for a method: what calls ours (peft, recipes) has the old one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
-        transformers repeats picture by picture, which mixes up the pictures of a prompt that has more than one, and
-        does not know the state. Pictures are encoded once, before they are repeated.
-        """
-        if expand_size == 1:
-            return input_ids, kwargs
-        pixels, features = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
-        state = kwargs.pop("cache_params", None)
-        if features is None and pixels is not None:
-            features = self.get_image_features(pixels)
-        places = self._image_places(input_ids, features)
-        if features is not None:
-            pictures = places.sum(1) // features.shape[1]
-            rows = torch.arange(len(features), device=features.device).split(pictures.tolist())
-            features = features[torch.cat([row.repeat(expand_size) for row in rows])]
-        if state is not None:
-            rows = torch.arange(len(input_ids), device=input_ids.device)
-            state = state.select(rows.repeat_interleave(expand_size))
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        expanded = {"image_features": features, "cache_params": state}
-        return input_ids, kwargs | {name: value for name, value in expanded.items() if value is not None}
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        cache_params: MambaState | None = None,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs,
-    ) -> dict:
-        """Inputs of one step of `generate`: the whole prompt first, then one token and the state.
-
-        Passing a `cache_params` to `generate` goes on from it; the given ids are then the new part only.
-        """
-        if is_first_iteration or cache_params is None:
-            return {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "pixel_values": pixel_values,
-                "image_features": image_features,
-                "cache_params": cache_params,
-                "use_cache": True,
-                "logits_to_keep": 1,
-            }
-        return {"input_ids": input_ids[:, -1:], "cache_params": cache_params, "use_cache": True, "logits_to_keep": 1}
+AutoModelForImageTextToText.register(MLMambaConfig, MLMambaForConditionalGeneration, exist_ok=True)

@@ -1,38 +1,53 @@
 """MLMambaProcessor: chats and pictures to model inputs."""
 
-import numpy as np
 import torch
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from mlmamba.chat_template import CHAT_TEMPLATE
 from mlmamba.conversation import IMAGE_TOKEN, Turn, check_turns, render
-from mlmamba.pictures import to_pixels
+from mlmamba.image_processing import MLMambaImageProcessor
 
 
 class MLMambaProcessor(ProcessorMixin):
     """Turns chats with pictures into `input_ids`, `attention_mask` and `pixel_values`.
+
+    A chat in transformers' form goes through `apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+    return_dict=True)`, which renders the prompt format of mlmamba/conversation.py and loads the pictures.
 
     Args:
         tokenizer: a tokenizer with an id for `<image>`.
         image_size: side in pixels of the encoder's input.
         tokens_per_image: placeholders that one picture takes.
         max_length: longest prompt in tokens; longer ones are an error, never cut.
+        chat_template: Jinja template of a chat; mlmamba/chat_template.py by default.
 
     Raises:
         ValueError: the tokenizer has no `<image>`.
     """
 
-    attributes = ["tokenizer"]  # noqa: RUF012 - the form that transformers reads
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
-        self, tokenizer=None, image_size: int = 384, tokens_per_image: int = 729, max_length: int = 2777, **kw
+        self,
+        tokenizer=None,
+        image_size: int = 384,
+        tokens_per_image: int = 729,
+        max_length: int = 2777,
+        chat_template: str | None = None,
     ):
         self.image_size, self.tokens_per_image, self.max_length = image_size, tokens_per_image, max_length
         self.image_token, self.image_token_id = IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"the tokenizer has no id for {IMAGE_TOKEN}; add it as a special token")
-        super().__init__(tokenizer)
+        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @property
+    def image_processor(self) -> MLMambaImageProcessor:
+        """The picture half; batches of transformers' pipelines need to know it."""
+        return MLMambaImageProcessor(self.image_size)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
 
     def prompt(self, turns: list[Turn]) -> str:
         """The prompt text for these turns, ready for the assistant's answer. Raises ValueError on bad turns."""
@@ -41,41 +56,137 @@ class MLMambaProcessor(ProcessorMixin):
             raise ValueError("the last turn is the assistant's; a prompt ends with a user turn")
         return render(turns, self.tokenizer.eos_token)
 
-    def __call__(self, images=None, text=None, padding_side: str = "left", **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        return_tensors: str = "pt",
+        **kwargs,
+    ) -> BatchFeature:
         """Tokenize prompts and stack pictures.
 
         Args:
-            images: PIL pictures in reading order over all prompts, or None.
-            text: one prompt or a list, each `<image>` standing for one picture.
-            padding_side: "left" for generation; the model honours the mask on either side.
+            images: one picture, a list in reading order over all prompts, or one list for each prompt. A picture is
+                whatever `mlmamba.pictures.as_picture` takes.
+            text: one prompt or a list, each `<image>` standing for one picture; None for pictures alone.
+            padding: True; False is an error where prompts differ in length.
+            padding_side: "left" or "right"; the model honours the mask on either side, and `generate` both.
+            return_tensors: "pt".
+            kwargs: `return_offsets_mapping` and `return_text_replacement_offsets` as in transformers;
+                `add_special_tokens` and `truncation` only as False.
+
+        Returns:
+            `input_ids` and `attention_mask` int64 (b, l), and, with pictures, `pixel_values` uint8 (n, 3, s, s).
 
         Raises:
-            ValueError: placeholders and pictures differ in number, or a prompt is over `max_length`.
+            ValueError: placeholders and pictures differ in number, or a prompt is empty or over `max_length`.
+            PictureError: a picture cannot be used.
+            TypeError: an option that there is not.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
-        placeholders = sum(t.count(IMAGE_TOKEN) for t in texts)
-        if placeholders != len(images):
-            raise ValueError(f"the prompts have {placeholders} {IMAGE_TOKEN} but {len(images)} pictures were given")
-        batch = self.tokenize(texts, padding_side)
-        if images:
-            batch["pixel_values"] = torch.from_numpy(np.stack([to_pixels(p, self.image_size) for p in images]))
+        offsets = {
+            name: kwargs.pop(name, False) for name in ("return_offsets_mapping", "return_text_replacement_offsets")
+        }
+        self._refuse_options(padding, padding_side, return_tensors, kwargs)
+        groups, grouped = _group(images)
+        pictures = [picture for group in groups for picture in group]
+        if text is None and not pictures:
+            raise ValueError("neither text nor images were given")
+        batch = BatchFeature()
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            self._check_counts(texts, groups, grouped)
+            batch = self.tokenize(texts, padding_side, padding=bool(padding), **offsets)
+        if pictures:
+            batch.update(self.image_processor(pictures))
         return batch
 
-    def tokenize(self, texts: list[str], padding_side: str = "left") -> BatchFeature:
+    def tokenize(
+        self,
+        texts: list[str],
+        padding_side: str = "left",
+        padding: bool = True,
+        return_offsets_mapping: bool = False,
+        return_text_replacement_offsets: bool = False,
+    ) -> BatchFeature:
         """`input_ids` and `attention_mask` (b, l) of prompts, each `<image>` expanded to its run of placeholders.
 
         Raises:
-            ValueError: a prompt is over `max_length`.
+            ValueError: a prompt is empty or over `max_length`, or there is none.
         """
-        expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.tokens_per_image) for t in texts]
-        ids = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
-        longest = max(map(len, ids))
+        if not texts:
+            raise ValueError("no prompt was given")
+        run = IMAGE_TOKEN * self.tokens_per_image
+        expanded = [t.replace(IMAGE_TOKEN, run) for t in texts]
+        encoded = self.tokenizer(expanded, add_special_tokens=False, return_offsets_mapping=return_offsets_mapping)
+        ids = encoded["input_ids"]
+        lengths = [len(row) for row in ids]
+        longest = max(lengths)
+        if not min(lengths):
+            raise ValueError(f"prompt {lengths.index(0)} is empty")
         if longest > self.max_length:
             raise ValueError(f"a prompt is {longest} tokens long, over the limit of {self.max_length}; shorten it")
-        batch = self.tokenizer.pad({"input_ids": ids}, padding_side=padding_side, return_tensors="pt")
+        if not padding and min(lengths) != longest:
+            raise ValueError(
+                f"prompts of {min(lengths)} to {longest} tokens do not fit one tensor without padding=True"
+            )
         # pad = eos for GPT-NeoX, so the mask comes from the lengths.
-        lengths = torch.tensor([len(row) for row in ids])[:, None]
-        positions = torch.arange(longest)[None]
-        mask = positions >= longest - lengths if padding_side == "left" else positions < lengths
-        return BatchFeature({"input_ids": batch["input_ids"], "attention_mask": mask.long()})
+        left = padding_side == "left"
+        fill = [longest - length for length in lengths]
+        pad = self.tokenizer.pad_token_id
+        batch = BatchFeature(
+            {
+                "input_ids": torch.tensor([_pad(row, n, pad, left) for row, n in zip(ids, fill, strict=True)]),
+                "attention_mask": torch.tensor([_pad([1] * n, longest - n, 0, left) for n in lengths]),
+            }
+        )
+        if return_offsets_mapping:
+            spans = zip(encoded["offset_mapping"], fill, strict=True)
+            batch["offset_mapping"] = [_pad(row, n, (0, 0), left) for row, n in spans]
+        if return_text_replacement_offsets:
+            runs = [run] * sum(t.count(IMAGE_TOKEN) for t in texts)
+            batch["text_replacement_offsets"] = self.get_text_with_replacements(list(texts), runs)[1]
+        return batch
+
+    def _refuse_options(self, padding, padding_side, return_tensors, others: dict) -> None:
+        if padding not in (True, False, None, "longest"):
+            raise ValueError(f"padding is {padding!r}; expected True or False: prompts are padded to the longest")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
+        if str(getattr(return_tensors, "value", return_tensors)) != "pt":
+            raise ValueError(f"return_tensors is {return_tensors!r}; the processor gives torch tensors, 'pt'")
+        if others.get("truncation"):
+            raise ValueError(f"truncation={others['truncation']!r}: prompts are never cut; shorten the text")
+        known = {"truncation", "add_special_tokens"}
+        if unknown := sorted(name for name, value in others.items() if value is not None and name not in known):
+            raise TypeError(f"MLMambaProcessor has no option {', '.join(unknown)}")
+
+    def _check_counts(self, texts: list[str], groups: list[list], grouped: bool) -> None:
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"text is a list of {type(texts[0]).__name__}; expected a prompt or a list of prompts")
+        counts = [text.count(IMAGE_TOKEN) for text in texts]
+        if grouped and groups:
+            if len(groups) != len(texts):
+                raise ValueError(f"{len(texts)} prompts but {len(groups)} lists of pictures were given")
+            for row, (count, group) in enumerate(zip(counts, groups, strict=True)):
+                if count != len(group):
+                    raise ValueError(f"prompt {row} has {count} {IMAGE_TOKEN} but {len(group)} pictures were given")
+        given = sum(map(len, groups))
+        if sum(counts) != given:
+            raise ValueError(f"the prompts have {sum(counts)} {IMAGE_TOKEN} but {given} pictures were given")
+
+
+def _group(images) -> tuple[list[list], bool]:
+    """Pictures as lists, and whether they came as one list for each prompt."""
+    if images is None:
+        return [], False
+    if not isinstance(images, (list, tuple)):
+        return [[images]], False
+    if images and all(isinstance(group, (list, tuple)) for group in images):
+        return [list(group) for group in images], True
+    return [list(images)], False
+
+
+def _pad(row: list, count: int, value, left: bool) -> list:
+    return [value] * count + row if left else row + [value] * count

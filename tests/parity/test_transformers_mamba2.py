@@ -1,7 +1,7 @@
 """Our Mamba-2 against transformers' Mamba2ForCausalLM with the same weights: same keys, same logits, same decoding.
 
 What transformers gets wrong is pinned too, so that we hear of it when that changes: its CPU path ignores `seq_idx`,
-and biases leak into left padding.
+decoding forgets the limits of the time step, and biases leak into left padding.
 """
 
 import pytest
@@ -18,10 +18,21 @@ CONFIGS = {
     "two groups": {"n_groups": 2},
     "biased, no conv bias": {"use_bias": True, "use_conv_bias": False},
     "wide kernel, long chunk": {"conv_kernel": 5, "chunk_size": 32, "state_size": 16},
-    "clamped steps": {"time_step_limit": (0.01, 0.5)},
+    "clamped steps": {"time_step_limit": (0.03, 0.2)},
     "residual in half": {"residual_in_fp32": False, "expand": 4, "num_heads": 8},
+    "chunks of one": {"chunk_size": 1},
+    "many at once": {
+        "n_groups": 4,
+        "chunk_size": 7,
+        "use_conv_bias": False,
+        "tie_word_embeddings": False,
+        "time_step_limit": (0.02, 0.3),
+        "num_hidden_layers": 3,
+    },
 }
-LENGTHS = (1, 3, 4, 13)  # chunks are of 4
+UNLIMITED = {name: changes for name, changes in CONFIGS.items() if "time_step_limit" not in changes}
+UNBIASED = {name: changes for name, changes in UNLIMITED.items() if not changes.get("use_bias")}
+LENGTHS = (1, 3, 4, 13, 41)  # chunks are of 4 where nothing else is said
 TOLERANCE = 1e-4
 
 
@@ -72,10 +83,10 @@ def test_gradients_agree():
         assert_close(parameter.grad, expected[name].grad, TOLERANCE, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("name", ["tied", "two groups", "wide kernel, long chunk"])
+@pytest.mark.parametrize("changes", UNLIMITED.values(), ids=UNLIMITED.keys())
 @torch.no_grad()
-def test_decoding_step_by_step_agrees(name):
-    theirs, ours = pair(**CONFIGS[name])
+def test_decoding_step_by_step_agrees(changes):
+    theirs, ours = pair(**changes)
     ids = torch.cat([prompt(12, seed=1), prompt(12, seed=2)])
     reference = theirs(ids[:, :6], use_cache=True)
     logits, state = run(ours, ids[:, :6])
@@ -86,17 +97,20 @@ def test_decoding_step_by_step_agrees(name):
         assert_close(logits, reference.logits, TOLERANCE, f"logits of token {t}")
 
 
+@pytest.mark.parametrize("changes", UNBIASED.values(), ids=UNBIASED.keys())
 @torch.no_grad()
-def test_left_padding_with_a_mask_agrees_in_prefill_and_decoding():
-    theirs, ours = pair()
+def test_left_padding_with_a_mask_agrees_in_prefill_and_decoding(changes):
+    theirs, ours = pair(**changes)
     ids, mask = pad([prompt(13, seed=1), prompt(6, seed=2), prompt(1, seed=3)], "left")
     reference = theirs(ids, attention_mask=mask, use_cache=True)
     logits, state = run(ours, ids, mask=mask.bool())
     real = mask.bool()
     assert_close(logits[real], reference.logits[real], TOLERANCE)
-    following = torch.tensor([[5], [6], [7]])
-    reference = theirs(following, cache_params=reference.cache_params, use_cache=True)
-    assert_close(run(ours, following, state)[0], reference.logits, TOLERANCE)
+    for token in (5, 90):
+        following = torch.tensor([[token], [token + 1], [token + 2]])
+        reference = theirs(following, cache_params=reference.cache_params, use_cache=True)
+        logits, state = run(ours, following, state)
+        assert_close(logits, reference.logits, TOLERANCE, f"logits of token {token}")
 
 
 @torch.no_grad()
@@ -110,6 +124,24 @@ def test_transformers_ignores_boundaries_on_the_cpu_and_we_do_not():
     with_seq_idx = theirs(packed, seq_idx=seq_idx.int()).logits
     assert torch.equal(with_seq_idx, theirs(packed).logits)
     assert (with_seq_idx - alone).abs().max() > 0.01 * alone.abs().max()
+
+
+@pytest.mark.parametrize("name", ["clamped steps", "many at once"])
+@torch.no_grad()
+def test_transformers_forgets_the_limits_of_the_step_in_decoding_and_we_do_not(name):
+    """Its truth is its own prefill, which clamps."""
+    theirs, ours = pair(**CONFIGS[name])
+    ids = torch.cat([prompt(12, seed=1), prompt(12, seed=2)])
+    whole = theirs(ids).logits
+    reference, (_, state) = theirs(ids[:, :6], use_cache=True), run(ours, ids[:, :6])
+    steps, their_steps = [], []
+    for t in range(6, 12):
+        logits, state = run(ours, ids[:, t : t + 1], state)
+        reference = theirs(ids[:, t : t + 1], cache_params=reference.cache_params, use_cache=True)
+        steps.append(logits)
+        their_steps.append(reference.logits)
+    assert_close(torch.cat(steps, dim=1), whole[:, 6:], TOLERANCE, "logits of decoding")
+    assert relative_error(torch.cat(their_steps, dim=1), whole[:, 6:]) > 3 * TOLERANCE
 
 
 @torch.no_grad()

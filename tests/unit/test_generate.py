@@ -22,8 +22,8 @@ def alone(model, **options) -> list[torch.Tensor]:
     ]
 
 
-def together(model, **options) -> torch.Tensor:
-    ids, mask = pad(ROWS, "left")
+def together(model, side: str = "left", **options) -> torch.Tensor:
+    ids, mask = pad(ROWS, side)
     out = model.generate(ids, attention_mask=mask, pixel_values=PICTURES, **options)
     return out[:, ids.shape[1] :]
 
@@ -41,8 +41,17 @@ def test_the_answers_differ(model):
     [GREEDY, BEAMS, {**BEAMS, "num_return_sequences": 2}],
     ids=["greedy", "beams", "two answers of three beams"],
 )
-def test_a_batch_of_unequal_prompts_equals_each_alone(model, options):
-    assert torch.equal(together(model, **options), torch.cat(alone(model, **options)))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_of_unequal_prompts_equals_each_alone(model, options, side):
+    assert torch.equal(together(model, side, **options), torch.cat(alone(model, **options)))
+
+
+def test_rows_padded_on_the_right_come_back_padded_on_the_left(model):
+    """So that the new tokens follow the prompt. transformers' warning of wrong results would be false here."""
+    (ids, mask), (left, _) = pad(ROWS, "right"), pad(ROWS, "left")
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, pixel_values=PICTURES, **GREEDY)[:, : ids.shape[1]], left
+    )
 
 
 def test_decoding_equals_reading_everything_again(model):
@@ -61,10 +70,12 @@ def test_several_samples_of_a_prompt_see_its_pictures(model):
     assert torch.equal(sampled, together(model, **GREEDY).repeat_interleave(3, dim=0))
 
 
-def test_sampling_is_reproducible_with_a_seed(model):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_sampling_is_reproducible_with_a_seed(model, beams):
     def sample(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return together(model, max_new_tokens=8, do_sample=True, temperature=3.0, num_return_sequences=2)
+        options = {"do_sample": True, "temperature": 3.0, "num_return_sequences": 2, "num_beams": beams}
+        return together(model, max_new_tokens=8, eos_token_id=None, **options)
 
     assert torch.equal(sample(1), sample(1))
     assert not torch.equal(sample(1), sample(2))
@@ -118,8 +129,13 @@ def test_a_placeholder_is_never_generated(model):
 @pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
 @pytest.mark.parametrize("given", [0, 1, 3])
 def test_a_wrong_number_of_pictures_is_an_error(model, options, given):
-    with pytest.raises(ValueError, match=rf"has {2 * PER_IMAGE} image placeholders but {given} pictures"):
+    with pytest.raises(ValueError, match=rf"has {2 * PER_IMAGE} image placeholders but {given or 'no'} pictures"):
         model.generate(ROWS[3], pixel_values=PICTURES[:given] if given else None, **options)
+
+
+def test_beams_do_not_stream(model, tokenizer):
+    with pytest.raises(ValueError, match="`streamer` cannot be used with beam search"):
+        model.generate(ROWS[2], streamer=TextStreamer(tokenizer), **BEAMS)
 
 
 def test_tokens_stream_as_they_come(model, tokenizer, capsys):

@@ -102,6 +102,7 @@ def test_the_public_names_are_these():
         "MLMambaProcessor",
         "Mamba2TextConfig",
         "VisionConfig",
+        "load_model",
         "ops",
     ]
     assert all(getattr(mlmamba, name) is not None for name in mlmamba.__all__)

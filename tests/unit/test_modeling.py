@@ -1,21 +1,17 @@
-"""The model as transformers sees it: saving and loading, placing pictures, the loss, and training switches.
+"""The model as transformers sees it: placing pictures, reading in pieces, the loss, and training switches.
 
-What `generate` does is in test_generate.py. Both use the tiny model of tests/tiny.py.
+Saving and loading is in test_saving.py, what `generate` does in test_generate.py; bad input is in test_bad_input.py.
 """
 
 import pytest
 import torch
 from closeness import assert_close
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tiny import IMAGE_ID, PER_IMAGE, pictures, prompt, tiny_model
+from tiny import IMAGE_ID, PER_IMAGE, pad, pictures, prompt, tiny_model
 from torch.nn import functional as F
 
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.mamba2 import Mamba2Block
-from mlmamba.modeling import MLMambaForConditionalGeneration
 
-LM = "language_model."
 IDS = torch.cat([prompt(14, images=1, seed=1), prompt(14, images=1, seed=2)])
 
 
@@ -23,60 +19,6 @@ def labelled(ids: torch.Tensor, start: int) -> torch.Tensor:
     labels = ids.clone()
     labels[:, :start] = IGNORE_INDEX
     return labels
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_saved_model_loads_bit_for_bit(tmp_path, tied):
-    model = tiny_model({"tie_word_embeddings": tied})
-    model.save_pretrained(tmp_path)
-    loaded = MLMambaForConditionalGeneration.from_pretrained(tmp_path)
-    ours, theirs = model.state_dict(), loaded.state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is tied
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert (LM + "lm_head.weight" in file.keys()) is not tied  # noqa: SIM118
-    with torch.no_grad():
-        assert torch.equal(loaded(IDS, pictures(2)).logits, model(IDS, pictures(2)).logits)
-
-
-def test_an_encoder_with_buffers_that_are_not_saved_loads_too(tmp_path):
-    """DINOv3's rotary frequencies are computed, not saved; transformers would leave them empty."""
-    vision = {"towers": [{"model": "vit_small_patch16_dinov3", "block": 1}], "image_size": 32}
-    model = tiny_model(vision_config=vision)
-    assert any("rope" in name for name, _ in model.named_non_persistent_buffers())
-    model.save_pretrained(tmp_path)
-    loaded = MLMambaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded.vision(pictures(1)), model.vision(pictures(1)))
-
-
-def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["connector.projector.0.bias"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of the model, first \['connector.projector.0.bias'\]"):
-        MLMambaForConditionalGeneration.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("how", ["loaded", "cast"])
-def test_in_bfloat16_the_scan_parameters_and_the_state_stay_float32(tmp_path, how):
-    model = tiny_model()
-    if how == "loaded":
-        model.save_pretrained(tmp_path)
-        half = MLMambaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    else:
-        half = tiny_model().to(torch.bfloat16)
-    dtypes = {name: p.dtype for name, p in half.named_parameters()}
-    exact = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
-    assert exact == {name for name in dtypes if name.rsplit(".")[-1] in ("A_log", "dt_bias", "D")}
-    assert all(torch.equal(half.get_parameter(name), model.get_parameter(name)) for name in exact)
-    with torch.no_grad():
-        output = half(IDS, pictures(2))
-        assert {layer.ssm.dtype for layer in output.cache_params.layers} == {torch.float32}
-        assert output.logits.dtype == torch.float32
-        assert_close(output.logits, model(IDS, pictures(2)).logits, 0.1)
 
 
 @torch.no_grad()
@@ -93,6 +35,41 @@ def test_features_stand_at_the_placeholders_in_order(model):
     assert not torch.allclose(model(ids, both.flip(0)).logits, expected, atol=1e-3)
 
 
+PIECES = [(1,) * 20, (3, 17), (2, 1, 9, 8), (10, 10), (19, 1)]
+
+
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+@torch.no_grad()
+def test_a_prompt_in_pieces_equals_the_prompt_at_once(model, pieces):
+    """Pieces that cut through pictures and padding: a row padded on the left, one on the right, one of two pictures.
+
+    Each placeholder of a piece gets its own vector: `image_features` of two dimensions.
+    """
+    rows = [prompt(9, images=1, seed=1), prompt(13, images=1, seed=2), prompt(20, images=2, seed=3)]
+    ids, mask = pad(rows, "left")
+    ids[1], mask[1] = ids[1].roll(-7), mask[1].roll(-7)
+    features = model.get_image_features(pictures(4))
+    whole = model(ids, image_features=features, attention_mask=mask)
+    vectors = iter(features.flatten(0, 1).split((ids == IMAGE_ID).sum(1).tolist()))
+    of_place = torch.zeros(*ids.shape, features.shape[-1])
+    for row in range(3):
+        of_place[row, ids[row] == IMAGE_ID] = next(vectors)
+    state, logits = None, []
+    for start, piece, seen in zip(
+        torch.tensor((0, *pieces)).cumsum(0), ids.split(pieces, 1), mask.split(pieces, 1), strict=False
+    ):
+        places = piece == IMAGE_ID
+        vectors = of_place[:, start : start + piece.shape[1]][places]
+        output = model(piece, image_features=vectors, attention_mask=seen, cache_params=state)
+        state = output.cache_params
+        logits.append(output.logits)
+    real = mask.bool()
+    assert_close(torch.cat(logits, dim=1)[real], whole.logits[real], 2e-5, "logits")
+    for ours, truth in zip(state.layers, whole.cache_params.layers, strict=True):
+        assert_close(ours.ssm, truth.ssm, 2e-5, "SSM state")
+        assert_close(ours.conv, truth.conv, 2e-5, "convolution state")
+
+
 @torch.no_grad()
 def test_text_alone_needs_no_picture(model):
     assert model(prompt(5)).logits.shape == (1, 5, model.config.text_config.vocab_size)
@@ -100,7 +77,8 @@ def test_text_alone_needs_no_picture(model):
 
 @pytest.mark.parametrize(("images", "given"), [(1, 0), (1, 2), (0, 1), (2, 1)])
 def test_placeholders_and_pictures_must_match(model, images, given):
-    message = rf"has {images * PER_IMAGE} image placeholders but {given} pictures of {PER_IMAGE} tokens were given"
+    shown = rf"{given} pictures of {PER_IMAGE} tokens" if given else "no pictures"
+    message = rf"has {images * PER_IMAGE} image placeholders but {shown} were given"
     with pytest.raises(ValueError, match=message):
         model(prompt(12, images), pictures(given) if given else None)
 
@@ -160,21 +138,64 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-def test_gradient_checkpointing_wraps_the_blocks_and_changes_no_gradient():
+def blocks_of(model) -> list[Mamba2Block]:
+    return [module for module in model.modules() if isinstance(module, Mamba2Block)]
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_gradient_checkpointing_wraps_the_blocks_and_changes_no_gradient(name):
+    """transformers renamed the methods; both names work and neither warns."""
     model, forwards = tiny_model().train(), []
-    for module in model.modules():
-        if isinstance(module, Mamba2Block):
-            module.register_forward_pre_hook(lambda *args: forwards.append(1))
+    for block in blocks_of(model):
+        block.register_forward_pre_hook(lambda *args: forwards.append(torch.is_grad_enabled()))
     plain = gradients_of(model)
     assert len(forwards) == 2
-    model.gradient_checkpointing_enable()
+    getattr(model, f"{name}_enable")()
     assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
     forwards.clear()
     again = gradients_of(model)
     assert len(forwards) == 4, "each block runs forward once more in the backward pass"
     assert set(plain) == set(again)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+    getattr(model, f"{name}_disable")()
+    assert not model.is_gradient_checkpointing
+    forwards.clear()
+    gradients_of(model)
+    assert len(forwards) == 2
+
+
+def saved_bytes(model, ids: torch.Tensor) -> int:
+    """What autograd keeps for the backward pass beside the weights, each tensor once."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, labels=ids, use_cache=False).loss
+    size = sum(storage.nbytes() for storage in kept.values())
+    del loss
+    return size
+
+
+def test_gradient_checkpointing_saves_memory():
+    """Of six blocks, what is kept grows with the length by little more than their inputs."""
+    model = tiny_model({"num_hidden_layers": 6}).train()
+    ids = prompt(60)
+    plain = saved_bytes(model, ids)
+    model.gradient_checkpointing_enable()
+    assert saved_bytes(model, ids) < plain / 3
+
+
+@pytest.mark.parametrize("options", [{"every_n_layers": 2}, {"offload": True}])
+def test_gradient_checkpointing_has_no_other_options(options):
+    with pytest.raises(ValueError, match=f"it has no option .*{next(iter(options))}"):
+        tiny_model().activation_checkpointing_enable(**options)
 
 
 def test_every_part_learns():

@@ -1,12 +1,13 @@
 """Decoding pictures: whatever bytes come in, either an upright RGB picture comes out or an error with its reason."""
 
+import base64
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlmamba.pictures import PictureError, load_pixels, open_picture, to_pixels
+from mlmamba.pictures import PictureError, as_picture, load_pixels, open_picture, to_pixels
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -113,3 +114,33 @@ def test_bytes_become_pixels_in_one_call():
     assert (load_pixels(encode(two_halves()), 8) == to_pixels(two_halves(), 8)).all()
     with pytest.raises(PictureError):
         load_pixels(b"nothing", 8)
+
+
+def test_a_picture_of_pillow_is_turned_and_scaled_as_its_file_would_be():
+    picture = two_halves()
+    exif = picture.getexif()
+    exif[0x0112] = 3
+    turned = Image.open(io.BytesIO(encode(picture, exif=exif)))
+    assert as_picture(turned).getpixel((0, 0)) == BLUE
+    deep = Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16))
+    assert as_picture(deep).getpixel((0, 0)) == (40_000 >> 8,) * 3
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:;base64,"])
+def test_base64_is_read_with_and_without_its_prefix(prefix):
+    text = base64.encodebytes(encode(two_halves())).decode()  # with line breaks
+    assert (np.asarray(as_picture(prefix + text)) == np.asarray(two_halves())).all()
+
+
+def test_values_are_taken_with_channels_first_or_last():
+    values = np.asarray(two_halves())
+    for form in (values, values.transpose(2, 0, 1)):
+        assert (np.asarray(as_picture(form)) == values).all()
+
+
+@pytest.mark.parametrize("source", ["/no/such/picture.png", "no such file", "x" * 5000, "zero\0byte", ""])
+def test_what_is_neither_file_nor_base64_is_missing(source):
+    with pytest.raises(PictureError) as caught:
+        as_picture(source)
+    assert caught.value.reason in ("image_missing", "image_unreadable")
+    assert len(str(caught.value)) < 200

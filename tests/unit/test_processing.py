@@ -57,6 +57,22 @@ def test_a_single_picture_needs_no_list(processor):
     )
 
 
+def test_pictures_come_as_one_list_or_one_for_each_prompt(processor):
+    shown, texts = [picture(seed) for seed in range(3)], ["<image>a<image>", "b", "<image>c"]
+    flat = processor(images=shown, text=texts)
+    grouped = processor(images=[shown[:2], [], shown[2:]], text=texts)
+    assert torch.equal(flat["pixel_values"], grouped["pixel_values"])
+    assert torch.equal(flat["input_ids"], grouped["input_ids"])
+    assert "pixel_values" not in processor(images=[[]], text="no picture")
+
+
+def test_pictures_alone_need_no_text(processor):
+    batch = processor(images=[picture(0), picture(1)])
+    assert set(batch) == {"pixel_values"}
+    assert torch.equal(processor.image_processor([picture(0), picture(1)])["pixel_values"], batch["pixel_values"])
+    assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values"]
+
+
 def test_text_alone_needs_no_pictures(processor):
     assert set(processor(text="hello")) == {"input_ids", "attention_mask"}
 

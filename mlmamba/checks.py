@@ -1,0 +1,155 @@
+"""Checks of what the model is given: every error says what came and what was expected; nothing is cut or ignored.
+
+Shapes: b batch, l length, n pictures, N tokens per picture, d language width.
+"""
+
+import torch
+from torch import Tensor
+
+from mlmamba.mamba2 import MambaState
+
+
+def describe(value: Tensor) -> str:
+    """Dtype, shape and device of a tensor, for error messages: `torch.int64 (2, 7) on cpu`."""
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+
+
+def check_text(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, per_token: dict[str, Tensor | None], config
+) -> tuple[int, int]:
+    """Check the sequence inputs of a forward pass.
+
+    Args:
+        input_ids: (b, l) integers below the vocabulary size, or None.
+        inputs_embeds: (b, l, d) floats, or None. Exactly one of the two is given.
+        per_token: by name, what has one integer per token (labels, seq_idx) or is a mask; None where not given.
+        config: MLMambaConfig.
+
+    Returns:
+        b and l.
+
+    Raises:
+        ValueError: a tensor is missing, empty, or of another shape or dtype than it should be.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    if input_ids is not None:
+        name, sequence, width = "input_ids", input_ids, ()
+        if input_ids.ndim != 2 or not _whole(input_ids):
+            raise ValueError(f"input_ids is {describe(input_ids)}; expected integers (batch, length)")
+    else:
+        name, sequence, width = "inputs_embeds", inputs_embeds, (config.text_config.hidden_size,)
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2:] != width or not inputs_embeds.is_floating_point():
+            raise ValueError(f"inputs_embeds is {describe(inputs_embeds)}; expected floats (batch, length, {width[0]})")
+    rows, length = sequence.shape[:2]
+    if not rows or not length:
+        raise ValueError(f"the prompt is empty: {name} is {describe(sequence)}; give at least one token")
+    for other, value in per_token.items():
+        if value is None:
+            continue
+        if tuple(value.shape) != (rows, length):
+            raise ValueError(
+                f"{other} is {describe(value)}; expected ({rows}, {length}), one value per token of {name}"
+            )
+        if other != "attention_mask" and not _whole(value):
+            raise ValueError(f"{other} is {describe(value)}; expected integers")
+    if input_ids is not None and length > 1 and input_ids.device.type != "meta":
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= config.text_config.vocab_size:
+            raise ValueError(
+                f"input_ids holds ids from {low} to {high}; the vocabulary is 0 to {config.text_config.vocab_size - 1}"
+            )
+    return rows, length
+
+
+def check_pictures(
+    input_ids: Tensor | None, pixel_values: Tensor | None, image_features: Tensor | None, config
+) -> None:
+    """Check the picture inputs, but for the pixels themselves, which the encoder checks.
+
+    Raises:
+        ValueError: pictures are given twice or beside embeddings, or the features are not (n, N, d) or (k, d).
+    """
+    given = [name for name, t in (("pixel_values", pixel_values), ("image_features", image_features)) if t is not None]
+    if len(given) == 2:
+        raise ValueError("both pixel_values and image_features are given; give the pictures one way")
+    if given and input_ids is None:
+        raise ValueError(f"{given[0]} is given with inputs_embeds, which hold the pictures already; give input_ids")
+    if image_features is None:
+        return
+    width = config.text_config.hidden_size
+    fits = image_features.ndim in (2, 3) and image_features.shape[-1] == width and image_features.is_floating_point()
+    if not fits:
+        raise ValueError(
+            f"image_features is {describe(image_features)}; expected floats (pictures, tokens, {width}) "
+            f"as from get_image_features, or (placeholders, {width})"
+        )
+
+
+def check_state(state: MambaState | None, rows: int, config) -> None:
+    """Check a state that a forward pass is to go on from.
+
+    Raises:
+        TypeError: it is no MambaState.
+        ValueError: it is of another number of sequences or layers.
+    """
+    if state is None:
+        return
+    if not isinstance(state, MambaState):
+        raise TypeError(f"cache_params is a {type(state).__name__}; expected the MambaState of an earlier call")
+    if not state.layers:
+        return
+    expected = config.text_config.num_hidden_layers
+    if len(state.layers) != expected:
+        raise ValueError(f"the state (cache_params) has {len(state.layers)} layers, the model {expected}")
+    held = state.layers[0].ssm.shape[0]
+    if held != rows:
+        raise ValueError(
+            f"the state (cache_params) is of {held} sequences, the input of {rows}; choose rows with MambaState.select"
+        )
+
+
+def check_device(device: torch.device, state: MambaState | None, tensors: dict[str, Tensor | None]) -> None:
+    """Check that all inputs lie on the model's device. Raises ValueError."""
+    if state is not None and state.layers:
+        tensors = {**tensors, "cache_params": state.layers[0].ssm}
+    for name, value in tensors.items():
+        if value is not None and value.device != device:
+            raise ValueError(f"{name} is on {value.device}, the model on {device}; move one to the other with .to()")
+
+
+def check_prompts(input_ids: Tensor | None, attention_mask: Tensor | None, limit: int) -> None:
+    """Check the prompts that `generate` is given.
+
+    Args:
+        input_ids: (b, l).
+        attention_mask: (b, l), 0 at padding, or None.
+        limit: longest prompt in tokens.
+
+    Raises:
+        ValueError: there is no prompt, one is empty, or one is over the limit.
+    """
+    if input_ids is None:
+        raise ValueError("generate needs input_ids, with the pictures as pixel_values or image_features")
+    if input_ids.ndim != 2 or not _whole(input_ids):
+        raise ValueError(f"input_ids is {describe(input_ids)}; expected integers (batch, length)")
+    if not input_ids.numel():
+        raise ValueError(f"the prompt is empty: input_ids is {describe(input_ids)}; give at least one token")
+    lengths = [input_ids.shape[1]] * len(input_ids)
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {describe(attention_mask)}; expected {tuple(input_ids.shape)}, as input_ids"
+            )
+        lengths = attention_mask.bool().sum(1).tolist()
+    for row, length in enumerate(lengths):
+        if not length:
+            raise ValueError(f"prompt {row} is empty: its attention_mask has no 1")
+        if length > limit:
+            raise ValueError(
+                f"prompt {row} is {length} tokens long, over the limit of {limit} (max_position_embeddings); shorten it"
+            )
+
+
+def _whole(value: Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool

@@ -1,0 +1,30 @@
+"""The picture half of the processor as transformers knows it, for tools that ask a processor for it."""
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+from transformers.image_processing_base import ImageProcessingMixin
+
+from mlmamba.pictures import as_picture, to_pixels
+
+
+class MLMambaImageProcessor(ImageProcessingMixin):
+    """Pictures, as `mlmamba.pictures.as_picture` takes them, to uint8 (n, 3, s, s).
+
+    Normalisation is part of the model, because encoders of different families share one batch.
+
+    Args:
+        image_size: side s in pixels.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 - the form that transformers reads
+
+    def __init__(self, image_size: int = 384, **kwargs):
+        super().__init__(**kwargs)
+        self.image_size = image_size
+
+    def __call__(self, images, return_tensors: str = "pt") -> BatchFeature:
+        """`pixel_values` of one picture or a list. Raises PictureError where one cannot be used."""
+        images = images if isinstance(images, (list, tuple)) else [images]
+        pixels = np.stack([to_pixels(as_picture(image), self.image_size) for image in images])
+        return BatchFeature({"pixel_values": torch.from_numpy(pixels)})
