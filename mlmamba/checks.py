@@ -6,7 +6,7 @@ Shapes: b batch, l length, n pictures, N tokens per picture, d language width.
 import torch
 from torch import Tensor
 
-from mlmamba.mamba2 import MambaState
+from mlmamba.state import MambaState
 
 
 def describe(value: Tensor) -> str:

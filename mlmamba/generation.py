@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 
 from mlmamba.checks import check_prompts
-from mlmamba.mamba2 import MambaState
+from mlmamba.state import MambaState
 
 _REFUSED = {
     "assistant_model": "assisted generation takes tokens back",

@@ -1,4 +1,4 @@
-"""Mamba-2: selective scan, mixer, block, language backbone and the recurrent state of a batch.
+"""Mamba-2: mixer, block and language backbone.
 
 Parameter names are those of transformers' Mamba2 (and, but for the plural of `embeddings`, of state-spaces), so weights
 map one to one. A_log, D, dt_bias and the recurrent state stay float32 whatever the compute dtype.
@@ -8,175 +8,20 @@ feeds the convolution nor moves the state, so right and left padding both leave 
 Shapes: b batch, l length, d model width, e inner width (heads x head dim).
 """
 
+import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mlmamba import ops
 from mlmamba.ops.linear import Linear
+from mlmamba.selective_scan import RMSNorm, SelectiveScan
+from mlmamba.state import LayerState, MambaState
 
-
-@dataclass
-class LayerState:
-    """What one layer remembers: the last inputs of the convolution (b, w-1, e + 2gn) and the SSM state (b, h, p, n)."""
-
-    conv: Tensor
-    ssm: Tensor
-
-
-class MambaState:
-    """Recurrent state of a batch, one LayerState per layer. Its size does not depend on how much was read."""
-
-    is_compileable = False  # `generate` asks this of a state that it is given
-
-    def __init__(self, layers: list[LayerState] | None = None):
-        self.layers = layers or []
-
-    def select(self, rows: Tensor) -> "MambaState":
-        """State of the given rows (k,), in that order. Rows may repeat: one prefix can start many continuations."""
-        return MambaState([LayerState(s.conv.index_select(0, rows), s.ssm.index_select(0, rows)) for s in self.layers])
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """In-place `select`, under the name that beam search calls."""
-        self.layers = self.select(beam_idx).layers
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row in place, under the name that transformers' caches give it."""
-        rows = torch.arange(self.layers[0].ssm.shape[0], device=self.layers[0].ssm.device)
-        self.layers = self.select(rows.repeat_interleave(repeats)).layers
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for s in self.layers for t in (s.conv, s.ssm))
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm over each of `groups` equal parts, in float32. With a gate: norm(x * silu(gate))."""
-
-    def __init__(self, width: int, eps: float, groups: int = 1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-        self.groups = groups
-
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        dtype = x.dtype
-        x = x.float()
-        if gate is not None:
-            x = x * F.silu(gate.float())
-        if self.groups == 1:
-            return F.rms_norm(x, x.shape[-1:], self.weight.float(), self.eps).to(dtype)
-        parts = x.unflatten(-1, (self.groups, -1))
-        x = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
-        return (self.weight.float() * x).to(dtype)
-
-
-class SelectiveScan(nn.Module):
-    """Short convolution and state-space recurrence with one set of A, D and dt bias: the part with a direction.
-
-    `Mamba2Mixer` is one of these between two projections; the 2-D scan of the connector holds one per scan order.
-    """
-
-    def __init__(
-        self, inner: int, heads: int, state: int, groups: int, kernel: int, chunk: int, conv_bias: bool = True
-    ):
-        super().__init__()
-        self.inner, self.heads, self.state_size, self.groups, self.chunk = inner, heads, state, groups, chunk
-        self.conv_dim = inner + 2 * groups * state
-        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, kernel, groups=self.conv_dim, bias=conv_bias)
-        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.D = nn.Parameter(torch.ones(heads, dtype=torch.float32))
-        self.dt_limit = (0.0, math.inf)
-        self.reset_scan_parameters()
-
-    @torch.no_grad()
-    def reset_scan_parameters(self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
-        """Initialise as state-spaces does: A uniform in 1..16, dt log-uniform in dt_min..dt_max, D one."""
-        self.A_log.uniform_(1, 16).log_()
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        self.D.fill_(1.0)
-
-    def _apply(self, fn, recurse: bool = True):
-        """Casts of the model to half precision (`model.bfloat16()`) leave A_log, dt_bias and D as they are."""
-        own = (self.A_log, self.dt_bias, self.D)
-        kept = {id(t) for t in (*own, *(p.grad for p in own))}
-
-        def guarded(t: Tensor) -> Tensor:
-            out = fn(t)
-            return t.to(out.device) if id(t) in kept and out.dtype in (torch.float16, torch.bfloat16) else out
-
-        return super()._apply(guarded, recurse)
-
-    def scan(
-        self,
-        xBC: Tensor,
-        dt: Tensor,
-        state: LayerState | None = None,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-    ) -> tuple[Tensor, LayerState]:
-        """Run xBC (b, l, e + 2gn) and raw dt (b, l, h) through convolution and recurrence.
-
-        Given a state, padding stands at the end of a row (`Mamba2Backbone` sees to it): the convolution looks straight
-        back into the state. Returns y (b, l, e) and the state after the last unmasked position of each row.
-        """
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        A, D = -torch.exp(self.A_log.float()), self.D.float()
-        dt = F.softplus(dt.float() + self.dt_bias.float())
-        if self.dt_limit != (0.0, math.inf):
-            dt = dt.clamp(*self.dt_limit)
-
-        if state is not None and xBC.shape[1] == 1 and mask is None:
-            out, conv = ops.causal_conv1d_step(xBC[:, 0], weight, bias, state.conv)
-            x, B, C = self._split(out)
-            y, ssm = ops.ssd_step(x, dt[:, 0], A, B, C, D, state.ssm)
-            return y.flatten(1)[:, None], LayerState(conv, ssm)
-
-        if mask is not None:
-            xBC, dt = xBC * mask[..., None], dt * mask[..., None]
-        out, conv = ops.causal_conv1d(
-            xBC, weight, bias, initial_state=None if state is None else state.conv, seq_idx=seq_idx
-        )
-        if mask is not None:
-            conv = self._last_inputs(xBC, state, mask, seq_idx)
-        x, B, C = self._split(out)
-        y, ssm = ops.ssd(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D=D,
-            initial_state=None if state is None else state.ssm,
-            seq_idx=seq_idx,
-            chunk_size=self.chunk,
-        )
-        return y.flatten(2), LayerState(conv, ssm)
-
-    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, B, C = xBC.split([self.inner, self.groups * self.state_size, self.groups * self.state_size], dim=-1)
-        B, C = (t.unflatten(-1, (self.groups, self.state_size)) for t in (B, C))
-        return x.unflatten(-1, (self.heads, -1)), B, C
-
-    def _last_inputs(self, xBC: Tensor, state: LayerState | None, mask: Tensor, seq_idx: Tensor | None) -> Tensor:
-        """The convolution's last w-1 inputs of each row, counted back from its last unmasked position."""
-        w, length = self.conv1d.kernel_size[0], xBC.shape[1]
-        history = xBC.new_zeros(len(xBC), w - 1, xBC.shape[2]) if state is None else state.conv.to(xBC.dtype)
-        padded = torch.cat([history, xBC], dim=1)
-        positions = torch.arange(1, length + 1, device=xBC.device)
-        end = (positions * mask).amax(dim=1)  # 0 for a row of nothing but padding: it keeps its history
-        index = end[:, None] + torch.arange(w - 1, device=xBC.device)
-        last = padded.gather(1, index[..., None].expand(-1, -1, padded.shape[2]))
-        if seq_idx is not None:  # inputs of an earlier sequence count as zero
-            owner = torch.cat([seq_idx[:, :1].expand(-1, w - 1), seq_idx], dim=1)
-            last = last * (owner.gather(1, index) == owner.gather(1, end[:, None] + w - 2))[..., None]
-        return last
+logger = logging.getLogger(__name__)
 
 
 class Mamba2Mixer(SelectiveScan):
@@ -228,9 +73,29 @@ class Mamba2Backbone(nn.Module):
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        self._compiled_step: Callable | None = None
         nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
         for layer in self.layers:  # GPT-2's scheme, as state-spaces does it: one residual branch per block
             layer.mixer.out_proj.weight.data.div_(math.sqrt(config.num_hidden_layers))
+
+    def compile_decoding(self) -> bool:
+        """Compile the step of one token with torch.compile: one graph for all blocks, a quarter of a minute on a CPU.
+
+        Pays where a step's many small operations weigh beside reading the weights: small models and batches. Every new
+        batch size may compile once more. Returns whether it is compiled; without a working compiler the reason is
+        logged and decoding goes on as before.
+        """
+        step = torch.compile(Mamba2Block.forward)
+        block, device = self.layers[0], self.embeddings.weight.device
+        x = torch.zeros(1, 1, self.embeddings.embedding_dim, device=device, dtype=self.embeddings.weight.dtype)
+        try:
+            with torch.no_grad():
+                step(block, x, block(x)[1])
+        except Exception as error:  # whatever a missing or broken compiler raises
+            logger.warning("decoding is not compiled: %s", str(error).strip().splitlines()[0])
+            return False
+        self._compiled_step = step
+        return True
 
     def forward(
         self,
@@ -260,7 +125,9 @@ class Mamba2Backbone(nn.Module):
             seq_idx = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
         for i, layer in enumerate(self.layers):
             before = state.layers[i] if state is not None and state.layers else None
-            if self.gradient_checkpointing and self.training:
+            if self._compiled_step is not None and x.shape[1] == 1 and before is not None and mask is seq_idx is None:
+                x, layer_state = self._compiled_step(layer, x, before)
+            elif self.gradient_checkpointing and self.training:
                 x, layer_state = checkpoint(layer, x, before, mask, seq_idx, use_reentrant=False)
             else:
                 x, layer_state = layer(x, before, mask, seq_idx)

@@ -20,7 +20,8 @@ from mlmamba.configuration import MLMambaConfig
 from mlmamba.connector import build_connector
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.generation import MLMambaGenerationMixin
-from mlmamba.mamba2 import Mamba2LanguageModel, MambaState
+from mlmamba.mamba2 import Mamba2LanguageModel
+from mlmamba.state import MambaState
 from mlmamba.vision import VisionEncoder
 
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from mlmamba.mamba2 import RMSNorm, SelectiveScan
 from mlmamba.scan2d import check_merge, merge, orders
+from mlmamba.selective_scan import RMSNorm, SelectiveScan
 
 
 class VisualScanMixer(nn.Module):

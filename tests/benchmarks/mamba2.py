@@ -1,6 +1,6 @@
 """The Mamba-2 backbone against transformers', same weights and inputs, in one process.
 
-    python -m tests.benchmarks.mamba2 [--threads 2] [--rounds 7] [--device cuda]
+    python -m tests.benchmarks.mamba2 [--threads 2] [--rounds 7] [--compile] [--device cuda]
 
 Shape: width 768 as mamba2-130m, 4 layers. Each round times both, one after the other, so that a busy machine hits both;
 printed are the medians, the median ratio, and the share of this machine's own limit that each reaches. The limits are
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="decoding also with the step compiled")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
@@ -111,14 +112,17 @@ def main() -> None:
         their_state = theirs(inputs_embeds=x, use_cache=True).cache_params
         _, our_state = ours(x)
         weights = sum(p.nbytes for p in ours.layers.parameters())
-        result = compare(
-            lambda: theirs(inputs_embeds=x, cache_params=their_state, use_cache=True),
-            lambda: ours(x, our_state),
-            rounds,
-            50,
-            device,
-        )
-        rows.append(("decoding, batch 1", *result, weights + 2 * our_state.nbytes, "bytes"))
+
+        def decode() -> tuple[float, float, float]:
+            def step() -> None:
+                theirs(inputs_embeds=x, cache_params=their_state, use_cache=True)
+
+            return compare(step, lambda: ours(x, our_state), rounds, 50, device)
+
+        work = weights + 2 * our_state.nbytes
+        rows.append(("decoding, batch 1", *decode(), work, "bytes"))
+        if options.compile and ours.compile_decoding():
+            rows.append(("decoding, ours compiled", *decode(), work, "bytes"))
 
     flops, reading = limits(device, rounds)
     print(

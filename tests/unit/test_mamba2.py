@@ -9,7 +9,9 @@ from closeness import assert_close
 from tiny import TEXT, pad, prompt
 from transformers import Mamba2Config
 
-from mlmamba.mamba2 import Mamba2Backbone, MambaState, RMSNorm, SelectiveScan
+from mlmamba.mamba2 import Mamba2Backbone
+from mlmamba.selective_scan import RMSNorm, SelectiveScan
+from mlmamba.state import MambaState
 
 ROWS = [prompt(n, seed=n) for n in (13, 6, 2, 1)]
 TOLERANCE = 2e-5
@@ -192,3 +194,34 @@ def test_the_norm_of_groups_is_the_norm_of_each():
     norm, x = RMSNorm(8, 1e-5, groups=2), torch.randn(3, 8)
     halves = torch.cat([RMSNorm(4, 1e-5)(part) for part in x.split(4, dim=1)], dim=1)
     assert_close(norm(x), halves, 1e-6)
+
+
+@pytest.mark.slow  # compiling takes a quarter of a minute
+def test_compiled_decoding_equals_decoding():
+    torch.manual_seed(0)
+    backbone = Mamba2Backbone(Mamba2Config(**TEXT)).eval()
+    x = torch.randn(1, 9, TEXT["hidden_size"])
+    with torch.no_grad():
+        _, state = backbone(x[:, :5])
+        expected = backbone(x[:, 5:], state)[0]
+        assert backbone.compile_decoding()
+        steps = []
+        for t in range(5, 9):
+            step, state = backbone(x[:, t : t + 1], state)
+            steps.append(step)
+    assert_close(torch.cat(steps, dim=1), expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_decoding_goes_on_uncompiled(monkeypatch, caplog):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    torch._dynamo.reset()
+    backbone = Mamba2Backbone(Mamba2Config(**TEXT)).eval()
+    assert not backbone.compile_decoding()
+    assert "decoding is not compiled" in caplog.text
+    with torch.no_grad():
+        x = torch.randn(1, 1, TEXT["hidden_size"])
+        assert backbone(x, backbone(x)[1])[0].isfinite().all()
