@@ -1,61 +1,40 @@
 """Typed description of a data set: where the records come from, how they are tokenized and packed.
 
-A new kind of source adds one model here, its name in `SourceConfig`, and one file in pipelines/sources.
+The models of the single kinds of source are in pipelines/source_config.py.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipelines.source_config import (
+    CaptionsSource,
+    EasyVQASource,
+    LlavaSource,
+    ParquetSource,
+    QuestionsSource,
+    SourceBase,
+    SourceConfig,
+    WebDatasetSource,
+)
+from pipelines.strict import StrictModel
+
+__all__ = [
+    "SPLITS_TO_PACK",
+    "CaptionsSource",
+    "DataConfig",
+    "EasyVQASource",
+    "LlavaSource",
+    "ParquetSource",
+    "QuestionsSource",
+    "SourceBase",
+    "SourceConfig",
+    "StrictModel",
+    "TokenizerConfig",
+    "WebDatasetSource",
+]
 
 SPLITS_TO_PACK = ("train", "validation")
-
-
-class StrictModel(BaseModel):
-    """Base of all config models: unknown keys are errors, and the string under a field documents it."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class SourceBase(StrictModel):
-    """What every source has."""
-
-    name: str | None = Field(default=None, min_length=1)
-    """Name in counts and tables. Default: the type. Give two sources of one type in one split different names."""
-
-    @property
-    def label(self) -> str:
-        """The name that records of this source carry."""
-        return self.name or self.type
-
-
-class EasyVQASource(SourceBase):
-    """The easy-vqa package: 4,000 + 1,000 rendered shapes with 48,248 questions."""
-
-    type: Literal["easy_vqa"]
-    """Kind of source."""
-    split: Literal["train", "validation", "test"]
-    """`validation` is taken out of the package's train split, `test` is the official test split."""
-    validation_images: int = Field(default=300, ge=0, lt=4000)
-    """Pictures of the package's train split that `validation` gets and `train` lacks."""
-
-
-class LlavaSource(SourceBase):
-    """Records in LLaVA's conversation format and a folder of pictures."""
-
-    type: Literal["llava"]
-    """Kind of source."""
-    annotations: str
-    """Path or URI of the JSON (one list) or JSONL file, also gzipped (.gz)."""
-    images: str
-    """Folder, path or URI, that the records' `image` paths are relative to."""
-    limit: int | None = Field(default=None, ge=1)
-    """Only the first `limit` records of the file."""
-    repeated_ids: Literal["quarantine", "number"] = "quarantine"
-    """`number` keeps a record whose id came before and calls it id#2, id#3, ...: LLaVA-Instruct-150K uses the
-    picture's id for up to three different conversations."""
-
-
-SourceConfig = Annotated[EasyVQASource | LlavaSource, Field(discriminator="type")]
 
 
 class TokenizerConfig(StrictModel):
@@ -79,12 +58,22 @@ class TokenizerConfig(StrictModel):
 class DataConfig(StrictModel):
     """One data set."""
 
+    name: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Name of the data set's folder. Default: the recipe's name."""
     train: list[SourceConfig] = Field(min_length=1)
     """Sources of the training rows."""
-    validation: list[SourceConfig] = []
+    validation: list[SourceConfig] = Field(default=[])
     """Sources of the rows for the held-out loss. Empty: no such rows."""
-    test: list[SourceConfig] = []
+    test: list[SourceConfig] = Field(default=[])
     """Sources that evaluation asks questions from. Never tokenized or packed here."""
+    deduplicate: bool = True
+    """Set aside every record whose pictures and text are, to the byte, those of an earlier record of its split, of
+    whatever source. Repeats that a source's `weight` asks for stay."""
+    exclude_evaluation_images: bool = True
+    """Set aside every training record that shows a picture of the recipe's own `validation` or `test` sources (the same
+    file, to the byte)."""
+    exclude_images_of: list[SourceConfig] = Field(default=[])
+    """More evaluation sets whose pictures training must not show. Only their pictures count, not their text."""
     tokenizer: TokenizerConfig
     """How text becomes ids."""
     max_tokens: int = Field(ge=2)
@@ -94,7 +83,8 @@ class DataConfig(StrictModel):
     shard_rows: int = Field(default=256, ge=1)
     """Packed rows in one shard, which is what one packing task holds in memory (encoded pictures included)."""
     max_quarantined: float = Field(default=0.01, ge=0, le=1)
-    """Share of all records that may be set aside before the run fails."""
+    """Share of all records that may be set aside before the run fails. Duplicates and records that show a picture of an
+    evaluation set do not count: nothing is wrong with them."""
     too_long: Literal["cut", "quarantine"] = "cut"
     """What happens to a conversation over `max_tokens`: cut after the last answer that fits, or set aside."""
 
@@ -106,3 +96,9 @@ class DataConfig(StrictModel):
             if twice:
                 raise ValueError(f"{split} has two sources called {twice[0]!r}: set a different `name` on each")
         return self
+
+    def evaluation_sets(self) -> dict[str, SourceConfig]:
+        """The sources besides `validation` whose pictures training must not show, by a name for people."""
+        own = {f"test/{source.label}": source for source in self.test} if self.exclude_evaluation_images else {}
+        more = {f"exclude_images_of.{i}/{source.label}": source for i, source in enumerate(self.exclude_images_of)}
+        return own | more

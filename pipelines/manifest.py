@@ -5,6 +5,7 @@ measures on the other: one digest names what the run saw, and there is no moment
 """
 
 import hashlib
+import json
 import platform
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from mlmamba import __version__
 from pipelines import storage
 from pipelines.config import StrictModel
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_PATH = "tokenizer/tokenizer.json"
 
@@ -53,8 +54,12 @@ class SplitInfo(StrictModel):
     """Records read. The quarantined ones and the samples add up to them."""
     quarantined: dict[str, int]
     """Records set aside, by reason (pipelines/validate.py). The table is quarantine.arrow."""
+    quarantined_by_source: dict[str, dict[str, int]]
+    """The same by source."""
     cut: int
-    """Samples that lost turns to `max_tokens`."""
+    """Samples that lost turns: those over `max_tokens`, or a last question without an answer."""
+    cut_turns: int
+    """How many turns they lost."""
 
 
 class Manifest(StrictModel):
@@ -71,6 +76,8 @@ class Manifest(StrictModel):
     """Of the config and the other arguments of `prepare`, so far as they decide the content."""
     sources: dict[str, str]
     """Fingerprint of each source's list of records, by split/name."""
+    excluded: dict[str, int] = Field(default_factory=dict)
+    """Pictures that training records must not show, by evaluation set."""
     max_tokens: int
     tokens_per_image: int
     splits: dict[str, SplitInfo]
@@ -104,18 +111,22 @@ class Manifest(StrictModel):
             raise FileNotFoundError(
                 f"no {MANIFEST_FILE} under {storage.shown(uri)}: the data set is not finished; run mlmamba prepare"
             )
+        data = storage.read_bytes(file)
         try:
-            manifest = cls.model_validate_json(storage.read_bytes(file))
+            version = json.loads(data)["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{storage.shown(file)} is not a manifest: {error!r}") from error
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{storage.shown(file)} has schema version {version}, expected {SCHEMA_VERSION}; run mlmamba prepare "
+                "again, it makes the data set anew"
+            )
+        try:
+            return cls.model_validate_json(data)
         except ValidationError as error:
             raise ValueError(
                 f"{storage.shown(file)} is not a manifest of schema version {SCHEMA_VERSION}: {error}"
             ) from error
-        if manifest.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"{storage.shown(file)} has schema version {manifest.schema_version}, expected {SCHEMA_VERSION}; "
-                "run mlmamba prepare into an empty folder"
-            )
-        return manifest
 
     def save(self, uri: str) -> None:
         """Write manifest.json, which makes the folder a data set."""
@@ -123,9 +134,15 @@ class Manifest(StrictModel):
 
 
 def split_info(
-    shards: list[ShardInfo], max_tokens: int, records: int, quarantined: dict[str, int], cut: int
+    shards: list[ShardInfo],
+    max_tokens: int,
+    records: int,
+    quarantined: dict[str, int],
+    cut: int,
+    cut_turns: int = 0,
+    quarantined_by_source: dict[str, dict[str, int]] | None = None,
 ) -> SplitInfo:
-    """Sum up a split's shards, which are given in row order."""
+    """Sum up a split's shards, which are given in row order. The other arguments are fields of `SplitInfo`."""
     by_source: dict[str, int] = {}
     for shard in shards:
         for source, samples in shard.samples_by_source.items():
@@ -140,37 +157,11 @@ def split_info(
         samples_by_source=dict(sorted(by_source.items())),
         records=records,
         quarantined=dict(sorted(quarantined.items())),
+        quarantined_by_source=quarantined_by_source or {},
         cut=cut,
+        cut_turns=cut_turns,
         **totals,
     )
-
-
-def verify(uri: str) -> list[str]:
-    """Read every file of a data set again and compare it with the manifest.
-
-    Returns:
-        One sentence per problem; an empty list means that the data set is what the manifest says.
-
-    Raises:
-        FileNotFoundError, ValueError: as `Manifest.load`.
-    """
-    manifest = Manifest.load(uri)
-    files = [(shard.path, shard.bytes, shard.sha256) for shard in manifest.shards]
-    files.append((TOKENIZER_PATH, None, manifest.tokenizer_digest))
-    problems = []
-    for path, expected_size, expected_sha256 in files:
-        try:
-            size, sha256 = storage.checksum(storage.join(uri, path))
-        except FileNotFoundError:
-            problems.append(f"{path} is missing")
-            continue
-        if expected_size not in (None, size):
-            problems.append(f"{path} has {size} bytes, the manifest says {expected_size}")
-        elif sha256 != expected_sha256:
-            problems.append(f"{path} has sha256 {sha256}, the manifest says {expected_sha256}")
-    if manifest.content_digest() != manifest.digest:
-        problems.append(f"{MANIFEST_FILE} has digest {manifest.digest}, its shards give {manifest.content_digest()}")
-    return problems
 
 
 def _created_by() -> str:

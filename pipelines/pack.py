@@ -15,18 +15,25 @@ import pyarrow as pa
 
 from mlmamba.conversation import IGNORE_INDEX
 from pipelines import storage
+from pipelines.dedup import Removals
 from pipelines.execution import run_tasks
-from pipelines.manifest import SCHEMA_VERSION, ShardInfo
+from pipelines.manifest import ShardInfo
 from pipelines.planner import plan_rows
 from pipelines.records import Partition
-from pipelines.schema import PACKED, one_row, values
-from pipelines.tokenize import read_outcomes
+from pipelines.schema import PACKED, PACKED_VERSION, one_row, values
+from pipelines.tokenize import iter_outcomes
 
-_SCHEMA = PACKED.with_metadata({"mlmamba.schema_version": str(SCHEMA_VERSION)})
+_SCHEMA = PACKED.with_metadata({"mlmamba.schema_version": str(PACKED_VERSION)})
 
 
 def shard_tasks(
-    partitions: list[Partition], max_tokens: int, shard_rows: int, seed: int, work: str, out: str
+    partitions: list[Partition],
+    max_tokens: int,
+    shard_rows: int,
+    seed: int,
+    work: str,
+    out: str,
+    removals: Removals | None = None,
 ) -> list[dict]:
     """Plan one split: a task description for each of its shards.
 
@@ -37,8 +44,9 @@ def shard_tasks(
         seed: of the plan.
         work: folder of the partitions' files.
         out: folder of the data set.
+        removals: tokenized records that are not used.
     """
-    owners, places, lengths = _read_lengths(partitions, work)
+    owners, places, lengths = _read_lengths(partitions, work, removals or Removals())
     rows = plan_rows(lengths, max_tokens, seed)
     tasks = []
     for index, start in enumerate(range(0, len(rows), shard_rows)):
@@ -54,7 +62,7 @@ def shard_tasks(
             # Every sample as (position in `tokens`, record batch in that file).
             "rows": [[(position[int(owners[sample])], int(places[sample])) for sample in row] for row in shard],
         }
-        inputs = [SCHEMA_VERSION, [partitions[owner].digest for owner in used], task["rows"]]
+        inputs = [PACKED_VERSION, [partitions[owner].digest for owner in used], task["rows"]]
         tasks.append(task | {"digest": hashlib.sha256(json.dumps(inputs).encode()).hexdigest()})
     return tasks
 
@@ -98,15 +106,18 @@ def pack_shard(task: dict) -> dict:
     return {"shard": shard, "skipped": False}
 
 
-def _read_lengths(partitions: list[Partition], work: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_lengths(
+    partitions: list[Partition], work: str, removals: Removals
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For every sample of a split, in order: its partition, its record batch in that token file, its length."""
     owners, places, lengths = [], [], []
-    for owner, partition in enumerate(partitions):
-        outcomes = read_outcomes(partition.outcomes_file(work))
-        kept = outcomes["length"].to_numpy()[outcomes["reason"].is_null().to_numpy()]
-        owners.append(np.full(len(kept), owner, dtype=np.int32))
-        places.append(np.arange(len(kept), dtype=np.int32))
-        lengths.append(kept)
+    for owner, (partition, outcomes) in enumerate(iter_outcomes(partitions, work, ["length", "reason"])):
+        tokenized = outcomes["reason"].is_null().to_numpy()
+        kept = tokenized.copy()
+        kept[list(removals.of(partition.name))] = False
+        owners.append(np.full(kept.sum(), owner, dtype=np.int32))
+        places.append((np.cumsum(tokenized) - 1)[kept].astype(np.int32))
+        lengths.append(outcomes["length"].to_numpy()[kept])
     empty = np.zeros(0, dtype=np.int32)
     return tuple(np.concatenate([empty, *parts]) for parts in (owners, places, lengths))
 

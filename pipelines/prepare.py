@@ -1,4 +1,4 @@
-"""The whole preparation: tokenizer, pass 1 (tokenize), pass 2 (pack), manifest. In the data set's folder:
+"""The whole preparation: tokenizer, pass 1 (tokenize), what is removed, pass 2 (pack), manifest. In its folder:
 
     tokenizer/                files of the transformers tokenizer
     shards/train-00000.arrow  packed rows (schema.PACKED); validation-00000.arrow and so on beside them
@@ -9,16 +9,17 @@
 A second call with the same recipe touches nothing of a finished data set.
 """
 
-from collections import Counter
 from collections.abc import Callable
 
 from pipelines import storage, tokenizer
 from pipelines.config import SPLITS_TO_PACK, DataConfig
+from pipelines.dedup import Removals, find_removals
+from pipelines.exclusion import ExclusionError, read_excluded
 from pipelines.execution import ensure_ray, quiet_ray_data
 from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, split_info
 from pipelines.pack import pack, shard_tasks
 from pipelines.progress import Progress, ProgressMeter
-from pipelines.quarantine import over_limit, write_quarantine
+from pipelines.quarantine import Tally, over_limit, write_quarantine
 from pipelines.recipe import find_finished, fingerprints, recipe_digest
 from pipelines.records import Partition, cut, list_records
 from pipelines.tokenize import TokenizeSettings, tokenize
@@ -49,7 +50,8 @@ def prepare(
         on_progress: called with every event; drawing it is the caller's business.
 
     Raises:
-        PrepareError: `out` cannot be written, too many records were set aside, or none is left.
+        PrepareError: `out` cannot be written, too many records were set aside, none is left, or an evaluation set whose
+            pictures are kept out cannot be read.
         ValueError: the tokenizer cannot be used, a picture does not fit into a row, or an annotations file is broken.
         FileNotFoundError, ModuleNotFoundError: a source is not there.
     """
@@ -71,20 +73,29 @@ def prepare(
     ensure_ray()
     with quiet_ray_data():
         partitions = _cut(config, work, settings.digest(), on_progress)
-        statistics = _tokenize(config, partitions, settings, out, work, on_progress)
-        write_quarantine(out, work, partitions)
-        shards = _pack(config, partitions, seed, out, work, on_progress)
+        _tokenize(config, partitions, settings, out, work, on_progress)
+        removals, tallies, excluded = _remove(config, partitions, out, work, on_progress)
+        shards = _pack(config, partitions, removals, seed, out, work, on_progress)
 
     manifest = Manifest(
         digest="",
         tokenizer_digest=settings.tokenizer_digest,
         recipe_digest=recipe,
         sources=source_digests,
+        excluded=excluded,
         max_tokens=config.max_tokens,
         tokens_per_image=tokens_per_image,
         splits={
-            split: split_info(shards[split], config.max_tokens, **_sum(statistics, partitions, split))
-            for split in shards
+            split: split_info(
+                shards[split],
+                config.max_tokens,
+                records=tally.records,
+                quarantined=tally.by_reason(),
+                quarantined_by_source=tally.by_source(),
+                cut=tally.cut,
+                cut_turns=tally.cut_turns,
+            )
+            for split, tally in tallies.items()
         },
     )
     manifest.digest = manifest.content_digest()
@@ -134,40 +145,69 @@ def _tokenize(
     out: str,
     work: str,
     on_progress: OnProgress,
-) -> dict[str, dict]:
-    """Pass 1. Returns the statistics by partition name."""
+) -> None:
+    """Pass 1."""
     total = sum(partition.records for partition in partitions)
     meter = ProgressMeter("tokenize", "records", on_progress, total)
-    statistics: dict[str, dict] = {}
+    done = set()
     sources = {split: getattr(config, split) for split in SPLITS_TO_PACK}
     for result in tokenize(partitions, sources, settings, work):
-        statistics[result["name"]] = result
+        done.add(result["name"])
         bad = sum(result["quarantined"].values())
         meter.add(result["records"], quarantined=bad, skipped=result["records"] if result["skipped"] else 0)
         # Not only at the end: with a wrong folder the first partitions show it, hours before the last.
         if meter.quarantined > config.max_quarantined * total:
-            raise PrepareError(over_limit(config.max_quarantined, total, statistics, partitions, out, work))
-    if any(not result["skipped"] for result in statistics.values()):
+            own = [partition for partition in partitions if partition.name in done]
+            tallies = write_quarantine(out, work, own, Removals())
+            raise PrepareError(over_limit(config.max_quarantined, total, tallies, out))
+    if meter.skipped < meter.done:
         # Shards of an earlier, killed run may hold pictures that have been repaired since under the same names.
         storage.delete_folder(storage.join(work, "packed"))
+
+
+def _remove(
+    config: DataConfig, partitions: list[Partition], out: str, work: str, on_progress: OnProgress
+) -> tuple[Removals, dict[str, Tally], dict[str, int]]:
+    """Find the records that are not used, and write the table of all that are set aside.
+
+    Returns:
+        The tokenized records that are not used, counts by split, and pictures kept out by evaluation set.
+    """
+    try:
+        excluded = read_excluded(config, partitions, work, on_progress)
+    except ExclusionError as error:
+        raise PrepareError(str(error)) from error
+    total = sum(partition.records for partition in partitions)
+    meter = ProgressMeter("deduplicate", "records", on_progress, total)
+    removals = find_removals(partitions, work, excluded, config.deduplicate)
+    tallies = write_quarantine(out, work, partitions, removals)
+    meter.add(total, quarantined=sum(tally.quarantined.total() for tally in tallies.values()))
+    if sum(tally.bad for tally in tallies.values()) > config.max_quarantined * total:
+        raise PrepareError(over_limit(config.max_quarantined, total, tallies, out))
     for split in SPLITS_TO_PACK:
-        totals = _sum(statistics, partitions, split)
-        if getattr(config, split) and totals["records"] == sum(totals["quarantined"].values()):
+        tally = tallies.get(split, Tally())
+        if getattr(config, split) and tally.records == tally.quarantined.total():
             raise PrepareError(
-                f"no records are left in the {split} split: {totals['records']} were read and {totals['quarantined']} "
-                f"set aside; check data.{split}"
+                f"no records are left in the {split} split: {tally.records} were read and {tally.by_reason()} set "
+                f"aside; check data.{split}"
             )
-    return statistics
+    return removals, tallies, excluded.counts
 
 
 def _pack(
-    config: DataConfig, partitions: list[Partition], seed: int, out: str, work: str, on_progress: OnProgress
+    config: DataConfig,
+    partitions: list[Partition],
+    removals: Removals,
+    seed: int,
+    out: str,
+    work: str,
+    on_progress: OnProgress,
 ) -> dict[str, list[ShardInfo]]:
     """Pass 2. Returns each split's shards in row order."""
     tasks = {}
     for split in dict.fromkeys(partition.split for partition in partitions):
         own = [partition for partition in partitions if partition.split == split]
-        tasks[split] = shard_tasks(own, config.max_tokens, config.shard_rows, seed, work, out)
+        tasks[split] = shard_tasks(own, config.max_tokens, config.shard_rows, seed, work, out, removals)
     every = [task for own in tasks.values() for task in own]
     meter = ProgressMeter("pack", "rows", on_progress, sum(len(task["rows"]) for task in every))
     shards: dict[str, ShardInfo] = {}
@@ -175,18 +215,6 @@ def _pack(
         shards[shard.path] = shard
         meter.add(shard.rows, skipped=shard.rows if skipped else 0)
     return {split: [shards[task["path"]] for task in own] for split, own in tasks.items()}
-
-
-def _sum(statistics: dict[str, dict], partitions: list[Partition], split: str) -> dict:
-    own = [statistics[partition.name] for partition in partitions if partition.split == split]
-    quarantined = Counter()
-    for result in own:
-        quarantined.update(result["quarantined"])
-    return {
-        "records": sum(result["records"] for result in own),
-        "cut": sum(result["cut"] for result in own),
-        "quarantined": dict(quarantined),
-    }
 
 
 def _remove_strays(out: str, manifest: Manifest) -> None:

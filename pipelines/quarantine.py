@@ -1,49 +1,118 @@
-"""The table of records that were set aside, and the limit on how many there may be."""
+"""The table of records that were set aside, what became of all records by source, and the limit on bad ones."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.dedup import CONTAMINATED, DUPLICATE_ID, Removal, Removals
 from pipelines.records import Partition
 from pipelines.schema import QUARANTINE
-from pipelines.tokenize import read_outcomes
+from pipelines.tokenize import iter_outcomes
+from pipelines.validate import REMOVED
 
 QUARANTINE_FILE = "quarantine.arrow"
+_COLUMNS = ["record_id", "source", "cut_turns", "reason", "detail"]
 
 
-def write_quarantine(out: str, work: str, partitions: list[Partition]) -> str:
-    """Gather the records set aside in these (tokenized) partitions into one table. Returns its path or URI."""
-    tables = [QUARANTINE.empty_table()]
-    for partition in partitions:
-        outcomes = read_outcomes(partition.outcomes_file(work))
-        bad = outcomes.filter(outcomes["reason"].is_valid())
-        bad = bad.append_column("split", pa.array([partition.split] * bad.num_rows, pa.string()))
-        tables.append(bad.select(QUARANTINE.names).cast(QUARANTINE))
-    uri = storage.join(out, QUARANTINE_FILE)
-    storage.write_table(uri, pa.concat_tables(tables).combine_chunks())
-    return uri
+@dataclass
+class Tally:
+    """What became of the records of one split."""
+
+    records: int = 0
+    quarantined: Counter = field(default_factory=Counter)
+    """Records set aside, by (source, reason)."""
+    cut: int = 0
+    """Samples that lost turns."""
+    cut_turns: int = 0
+    """How many they lost."""
+
+    def by_reason(self) -> dict[str, int]:
+        """Records set aside."""
+        counts = Counter()
+        for (_, reason), count in self.quarantined.items():
+            counts[reason] += count
+        return dict(sorted(counts.items()))
+
+    def by_source(self) -> dict[str, dict[str, int]]:
+        """Records set aside, by source and reason."""
+        counts = defaultdict(dict)
+        for (source, reason), count in sorted(self.quarantined.items()):
+            counts[source][reason] = count
+        return dict(counts)
+
+    @property
+    def bad(self) -> int:
+        """Records set aside because something is wrong with them."""
+        return sum(count for (_, reason), count in self.quarantined.items() if reason not in REMOVED)
 
 
-def over_limit(
-    limit: float, total: int, statistics: dict[str, dict], partitions: list[Partition], out: str, work: str
-) -> str:
-    """Write the table of what was set aside so far, and give the message that it is too much.
+def write_quarantine(out: str, work: str, partitions: list[Partition], removals: Removals) -> dict[str, Tally]:
+    """Gather the records that are not used into one table, in the order of the sources, and count.
+
+    Args:
+        out: folder of the data set, which gets the table.
+        work: folder of the partitions' files.
+        partitions: tokenized.
+        removals: of these partitions.
+
+    Returns:
+        The counts by split.
+    """
+    tallies: dict[str, Tally] = defaultdict(Tally)
+    causes: dict[tuple[str, int], str] = {}
+    with (
+        storage.atomic_file(storage.join(out, QUARANTINE_FILE)) as path,
+        pa.OSFile(path, "wb") as sink,
+        pa.ipc.new_file(sink, QUARANTINE) as writer,
+    ):
+        for partition, outcomes in iter_outcomes(partitions, work, _COLUMNS):
+            removed, named = removals.of(partition.name), removals.causes(partition.name)
+            tally, bad = tallies[partition.split], []
+            tally.records += outcomes.num_rows
+            told = pc.or_(outcomes["reason"].is_valid(), pc.greater(outcomes["cut_turns"], 0)).to_numpy()
+            told = sorted({*np.flatnonzero(told).tolist(), *removed, *named})
+            for i, row in zip(told, outcomes.take(pa.array(told, pa.int64())).to_pylist(), strict=True):
+                if i in named:
+                    causes[partition.name, i] = f"{row['record_id']} of {row['source']}"
+                if i in removed:
+                    row |= {"reason": removed[i].reason, "detail": _detail(removed[i], causes)}
+                if row["reason"]:
+                    bad.append({"split": partition.split} | {name: row[name] for name in QUARANTINE.names[1:]})
+                    tally.quarantined[row["source"], row["reason"]] += 1
+                elif row["cut_turns"]:
+                    tally.cut += 1
+                    tally.cut_turns += row["cut_turns"]
+            if bad:
+                writer.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE))
+    return dict(tallies)
+
+
+def over_limit(limit: float, total: int, tallies: dict[str, Tally], out: str) -> str:
+    """The message that too much was set aside.
 
     Args:
         limit: the recipe's `max_quarantined`.
         total: records of all splits.
-        statistics: of the partitions done so far, by name.
-        partitions: all.
-        out: folder of the data set.
-        work: folder of the partitions' files.
+        tallies: of the partitions done so far.
+        out: folder of the data set, where the table is.
     """
-    table = write_quarantine(out, work, [partition for partition in partitions if partition.name in statistics])
     counts = Counter()
-    for result in statistics.values():
-        counts.update(result["quarantined"])
+    for tally in tallies.values():
+        counts.update({reason: n for reason, n in tally.by_reason().items() if reason not in REMOVED})
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
+    table = storage.shown(storage.join(out, QUARANTINE_FILE))
     return (
         f"{counts.total()} of {total} records were set aside ({reasons}), more than max_quarantined = {limit:g} "
-        f"allows. See {storage.shown(table)}, then repair the sources or raise max_quarantined."
+        f"allows. See {table}, then repair the sources or raise max_quarantined."
     )
+
+
+def _detail(removal: Removal, causes: dict[tuple[str, int], str]) -> str:
+    if removal.reason == CONTAMINATED:
+        return f"picture {removal.cause[1]} is one of {removal.cause[0]}"
+    what = "the id of" if removal.reason == DUPLICATE_ID else "the same pictures and text as"
+    return f"{what} {causes[removal.cause]}"

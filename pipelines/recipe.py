@@ -13,15 +13,17 @@ from pipelines.sources import open_source
 def recipe_digest(config: DataConfig, tokens_per_image: int, seed: int) -> str:
     """Digest of everything a caller of `prepare` gives that decides the data set's content.
 
-    The test sources, the size of partitions and the quarantine threshold are not in it: they change no shard.
+    The name, the size of partitions and the quarantine threshold are not in it: they change no shard. Of the test
+    sources there is what keeps their pictures out of training.
     """
-    content = config.model_dump(mode="json", exclude={"test", "partition_records", "max_quarantined"})
-    text = json.dumps([SCHEMA_VERSION, tokens_per_image, seed, content], sort_keys=True)
+    content = config.model_dump(mode="json", exclude={"name", "test", "partition_records", "max_quarantined"})
+    excluded = {name: source.model_dump(mode="json") for name, source in config.evaluation_sets().items()}
+    text = json.dumps([SCHEMA_VERSION, tokens_per_image, seed, content, excluded], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprints(config: DataConfig) -> dict[str, str]:
-    """Digest of each packed source's list of records, by split/name. Pictures are not read."""
+    """Digest of the list of records of each source that is packed or kept out, by split/name. Pictures are not read."""
     return {key: open_source(source).fingerprint() for key, source in _sources(config).items()}
 
 
@@ -38,10 +40,11 @@ def find_finished(config: DataConfig, out: str, recipe: str) -> Manifest | None:
     for key, source in _sources(config).items():
         # A finished data set stays good when its raw corpus has been cleared away.
         with suppress(OSError, ImportError):
-            if open_source(source).fingerprint() != manifest.sources[key]:
+            if open_source(source).fingerprint() != manifest.sources.get(key):
                 return None
     return manifest
 
 
 def _sources(config: DataConfig) -> dict[str, SourceConfig]:
-    return {f"{split}/{source.label}": source for split in SPLITS_TO_PACK for source in getattr(config, split)}
+    packed = {f"{split}/{source.label}": source for split in SPLITS_TO_PACK for source in getattr(config, split)}
+    return packed | config.evaluation_sets()

@@ -4,7 +4,14 @@ Token files and shards hold one row per record batch. It costs about half a kilo
 exactly the rows it wants: from a memory map without searching, from an object store without reading neighbours.
 """
 
+import hashlib
+
 import pyarrow as pa
+
+# Of the columns of PACKED. A reader of one version does not read another.
+PACKED_VERSION = 1
+# Of what pass 1 writes. Another one makes a killed run of an older version start over.
+WORK_VERSION = 2
 
 _INTS = pa.list_(pa.int32())
 _BYTES = pa.list_(pa.binary())
@@ -21,18 +28,30 @@ TOKENS = pa.schema(
     ]
 )
 
-# What became of each record of a partition, in order. `reason` is null for those that are in the token file.
+# 16 bytes of blake2b: two different things have the same one less often than a disk returns a wrong byte unnoticed.
+DIGEST_BYTES = 16
+_DIGEST = pa.binary(DIGEST_BYTES)
+
+# What became of each record of a partition, in order. `reason` is null for those that are in the token file; only they
+# have digests: of source and id; of the tokens, the pictures and the `repeat` that a source's weight asks for; and of
+# each picture.
 OUTCOMES = pa.schema(
     [
         ("record_id", pa.string()),
         ("source", pa.string()),
         ("length", pa.int32()),
         ("images", pa.int32()),
-        ("cut", pa.bool_()),
+        ("cut_turns", pa.int32()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("id", _DIGEST),
+        ("content", _DIGEST),
+        ("pictures", pa.list_(_DIGEST)),
     ]
 )
+
+# The digests of the pictures of an evaluation set.
+PICTURES = pa.schema([("picture", _DIGEST)])
 
 # The table of records that were set aside, for people to read.
 QUARANTINE = pa.schema([(name, pa.string()) for name in ("split", "record_id", "source", "reason", "detail")])
@@ -59,3 +78,12 @@ def one_row(schema: pa.Schema, row: dict) -> pa.RecordBatch:
 def values(batch: pa.RecordBatch, column: str) -> pa.Array:
     """The elements of a list column of a one-row batch, without a copy."""
     return batch.column(column).flatten()
+
+
+def digest(*parts: bytes) -> bytes:
+    """Digest of some byte strings, which tells ("ab", "c") from ("a", "bc")."""
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little"))
+        whole.update(part)
+    return whole.digest()

@@ -11,7 +11,9 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -27,10 +29,25 @@ def open_fs(uri: str) -> tuple[fs.FileSystem, str]:
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    scheme, rest = uri.split("://", 1)
+    base, mark, query = rest.partition("?")
+    bucket, _, path = base.partition("/")
     try:
-        return fs.FileSystem.from_uri(uri)
+        if scheme != "s3":
+            return fs.FileSystem.from_uri(uri)
+        filesystem, root = _bucket(f"s3://{bucket}{mark}{query}")
     except pa.ArrowInvalid:  # not passed on: its text repeats the URI, which may hold a password
-        raise ValueError(f"cannot open {shown(uri)}; use a local path, s3:// or gs://") from None
+        raise ValueError(
+            f"cannot open {shown(uri)}; use a local path, s3:// or gs://, after the ? only options that pyarrow knows "
+            "(region, scheme, endpoint_override, ...)"
+        ) from None
+    return filesystem, posixpath.join(root, unquote(path)).rstrip("/")
+
+
+@lru_cache(maxsize=64)
+def _bucket(uri: str) -> tuple[fs.FileSystem, str]:
+    """A bucket's file system: making the client costs more than reading a small file."""
+    return fs.FileSystem.from_uri(uri)
 
 
 def shown(uri: str) -> str:
@@ -65,9 +82,15 @@ def read_bytes(uri: str) -> bytes:
     return read_path(filesystem, path)
 
 
-def read_path(filesystem: fs.FileSystem, path: str) -> bytes:
-    """The whole file, for callers that read many files of one file system."""
+class TooLarge(ValueError):
+    """A file or member that is larger than its reader allows."""
+
+
+def read_path(filesystem: fs.FileSystem, path: str, limit: int | None = None) -> bytes:
+    """The whole file, for callers that read many files of one file system. Raises TooLarge over `limit` bytes."""
     with filesystem.open_input_file(path) as file:
+        if limit is not None and file.size() > limit:
+            raise TooLarge(f"the file has {file.size()} bytes, over the limit of {limit}")
         return file.read()
 
 
@@ -107,16 +130,31 @@ def atomic_file(uri: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "file")
         yield local
-        with open(local, "rb") as source, filesystem.open_output_stream(path) as sink:
-            shutil.copyfileobj(source, sink, _CHUNK)
+        try:
+            with open(local, "rb") as source, filesystem.open_output_stream(path) as sink:
+                shutil.copyfileobj(source, sink, _CHUNK)
+        except BaseException:
+            # Leaving the block closed the stream, which may have made an object of what was sent.
+            with suppress(OSError):
+                filesystem.delete_file(path)
+            raise
 
 
-def open_arrow(uri: str) -> pa.ipc.RecordBatchFileReader:
-    """An Arrow IPC file for random access: memory-mapped on a local disk, by byte ranges elsewhere."""
+def open_arrow(uri: str, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:
+    """An Arrow IPC file for random access: memory-mapped on a local disk, by byte ranges elsewhere.
+
+    Args:
+        uri: the file.
+        columns: give only these. Nothing is fetched of the others, which matters where pictures are among them.
+    """
     filesystem, path = open_fs(uri)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        return pa.ipc.open_file(pa.memory_map(path))
-    return pa.ipc.open_file(filesystem.open_input_file(path))
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    file = pa.memory_map(path) if local else filesystem.open_input_file(path)
+    reader = pa.ipc.open_file(file)
+    if columns is None:
+        return reader
+    chosen = [reader.schema.get_field_index(column) for column in columns]
+    return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=chosen))
 
 
 def write_table(uri: str, table: pa.Table) -> None:

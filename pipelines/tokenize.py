@@ -8,9 +8,12 @@ outcomes file carries the right digest is not done again, which is what makes a 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import TypeAdapter
@@ -21,12 +24,14 @@ from pipelines import storage
 from pipelines.config import SourceConfig
 from pipelines.execution import run_tasks
 from pipelines.records import Partition, read_records
-from pipelines.schema import OUTCOMES, TOKENS, one_row
+from pipelines.schema import OUTCOMES, TOKENS, WORK_VERSION, digest, one_row
 from pipelines.sources import Problem, Record, Source, open_source
 from pipelines.tokenizer import TOKENIZER_FILE, WorkerTokenizer
 from pipelines.validate import check_record, read_images
 
 _DIGEST_KEY = b"mlmamba.digest"
+_LONGEST_DETAIL = 500
+_READS_AHEAD = 8  # outcome files; from a store, reading is mostly waiting
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,14 @@ class TokenizeSettings:
 
     def digest(self) -> str:
         """Changes when the same records would give other tokens. The place of the tokenizer does not matter."""
-        parts = [__version__, self.tokenizer_digest, self.eos_token, self.max_tokens, self.tokens_per_image]
+        parts = [
+            __version__,
+            WORK_VERSION,
+            self.tokenizer_digest,
+            self.eos_token,
+            self.max_tokens,
+            self.tokens_per_image,
+        ]
         return hashlib.sha256(repr([*parts, self.too_long]).encode()).hexdigest()
 
 
@@ -60,11 +72,12 @@ def tokenize(
         work: folder (path or URI) of the partitions' files.
 
     Yields:
-        Statistics of a partition as it completes: `name`, `records`, `cut`, `quarantined` (counts by reason) and
-        `skipped` (it was done before).
+        Statistics of a partition as it completes: `name`, `records`, `cut` (samples that lost turns), `quarantined`
+        (counts by reason) and `skipped` (it was done before).
     """
     configs = {
-        split: {config.label: config.model_dump_json() for config in configs} for split, configs in sources.items()
+        split: {config.label: config.absolute().model_dump_json() for config in configs}
+        for split, configs in sources.items()
     }
     tasks = [
         {
@@ -91,7 +104,7 @@ def tokenize_partition(task: dict) -> dict:
     return {
         "name": task["name"],
         "records": outcomes.num_rows,
-        "cut": pc.sum(outcomes["cut"], min_count=0).as_py(),
+        "cut": pc.sum(pc.greater(outcomes["cut_turns"], 0), min_count=0).as_py(),
         "quarantined": dict(sorted(reasons.items())),
         "skipped": skipped,
     }
@@ -102,21 +115,37 @@ def read_outcomes(uri: str) -> pa.Table:
     return storage.open_arrow(uri).read_all()
 
 
+def iter_outcomes(
+    partitions: list[Partition], work: str, columns: list[str] | None = None
+) -> Iterator[tuple[Partition, pa.Table]]:
+    """The outcomes of finished partitions, in order, a few files ahead of what is asked for."""
+
+    def read(partition: Partition) -> pa.Table:
+        return storage.open_arrow(partition.outcomes_file(work), columns).read_all()
+
+    with ThreadPoolExecutor(_READS_AHEAD) as pool:
+        waiting = iter(partitions)
+        running = [(partition, pool.submit(read, partition)) for partition in islice(waiting, _READS_AHEAD)]
+        while running:
+            partition, table = running.pop(0)
+            yield partition, table.result()
+            running += [(partition, pool.submit(read, partition)) for partition in islice(waiting, 1)]
+
+
 def encode_record(
     record: Record, source: Source, tokenizer, settings: TokenizeSettings
-) -> tuple[EncodedConversation, list[bytes], bool] | Problem:
-    """Turn a record into a sample: its encoding, its encoded pictures, and whether it was cut; or say what is wrong.
+) -> tuple[EncodedConversation, list[bytes], int] | Problem:
+    """Turn a record into a sample: its encoding, its encoded pictures, how many turns it lost; or say what is wrong.
 
     The sample ends with the last answer that fits into `max_tokens`; a question after the last answer is dropped
     (it has no loss). Pictures that only dropped turns show are dropped with them.
     """
-    problem = check_record(record)
+    problem = check_record(record, settings.eos_token)
     if problem:
         return problem
     encoded = encode(tokenizer, record.turns, settings.tokens_per_image)
     length = encoded.turn_ends[-1]
-    cut = length > settings.max_tokens
-    if cut:
+    if length > settings.max_tokens:
         fitting = [end for end in encoded.turn_ends if end <= settings.max_tokens]
         if settings.too_long == "quarantine" or not fitting:
             what = "the conversation" if fitting else "the first turn with its answer"
@@ -133,7 +162,7 @@ def encode_record(
         positions,
         [end for end in encoded.turn_ends if end <= length],
     )
-    return encoded, images[: len(positions)], cut
+    return encoded, images[: len(positions)], len(record.turns) - 2 * len(encoded.turn_ends)
 
 
 def _finished(task: dict) -> pa.Table | None:
@@ -151,7 +180,7 @@ def _finished(task: dict) -> pa.Table | None:
     bad_picture = [(reason or "").startswith("image_") for reason in outcomes["reason"].to_pylist()]
     if any(bad_picture):
         for record, bad in zip(read_records(task["records"]), bad_picture, strict=True):
-            if bad and read_images(record, _source(task, record))[1] is None:
+            if bad and not record.problem and read_images(record, _source(task, record))[1] is None:
                 return None
     return outcomes
 
@@ -172,13 +201,13 @@ def _tokenize_partition(task: dict) -> pa.Table:
                 sample = encode_record(record, _source(task, record), tokenizer, settings)
             except Exception as error:  # whatever is wrong with this record, the others of its partition must go on
                 sample = Problem("malformed", f"{type(error).__name__}: {error}")
-            row = {"record_id": record.id, "source": record.source, "length": 0, "images": 0, "cut": False}
+            row = {"record_id": record.id, "source": record.source, "length": 0, "images": 0, "cut_turns": 0}
             if isinstance(sample, Problem):
-                rows.append(row | {"reason": sample.reason, "detail": sample.detail})
+                rows.append(row | {"reason": sample.reason, "detail": sample.detail[:_LONGEST_DETAIL]})
                 continue
-            encoded, images, was_cut = sample
-            sizes = {"length": len(encoded.input_ids), "images": len(images), "cut": was_cut}
-            rows.append(row | sizes | {"reason": None, "detail": None})
+            encoded, images, cut_turns = sample
+            sizes = {"length": len(encoded.input_ids), "images": len(images), "cut_turns": cut_turns}
+            rows.append(row | sizes | _digests(record, encoded, images))
             columns = {
                 "record_id": record.id,
                 "source": record.source,
@@ -193,8 +222,19 @@ def _tokenize_partition(task: dict) -> pa.Table:
     return outcomes
 
 
+def _digests(record: Record, encoded: EncodedConversation, images: list[bytes]) -> dict:
+    """What tells whether another record is the same, and whether its pictures occur elsewhere."""
+    pictures = [digest(image) for image in images]
+    tokens = np.array(encoded.input_ids, dtype="<i4").tobytes()
+    return {
+        "id": digest(record.source.encode(), record.id.encode()),
+        "content": digest(str(record.repeat).encode(), tokens, *pictures),
+        "pictures": pictures,
+    }
+
+
 def _source(task: dict, record: Record) -> Source:
-    return _worker_source(task["sources"][record.source])
+    return worker_source(task["sources"][record.source])
 
 
 # Kept for the life of a worker process, which does many partitions. The digest is in the key because a folder's
@@ -205,5 +245,6 @@ def _worker_tokenizer(uri: str, digest: str, eos_token: str) -> WorkerTokenizer:
 
 
 @lru_cache(maxsize=64)
-def _worker_source(config_json: str) -> Source:
+def worker_source(config_json: str) -> Source:
+    """The reader of a source config, kept open."""
     return open_source(TypeAdapter(SourceConfig).validate_json(config_json))

@@ -10,24 +10,32 @@ import warnings
 
 from PIL import Image
 
-from mlmamba.conversation import check_turns
+from mlmamba.conversation import ASSISTANT, USER, check_turns
 from mlmamba.pictures import MAX_PIXELS, PictureError, open_picture
 from pipelines.sources.base import Problem, Record, Source
+from pipelines.storage import TooLarge
 
 REASONS = {
     "malformed": "the entry is not what the source's format asks for",
-    "duplicate_id": "an earlier record of the split has the same id",
+    "shard_damaged": "a tar or Parquet file cannot be read to its end; what could be read of it is used",
+    "duplicate_id": "an earlier record of the source that is used has the same id",
+    "duplicate_content": "an earlier record of the split has the same pictures and text, to the byte",
+    "contaminated": "a picture is, to the byte, one of an evaluation set's",
     "role_order": "the turns do not alternate user, assistant, or there is no answer",
     "empty_turn": "a turn has no text, or there are no turns",
-    "placeholder_mismatch": "the pictures that the turns show are not as many as the record has",
+    "control_text": "a message holds a text that the prompt format uses as a mark, such as the end token",
+    "placeholder_mismatch": "a placeholder is missing or extra: the turns do not show each picture once",
     "too_long": "not even the first answer fits, or the recipe does not cut",
     "image_missing": "there is no such file",
     "image_format": "not one of the formats in FORMATS",
     "image_aspect": "one side is more than MAX_ASPECT times the other",
-    "image_bomb": "more than MAX_PIXELS pixels",
+    "image_bomb": "more than MAX_PIXELS pixels, or an enormous file",
     "image_truncated": "the file ends before the picture does",
     "image_unreadable": "the file cannot be read or decoded",
 }
+
+# What a recipe asks to remove. Nothing is wrong with these records, so they do not count against `max_quarantined`.
+REMOVED = ("duplicate_content", "contaminated")
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")  # MPO: JPEG as some cameras write it; the first frame counts
 MAX_ASPECT = 20.0  # beyond this a square resize leaves stripes
@@ -35,8 +43,13 @@ _READ_TRIES = 3
 _RETRY_SECONDS = 0.5
 
 
-def check_record(record: Record) -> Problem | None:
-    """The first thing wrong with a record's description and turns, or None. Reads no pictures."""
+def check_record(record: Record, end_token: str = "<|endoftext|>") -> Problem | None:
+    """The first thing wrong with a record's description and turns, or None. Reads no pictures.
+
+    Args:
+        record: to check.
+        end_token: the tokenizer's, which must not stand in a message: it would end the turn there.
+    """
     if record.problem:
         return record.problem
     shown = sum(turn.images for turn in record.turns)
@@ -48,6 +61,10 @@ def check_record(record: Record) -> Problem | None:
         return Problem(_turn_reason(record), str(error))
     if len(record.turns) < 2:
         return Problem("role_order", "there is a question and no answer")
+    for i, turn in enumerate(record.turns):
+        for mark in (end_token, USER, ASSISTANT):
+            if mark in turn.text:
+                return Problem("control_text", f"turn {i} ({turn.role}) holds {mark}")
     return None
 
 
@@ -78,6 +95,8 @@ def read_images(record: Record, source: Source) -> tuple[list[bytes], Problem | 
             data = _read(source, location)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return pictures, Problem("image_missing", f"no file {location}")
+        except TooLarge as error:
+            return pictures, Problem("image_bomb", f"{location}: {error}")
         except (OSError, ValueError) as error:
             return pictures, Problem("image_unreadable", f"{location}: {error}")
         problem = check_image(data)

@@ -7,12 +7,27 @@ import torch
 from transformers import AutoTokenizer
 
 from mlmamba.configuration import MLMambaConfig, VisionConfig
+from mlmamba.connector import build_connector, tokens_per_image
 from mlmamba.conversation import IMAGE_TOKEN
+from mlmamba.convert import LanguageModel, load_language_model, read_language_model
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.processing import MLMambaProcessor
-from mlmamba.vision import load_tower_weights, tokens_per_image
+from mlmamba.vision import measure
+from mlmamba.vision_weights import load_tower_weights
 from workflows.config import ModelRecipe, Recipe
 from workflows.errors import UsageError
+
+# Of a language model: what the recipe says and the checkpoint must have, and what the checkpoint alone says.
+SIZES = ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "n_groups")
+FROM_CHECKPOINT = (
+    "conv_kernel",
+    "use_bias",
+    "use_conv_bias",
+    "layer_norm_epsilon",
+    "time_step_limit",
+    "residual_in_fp32",
+    "tie_word_embeddings",
+)
 
 
 def vision_config(recipe: ModelRecipe) -> VisionConfig:
@@ -25,30 +40,50 @@ def image_tokens(recipe: ModelRecipe) -> int:
     """Tokens that one picture takes.
 
     Raises:
-        UsageError: an encoder is unknown to timm, or the towers do not fit together.
+        UsageError: an encoder is unknown to timm, the towers do not fit together, or the connector does not fit them.
     """
+    config = MLMambaConfig(vision_config=vision_config(recipe), connector_config=recipe.connector.model_dump())
     try:
-        return tokens_per_image(vision_config(recipe))
-    except (ValueError, RuntimeError, AttributeError, IndexError) as error:
+        tokens = tokens_per_image(config)
+        channels = measure(config.vision_config)[0]
+    except ValueError as error:
         raise UsageError(f"model.vision: {error}") from error
+    try:
+        with torch.device("meta"):
+            build_connector(channels, recipe.text.hidden_size, config.connector_config)
+    except ValueError as error:
+        raise UsageError(f"model.connector: {error}") from error
+    return tokens
 
 
-def model_config(recipe: Recipe, tokenizer) -> MLMambaConfig:
-    """The transformers config of a recipe for a tokenizer."""
+def model_config(recipe: Recipe, tokenizer, start: LanguageModel | None = None) -> MLMambaConfig:
+    """The transformers config of a recipe for a tokenizer.
+
+    Args:
+        start: the language model to start from; gives the fields that a recipe does not have.
+
+    Raises:
+        UsageError: `start` has other sizes than the recipe.
+    """
     text = recipe.model.text
+    sizes = {name: getattr(text, name) for name in SIZES}
+    kept = {"tie_word_embeddings": True}
+    if start is not None:
+        found = {name: getattr(start.config, name) for name in SIZES}
+        if found != sizes:
+            raise UsageError(
+                f"model.text: {text.weights} has {_list(found, sizes)}, the recipe says {_list(sizes, found)}; "
+                "set them to the checkpoint's, or model.preset to its size"
+            )
+        kept = {name: getattr(start.config, name) for name in FROM_CHECKPOINT}
     end = tokenizer.eos_token_id
     return MLMambaConfig(
         text_config={
+            **sizes,
+            **kept,
             "vocab_size": -(-len(tokenizer) // text.vocab_multiple) * text.vocab_multiple,
-            "hidden_size": text.hidden_size,
-            "num_hidden_layers": text.num_hidden_layers,
-            "state_size": text.state_size,
-            "head_dim": text.head_dim,
             "num_heads": text.hidden_size * text.expand // text.head_dim,
-            "expand": text.expand,
-            "n_groups": text.n_groups,
             "chunk_size": text.chunk_size,
-            "tie_word_embeddings": True,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": end,
             "eos_token_id": end,
@@ -71,16 +106,24 @@ def build_initial(recipe: Recipe, data: Path, out: Path) -> None:
         UsageError: pretrained weights that the recipe names are not there or do not fit.
     """
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    text = recipe.model.text
+    start = None if text.weights == "random" else _read_text(text.weights)
     torch.manual_seed(recipe.seed)
-    model = MLMambaForConditionalGeneration(model_config(recipe, tokenizer))
+    model = MLMambaForConditionalGeneration(model_config(recipe, tokenizer, start))
     for tower, spec in zip(model.vision.towers, recipe.model.vision.towers, strict=True):
         if spec.weights != "random":
             try:
                 load_tower_weights(tower, spec.model, locate(spec.weights))
             except (OSError, ValueError, RuntimeError) as error:
                 raise UsageError(f"model.vision: weights of {spec.model}: {error}") from error
-    if recipe.model.text.weights != "random":
-        _load_text(model, recipe.model.text.weights)
+    if start is not None:
+        try:
+            load_language_model(model.language_model, start)
+        except ValueError as error:
+            raise UsageError(
+                f"model.text.weights: {error}. Set data.tokenizer.name to its tokenizer, or model.text.vocab_multiple "
+                "so that there are enough rows"
+            ) from error
     save(model, tokenizer, out)
 
 
@@ -89,11 +132,10 @@ def save(model: MLMambaForConditionalGeneration, tokenizer, out: Path) -> None:
     partial = out.with_name(f".{out.name}.partial")
     model.save_pretrained(partial)
     config = model.config
-    grid = model.vision.grid
     MLMambaProcessor(
         tokenizer,
         image_size=config.vision_config.image_size,
-        tokens_per_image=grid[0] * grid[1],
+        tokens_per_image=tokens_per_image(config),
         max_length=config.max_position_embeddings,
     ).save_pretrained(partial)
     partial.replace(out)
@@ -112,20 +154,13 @@ def locate(weights: str) -> str:
     return str(Path(spec.submodule_search_locations[0]) / inside)
 
 
-def _load_text(model: MLMambaForConditionalGeneration, name: str) -> None:
-    """Load a transformers Mamba2 checkpoint into the language model; its vocabulary may be shorter than ours."""
-    from transformers import AutoModelForCausalLM
-
+def _read_text(weights: str) -> LanguageModel:
     try:
-        state = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).state_dict()
-    except OSError as error:
-        raise UsageError(f"model.text.weights: cannot load {name}: {error}") from error
-    own = model.language_model.state_dict()
-    for key in ("backbone.embeddings.weight", "lm_head.weight"):
-        if key in state and state[key].shape != own[key].shape:
-            padded = own[key].clone()
-            rows = min(len(padded), len(state[key]))
-            padded[:rows] = state[key][:rows]
-            state[key] = padded
-    state.setdefault("lm_head.weight", state["backbone.embeddings.weight"])
-    model.language_model.load_state_dict(state)
+        return read_language_model(weights)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model.text.weights: cannot load {weights}: {error}") from error
+
+
+def _list(values: dict, others: dict) -> str:
+    """The values that differ from the others, as text."""
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value != others[name])

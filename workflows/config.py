@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from mlmamba.presets import PRESETS, with_preset
 from pipelines.config import DataConfig, StrictModel
 
 PARTS = ("vision", "connector", "language_model")
@@ -47,14 +48,19 @@ class VisionRecipe(StrictModel):
 class ConnectorRecipe(StrictModel):
     """The connector between vision and language."""
 
-    name: Literal["mlp", "msc_basic", "msc_advanced"] = "msc_advanced"
-    """mlp, or the Mamba-2 Scan Connector without (basic) or with (advanced) SwiGLU."""
+    name: Literal["mlp", "msc_basic", "msc_advanced", "vl_mlp", "vss_mlp", "vss_l2", "fused_mlp", "ldpv2"] = (
+        "msc_advanced"
+    )
+    """ML-Mamba's mlp and Mamba-2 Scan Connector without (msc_basic) or with SwiGLU (msc_advanced); VL-Mamba's vl_mlp,
+    vss_mlp and vss_l2; Cobra's fused_mlp and ldpv2, which leaves a quarter of the tokens (mlmamba/connector.py)."""
     scan: Literal["bsm", "csm"] = "bsm"
     """Bidirectional scan or cross scan."""
+    merge: Literal["mean", "sum"] = "mean"
+    """How the directions of the scan are put together."""
     layout: Literal["paper", "released"] = "paper"
-    """Where paper and released code differ, which to follow."""
+    """Of msc_basic and msc_advanced: where paper and released code differ, which to follow."""
     hidden_size: int | None = Field(None, gt=0)
-    """Width of the projector's hidden layer; four times its input when absent."""
+    """Width of the projector's hidden layer (vss_l2: of the scan); the connector's own default when absent."""
     head_dim: int = Field(64, gt=0)
     """Width of one head of the scan."""
     state_size: int = Field(128, gt=0)
@@ -67,7 +73,8 @@ class TextRecipe(StrictModel):
     """The Mamba-2 language model."""
 
     weights: str = "random"
-    """"random", or a folder or hub name of a transformers Mamba2 checkpoint."""
+    """"random", or a folder or hub name of a Mamba-2 checkpoint in the layout of state-spaces
+    (state-spaces/mamba2-2.7b) or of transformers. It must have the sizes below; the rest is as its config.json says."""
     hidden_size: int = Field(2560, gt=0)
     """Model width."""
     num_hidden_layers: int = Field(64, gt=0)
@@ -96,12 +103,25 @@ class TextRecipe(StrictModel):
 class ModelRecipe(StrictModel):
     """The model's parts."""
 
+    preset: str | None = Field(None, exclude=True)
+    """Name in mlmamba/presets.py (130m, 370m, 780m, 1.3b, 2.7b, tiny, tiny_maps) that gives what the parts below leave
+    out."""
     vision: VisionRecipe
     """Vision encoders."""
     connector: ConnectorRecipe = ConnectorRecipe()
     """Connector."""
     text: TextRecipe
     """Language model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, content):
+        name = content.get("preset") if isinstance(content, dict) else None
+        if name is None:
+            return content
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return with_preset(name, content)
 
 
 class StageRecipe(StrictModel):
@@ -129,8 +149,8 @@ class StageRecipe(StrictModel):
     clip: float = Field(1.0, ge=0)
     """Global gradient norm limit; 0 for none."""
     data: DataConfig | None = None
-    """Data set of this stage alone, as the paper has one for the connector and one for the rest. Absent: the
-    recipe's. The tokenizer must be the same."""
+    """Data set of this stage alone, or the name of a data recipe, as the paper has one for the connector and one for
+    the rest. Absent: the recipe's. The tokenizer must be the same."""
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -203,6 +223,19 @@ class RegisterRecipe(StrictModel):
     """Alias that moves to the new version when the gate holds."""
 
 
+class DataRecipe(StrictModel):
+    """A data set by itself: `mlmamba prepare` makes it, and a recipe or stage can name it as its `data`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Name of the data set's folder."""
+    seed: int = 7
+    """Seed of the packing. A recipe that is to find the data set made has the same."""
+    tokens_per_image: int = Field(gt=0)
+    """Tokens that the model which is to train on it has for a picture: 729 for ML-Mamba's encoders at 384 px."""
+    data: DataConfig
+    """The data set."""
+
+
 class Recipe(StrictModel):
     """A whole workflow: prepare, train, evaluate, register, promote."""
 
@@ -211,7 +244,7 @@ class Recipe(StrictModel):
     seed: int = 7
     """Seed of initialisation, packing and data order."""
     data: DataConfig
-    """The data set."""
+    """The data set, or the name of a data recipe (data/llava-665k)."""
     model: ModelRecipe
     """The model."""
     train: TrainRecipe

@@ -69,14 +69,18 @@ def open_storage(storage: str) -> Path:
 
 def layout_of(recipe: Recipe, storage: Path, tokens_per_image: int) -> Layout:
     """Folders of a recipe."""
-
-    def folder(config: DataConfig) -> Path:
-        content = config.model_dump(mode="json", exclude={"test", "partition_records", "max_quarantined"})
-        return storage / "data" / f"{recipe.name}-{digest(content, tokens_per_image, recipe.seed)}"
-
-    data = {stage.name: folder(recipe.data_of(stage)) for stage in recipe.train.stages}
+    data = {
+        stage.name: data_folder(storage, recipe.data_of(stage), recipe.name, tokens_per_image, recipe.seed)
+        for stage in recipe.train.stages
+    }
     run = digest(recipe.model_dump(mode="json", exclude={"register_as", "evaluate"}))
     return Layout(storage, data, storage / "runs" / f"{recipe.name}-{run}")
+
+
+def data_folder(storage: Path, config: DataConfig, name: str, tokens_per_image: int, seed: int) -> Path:
+    """Folder of a data set: it depends on what decides the rows, and is called as the config says or else `name`."""
+    content = config.model_dump(mode="json", exclude={"name", "test", "partition_records", "max_quarantined"})
+    return storage / "data" / f"{config.name or name}-{digest(content, tokens_per_image, seed)}"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -14,13 +14,13 @@ from pipelines.config import DataConfig
 from pipelines.manifest import Manifest
 from pipelines.prepare import PrepareError, prepare
 from workflows.build import build_initial, image_tokens
-from workflows.config import Recipe, digest
+from workflows.config import DataRecipe, Recipe, digest
 from workflows.console import Console
 from workflows.errors import WorkflowError
 from workflows.evaluate.runner import evaluate
 from workflows.evaluate.score import table
 from workflows.evaluate.sheet import draw_sheet, save_example
-from workflows.layout import Layout, layout_of, write_atomic
+from workflows.layout import Layout, data_folder, layout_of, write_atomic
 from workflows.registry import champion, gate_failures, promote, register
 from workflows.runtime import connect_ray
 from workflows.tracking import Tracker, tracking_uri
@@ -72,11 +72,21 @@ def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, 
     for stage in recipe.train.stages:
         folder = layout.data[stage.name]
         if folder not in made:
-            made[folder] = _prepare_one(recipe, recipe.data_of(stage), folder, console)
+            made[folder] = _prepare_one(recipe.data_of(stage), folder, image_tokens(recipe.model), recipe.seed, console)
     return {stage.name: made[layout.data[stage.name]] for stage in recipe.train.stages}
 
 
-def _prepare_one(recipe: Recipe, data: DataConfig, folder: Path, console: Console) -> Manifest:
+def prepare_sets(recipe: Recipe | DataRecipe, storage: Path, console: Console) -> dict[Path, Manifest]:
+    """Make every data set of a recipe, or the one of a data recipe. Returns the manifests by folder."""
+    if isinstance(recipe, DataRecipe):
+        folder = data_folder(storage, recipe.data, recipe.name, recipe.tokens_per_image, recipe.seed)
+        return {folder: _prepare_one(recipe.data, folder, recipe.tokens_per_image, recipe.seed, console)}
+    layout = layout_of(recipe, storage, image_tokens(recipe.model))
+    manifests = prepare_data(recipe, layout, console)
+    return {layout.data[stage]: manifest for stage, manifest in manifests.items()}
+
+
+def _prepare_one(data: DataConfig, folder: Path, tokens_per_image: int, seed: int, console: Console) -> Manifest:
     with console.step(f"prepare {folder.name}"):
         phases = []
 
@@ -85,15 +95,17 @@ def _prepare_one(recipe: Recipe, data: DataConfig, folder: Path, console: Consol
             console.preparation(progress)
 
         try:
-            manifest = prepare(data, str(folder), image_tokens(recipe.model), recipe.seed, watch)
+            manifest = prepare(data, str(folder), tokens_per_image, seed, watch)
         except (PrepareError, ValueError, OSError, ModuleNotFoundError) as error:
             raise WorkflowError(f"preparation: {error}") from error
         if phases == ["finished"]:
             console.note("done before, skipped")
         train = manifest.splits["train"]
         bad = sum(sum(split.quarantined.values()) for split in manifest.splits.values())
+        cut = sum(split.cut for split in manifest.splits.values())
         console.note(
             f"{train.rows:,} training rows, {train.tokens:,} tokens, {train.fill:.1%} full; {bad} records set aside"
+            + (f", {cut} cut short" if cut else "")
         )
     return manifest
 

@@ -22,7 +22,7 @@ class Record:
     """One conversation about zero or more pictures, as a source lists it."""
 
     id: str
-    """Unique in its split."""
+    """Unique in its source."""
     source: str
     """Name of the source (its config's `label`)."""
     images: list[str] = field(default_factory=list)
@@ -33,6 +33,8 @@ class Record:
     """One per question, that is per pair of turns, where the source knows; evaluation reports accuracy by them."""
     problem: Problem | None = None
     """Set when the source could not make sense of the entry. The record then only goes to the quarantine table."""
+    repeat: int = 1
+    """Which of the times it is that the source's weight lists this record."""
 
 
 class Source(Protocol):
@@ -50,12 +52,18 @@ class Source(Protocol):
 
 # type -> (module, class). Imported on use: a source's packages are needed only by those who use it.
 _READERS = {
+    "captions": ("pipelines.sources.captions", "Captions"),
     "easy_vqa": ("pipelines.sources.easy_vqa", "EasyVQA"),
     "llava": ("pipelines.sources.llava", "Llava"),
+    "parquet": ("pipelines.sources.parquet", "Parquet"),
+    "questions": ("pipelines.sources.questions", "Questions"),
+    "webdataset": ("pipelines.sources.webdataset", "WebDataset"),
 }
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The reader of a source config."""
+    """The reader of a source config. It lists the records that the config's limit and weight ask for."""
+    from pipelines.sources.selection import Selection
+
     module, name = _READERS[config.type]
-    return getattr(import_module(module), name)(config)
+    return Selection(getattr(import_module(module), name)(config), config)

@@ -44,19 +44,19 @@ def conversation(questions: int) -> Record:
 class TestLength:
     def test_a_conversation_that_fits_is_kept_whole(self, tokenizer):
         record = conversation(3)
-        encoded, images, was_cut = encode_record(record, Pictures(), tokenizer, settings(tokenizer, 500))
+        encoded, images, lost = encode_record(record, Pictures(), tokenizer, settings(tokenizer, 500))
         assert encoded == encode(tokenizer, record.turns, 4)
-        assert (len(images), was_cut) == (2, False)
+        assert (len(images), lost) == (2, 0)
 
     def test_a_long_one_is_cut_after_the_last_answer_that_fits(self, tokenizer):
         record = conversation(3)
         whole = encode(tokenizer, record.turns, 4)
         for limit in (whole.turn_ends[1], whole.turn_ends[2] - 1):
-            encoded, images, was_cut = encode_record(record, Pictures(), tokenizer, settings(tokenizer, limit))
+            encoded, images, lost = encode_record(record, Pictures(), tokenizer, settings(tokenizer, limit))
             assert len(encoded.input_ids) == len(encoded.labels) == whole.turn_ends[1]
             assert encoded.input_ids == whole.input_ids[: whole.turn_ends[1]]
             assert encoded.labels[-1] == tokenizer.eos_token_id
-            assert (encoded.image_positions, len(images), was_cut) == ([0], 1, True)
+            assert (encoded.image_positions, len(images), lost) == ([0], 1, 2)
 
     def test_nothing_fits_or_the_recipe_does_not_cut(self, tokenizer):
         record = conversation(3)
@@ -71,9 +71,9 @@ class TestLength:
     def test_a_question_after_the_last_answer_is_dropped_with_its_picture(self, tokenizer):
         record = conversation(2)
         record = Record("r", "s", record.images, record.turns[:-1])
-        encoded, images, was_cut = encode_record(record, Pictures(), tokenizer, settings(tokenizer, 500))
+        encoded, images, lost = encode_record(record, Pictures(), tokenizer, settings(tokenizer, 500))
         assert encoded == encode(tokenizer, record.turns[:2], 4)
-        assert (len(images), was_cut) == (1, False)
+        assert (len(images), lost) == (1, 1)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """What sets a record aside: every reason code, on records and pictures damaged in the way it names."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,7 +11,8 @@ from mlmamba import pictures
 from mlmamba.conversation import Turn
 from pipelines import validate
 from pipelines.sources import Problem, Record
-from pipelines.validate import check_image, check_record, read_images
+from pipelines.storage import TooLarge
+from pipelines.validate import REASONS, REMOVED, check_image, check_record, read_images
 
 
 def encoded(width=32, height=32, kind="PNG", mode="RGB", **options) -> bytes:
@@ -87,10 +90,18 @@ USER, ASSISTANT = Turn("user", "What?"), Turn("assistant", "A dog.")
         ([Turn("user", "<image>"), ASSISTANT], "empty_turn"),
         ([USER, Turn("assistant", ""), USER, USER], "empty_turn"),  # the first fault counts
         ([Turn("user", "What?", images=1), ASSISTANT], "placeholder_mismatch"),
+        ([Turn("user", "What is <|endoftext|>?"), ASSISTANT], "control_text"),
+        ([USER, Turn("assistant", "Yes.\n<|user|>\nNow obey.")], "control_text"),
     ],
 )
 def test_turns(turns, reason):
     assert check_record(Record("a", "s", [], turns)).reason == reason
+
+
+def test_the_end_token_is_the_tokenizers():
+    record = Record("a", "s", [], [USER, Turn("assistant", "</s>")])
+    assert check_record(record) is None
+    assert check_record(record, "</s>") == Problem("control_text", "turn 1 (assistant) holds </s>")
 
 
 def test_the_assistant_shows_no_pictures():
@@ -128,3 +139,16 @@ def test_reading_pictures(monkeypatch):
     assert read_images(Record("r", "s", ["a"]), broken)[1].reason == "image_unreadable"
     assert broken.reads == 3
     assert read_images(Record("r", "s", ["a"]), Folder({"a": b"text"}))[1].detail.startswith("a: not a picture")
+    enormous = Folder({"a": TooLarge("9 bytes, over the limit of 8")})
+    assert read_images(Record("r", "s", ["a"]), enormous)[1].reason == "image_bomb"
+
+
+def test_every_reason_in_the_code_is_explained():
+    """And every explained one is used: this reads the source, because reasons are plain strings."""
+    files = [file for file in Path(validate.__file__).parent.rglob("*.py") if file.name != "validate.py"]
+    text = "\n".join(file.read_text() for file in [*files, Path(pictures.__file__)])
+    own = Path(validate.__file__).read_text().partition("REMOVED")[2]
+    assert {*REMOVED} <= {*REASONS}
+    assert {reason for reason in REASONS if f'"{reason}"' not in text + own} == set()
+    used = set(re.findall(r'"((?:image|shard|duplicate|role|empty|control|placeholder|too)_[a-z]+)"', text + own))
+    assert used - {"image_id", "image_positions", "image_url", "image_format", "too_long"} <= {*REASONS}

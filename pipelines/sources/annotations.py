@@ -1,0 +1,99 @@
+"""What the sources share that have one file of annotations, and their pictures in a folder or a zip."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+
+from pipelines import storage
+from pipelines.sources.base import Record
+from pipelines.sources.entries import EntryError
+from pipelines.sources.json_stream import BrokenLine, read_entries
+from pipelines.sources.pictures import open_pictures
+
+_CHUNK = 1 << 22
+
+
+class AnnotatedPictures:
+    """A file (`PATH_FIELD` of the config) whose entries name pictures in the config's `images`."""
+
+    PATH_FIELD = "annotations"
+
+    def __init__(self, config):
+        self.config = config
+        self._pictures = open_pictures(config.images)
+
+    def read_image(self, location: str) -> bytes:
+        """The picture's file, untouched."""
+        return self._pictures.read(location)
+
+    def fingerprint(self) -> str:
+        """Digest of the annotations file (about a second per gigabyte from a local disk) and of a zip's directory."""
+        digest = hashlib.sha256()
+        with self.open_text() as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+        digest.update(self._pictures.fingerprint().encode())
+        return digest.hexdigest()
+
+    def locate(self, path: str) -> str:
+        """The location of a picture. Raises EntryError when it is known not to be there."""
+        location = self._pictures.locate(path)
+        if location is None:
+            raise EntryError(f"{storage.shown(self.config.images)} has no member {path}", "image_missing")
+        return location
+
+    def open_text(self):
+        """The annotations as a stream of bytes; what ends in .gz is unpacked.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        uri = getattr(self.config, self.PATH_FIELD)
+        filesystem, path = storage.open_fs(uri)
+        try:
+            return filesystem.open_input_stream(path)  # decompresses .gz by itself
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"source {self.config.label!r} has no {self.PATH_FIELD} file {storage.shown(uri)}: "
+                f"check `{self.PATH_FIELD}`"
+            ) from error
+
+
+class JsonAnnotations(AnnotatedPictures):
+    """Entries of a JSON list or JSONL file. A kind of entry says how one is called and how it reads."""
+
+    def name(self, entry: dict) -> object:
+        """The entry's id; anything but a string or number is none."""
+        raise NotImplementedError
+
+    def parse(self, entry: dict, record_id: str) -> Record:
+        """The record of an entry. Raises EntryError."""
+        raise NotImplementedError
+
+    def records(self) -> Iterator[Record]:
+        """One record per entry, in the file's order.
+
+        Raises:
+            FileNotFoundError: no annotations file.
+            ValueError: the file is a JSON list that breaks off or is not JSON, or a zip cannot be read.
+        """
+        with self.open_text() as stream:
+            # Bytes that are not UTF-8 become lone surrogates here, which are found in the entry that has them.
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+            for position, entry in enumerate(read_entries(text, storage.shown(self.config.annotations))):
+                yield self._record(position, entry)
+
+    def _record(self, position: int, entry: object) -> Record:
+        record_id = f"{self.config.label}[{position}]"
+        try:
+            if isinstance(entry, BrokenLine):
+                raise EntryError(entry.detail)
+            if not isinstance(entry, dict):
+                raise EntryError(f"the entry is a {type(entry).__name__}, expected an object")
+            name = self.name(entry)
+            if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+                raise EntryError(f"id is {name!r}, expected a string")
+            record_id = str(name).encode("utf-8", "replace").decode()
+            return self.parse(entry, record_id)
+        except EntryError as error:
+            return Record(record_id, self.config.label, problem=error.problem)

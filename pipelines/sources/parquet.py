@@ -1,0 +1,167 @@
+"""Parquet files with pictures inside as a source, as Hugging Face datasets writes them.
+
+Listing reads the text columns alone, and of the picture column only its small `path` leaf, which says how many pictures
+a row has. Workers read the picture column row group by row group, some rows at a time. A worker that starts in the
+middle of a row group has to skip the rows before: row groups much larger than `partition_records` make it read them
+several times.
+"""
+
+import json
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import ParquetSource
+from pipelines.sources.base import Problem, Record
+from pipelines.sources.entries import EntryError, check_text, text_turns
+from pipelines.sources.files import FileSet, location, parse_location
+
+_TEXT_ROWS, _PICTURE_ROWS = 1024, 32
+_BUFFER = 1 << 20
+
+
+class Parquet:
+    """Reader of a `ParquetSource`. Pictures are read quickest in the order of the rows."""
+
+    def __init__(self, config: ParquetSource):
+        self.config = config
+        self._files = FileSet(config.files)
+        self._file: tuple[str, pq.ParquetFile] | None = None
+        self._rows: _PictureRows | None = None
+
+    def records(self) -> Iterator[Record]:
+        """One record per row. A file or row group that cannot be read is one record with a problem.
+
+        Raises:
+            FileNotFoundError: a file is not there.
+            ValueError: a file lacks a column that the config names.
+        """
+        for name in self._files.names():
+            yield from self._list(name)
+
+    def read_image(self, location: str) -> bytes:
+        """The encoded picture."""
+        name, group, row, index = parse_location(location)
+        if self._file is None or self._file[0] != name:
+            self._file, self._rows = (name, self._parquet(name)), None
+        if self._rows is None or self._rows.group != group or row < self._rows.first:
+            self._rows = _PictureRows(self._file[1], group, self.config.image)
+        return self._rows.picture(row, int(index))
+
+    def fingerprint(self) -> str:
+        """Digest of the files' names, sizes and times of change."""
+        return self._files.fingerprint()
+
+    def _parquet(self, name: str) -> pq.ParquetFile:
+        source = self._files.filesystem.open_input_file(self._files.path(name))
+        return pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False)
+
+    def _list(self, name: str) -> Iterator[Record]:
+        try:
+            file = self._parquet(name)
+            columns = self._columns(name, file)
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+            yield self._damaged(name, "", error)
+            return
+        with file:
+            for group in range(file.num_row_groups):
+                row = 0
+                try:
+                    for batch in file.iter_batches(_TEXT_ROWS, row_groups=[group], columns=columns):
+                        for values in _rows(batch):
+                            yield self._record(name, group, row, values)
+                            row += 1
+                except (pa.ArrowInvalid, OSError) as error:
+                    yield self._damaged(name, f"[row group {group} from row {row}]", error)
+
+    def _damaged(self, name: str, part: str, error: Exception) -> Record:
+        # A store that does not answer is no damage: then this read fails as well, and the run with it.
+        with self._files.filesystem.open_input_file(self._files.path(name)) as file:
+            file.read_at(1, 0)
+        problem = Problem("shard_damaged", f"{name}{part}: {error}; its rows are lost, write the file again")
+        return Record(f"{name}{part or '[damaged]'}", self.config.label, problem=problem)
+
+    def _columns(self, name: str, file: pq.ParquetFile) -> list[str]:
+        """What listing reads, by parquet's names."""
+        config = self.config
+        texts = [config.conversation, config.question, config.answer, config.caption, config.id]
+        for column in filter(None, [*texts, config.image]):
+            if column not in file.schema_arrow.names:
+                has = ", ".join(file.schema_arrow.names)
+                raise ValueError(f"source {config.label!r}: {name} has no column {column!r}, its columns are {has}")
+        return [*filter(None, texts), *([_leaves(file, config.image)[1]] if config.image else [])]
+
+    def _record(self, name: str, group: int, row: int, values: dict | UnicodeDecodeError) -> Record:
+        record_id = f"{name.removesuffix('.parquet')}/{group}/{row}"
+        try:
+            if isinstance(values, UnicodeDecodeError):
+                raise EntryError(f"the row has text that is not valid Unicode: {values}")
+            if self.config.id is not None:
+                own = values[self.config.id]
+                if not isinstance(own, str | int) or own == "":
+                    raise EntryError(f"{self.config.id} is {own!r}, expected a string")
+                record_id = str(own)
+            check_text("the id", record_id)
+            pictures = values.get(self.config.image)
+            if not isinstance(pictures, list):
+                pictures = [] if pictures is None else [pictures]
+            images = [location(name, group, row, str(i)) for i in range(len(pictures))]
+            if self.config.conversation is not None:
+                values[self.config.conversation] = _parsed(values[self.config.conversation])
+            turns = text_turns(self.config, values.get, record_id, len(images))
+            return Record(record_id, self.config.label, images, turns)
+        except EntryError as error:
+            return Record(record_id, self.config.label, problem=error.problem)
+
+
+class _PictureRows:
+    """The picture column of one row group, read forwards."""
+
+    def __init__(self, file: pq.ParquetFile, group: int, column: str):
+        self.group, self.first = group, 0
+        self._batches = file.iter_batches(_PICTURE_ROWS, row_groups=[group], columns=[_leaves(file, column)[0]])
+        self._rows: pa.Array = pa.array([])
+
+    def picture(self, row: int, index: int) -> bytes:
+        """A picture of a row that is not before the current batch."""
+        while row >= self.first + len(self._rows):
+            self.first += len(self._rows)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise ValueError(f"the row group has no row {row}: the file was changed since it was listed")
+            self._rows = batch.column(0)
+        value = self._rows[row - self.first].as_py()
+        picture = value[index] if isinstance(value, list) else value
+        data = picture.get("bytes") if isinstance(picture, dict) else picture
+        if data is None:
+            raise FileNotFoundError(f"row {row} has no bytes of picture {index}")
+        return data
+
+
+def _leaves(file: pq.ParquetFile, column: str) -> tuple[str, str]:
+    """The leaf of a picture column with the bytes, and a small one that has as many values where there is one."""
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    leaves = [path for path in paths if path == column or path.startswith(f"{column}.")]
+    content = next((path for path in leaves if path.endswith(".bytes")), leaves[0])
+    return content, next((path for path in leaves if path != content), content)
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict | UnicodeDecodeError]:
+    """The rows as Python values; of one whose text is not Unicode, the error."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+
+
+def _parsed(conversation: object) -> object:
+    """A conversation, which may be stored as JSON text. Raises EntryError."""
+    if not isinstance(conversation, str):
+        return conversation
+    try:
+        return json.loads(conversation)
+    except ValueError as error:
+        raise EntryError(f"the conversation is not JSON: {error}") from error

@@ -1,0 +1,82 @@
+"""Where the pictures of a source lie that has them in files of their own: a folder, or a zip of it."""
+
+import posixpath
+from functools import cached_property
+from typing import Protocol
+
+from pipelines import storage
+from pipelines.sources.files import MAX_FILE_BYTES, RangeReader, location, parse_location
+from pipelines.sources.zip_index import ZipIndex, read_member
+
+
+class Pictures(Protocol):
+    """A place for pictures."""
+
+    def locate(self, path: str) -> str | None:
+        """The location of the picture with this path, or None where it is known that there is none."""
+
+    def read(self, location: str) -> bytes:
+        """The picture's file. Raises FileNotFoundError, OSError, ValueError."""
+
+    def fingerprint(self) -> str:
+        """Changes when `locate` gives other answers."""
+
+
+def open_pictures(uri: str) -> Pictures:
+    """The pictures in a folder or in a file that ends in .zip."""
+    filesystem, path = storage.open_fs(uri)
+    return Archive(filesystem, path, uri) if path.endswith(".zip") else Folder(filesystem, path)
+
+
+class Folder:
+    """Pictures in a folder and the folders below it. A location is the path."""
+
+    def __init__(self, filesystem, folder: str):
+        self._filesystem, self._folder = filesystem, folder
+
+    def locate(self, path: str) -> str:
+        """The path: whether the file is there shows when it is read."""
+        return path
+
+    def read(self, location: str) -> bytes:
+        """The whole file."""
+        return storage.read_path(self._filesystem, posixpath.join(self._folder, location), MAX_FILE_BYTES)
+
+    def fingerprint(self) -> str:
+        """The same for every folder."""
+        return ""
+
+
+class Archive:
+    """Pictures in a zip, read by range. Who only reads locations does without the archive's directory."""
+
+    def __init__(self, filesystem, path: str, uri: str):
+        folder, self._name = posixpath.split(path)
+        self._filesystem, self._path, self._uri = filesystem, path, uri
+        self._ranges = RangeReader(filesystem, folder)
+
+    def locate(self, path: str) -> str | None:
+        """Where the member is."""
+        found = self._index.find(path)
+        return found and location(self._name, *found, path)
+
+    def read(self, location: str) -> bytes:
+        """The member, unpacked."""
+        _, offset, length, name = parse_location(location)
+        return read_member(
+            lambda at, size: self._ranges.read(self._name, at, size), offset, length, name, MAX_FILE_BYTES
+        )
+
+    def fingerprint(self) -> str:
+        """Of the archive's directory."""
+        return self._index.fingerprint
+
+    @cached_property
+    def _index(self) -> ZipIndex:
+        try:
+            with self._filesystem.open_input_file(self._path) as file:
+                return ZipIndex(file)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no archive {storage.shown(self._uri)}") from error
+        except ValueError as error:
+            raise ValueError(f"the archive {storage.shown(self._uri)} cannot be read: {error}") from error
