@@ -2,11 +2,15 @@
 
 The order of rows is a function of (seed, epoch), so step s is found by arithmetic: it takes the s-th block of
 `world_size * batch_rows` rows. What does not fill a block at the end of an epoch is left out of that epoch.
+
+Memory stays bounded however large the set is. Shards on a local disk are memory-mapped; of those in an object store a
+row is fetched when it is asked for, in one request. At most `OPEN_SHARDS` are open, each with its table of contents.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +20,7 @@ from pipelines.manifest import Manifest
 from pipelines.schema import values
 from pipelines.shuffle import permutation
 
-_OPEN_SHARDS = 64  # each takes a file descriptor
+OPEN_SHARDS = 128  # each takes a file descriptor
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class PackedRow:
 
 
 class PackedDataset:
-    """The packed rows of one split.
+    """The packed rows of one split. Rows may be read in several threads at once.
 
     Args:
         uri: folder of the data set, path or URI.
@@ -55,16 +59,15 @@ class PackedDataset:
         self.manifest = Manifest.load(uri)
         if split not in self.manifest.splits:
             has = ", ".join(self.manifest.splits)
-            raise ValueError(
-                f"the data set {storage.shown(uri)} has no split {split!r}, it has {has}: give the recipe data.{split}"
-            )
+            remedy = ": give the recipe data.validation" if split == "validation" else ""
+            raise ValueError(f"the data set {storage.shown(uri)} has no split {split!r}, it has {has}{remedy}")
         shards = self.manifest.splits[split].shards
         self._ends = np.cumsum([shard.rows for shard in shards])
         files = [storage.join(uri, shard.path) for shard in shards]
 
-        @lru_cache(maxsize=_OPEN_SHARDS)
-        def open_shard(shard: int) -> pa.ipc.RecordBatchFileReader:
-            return storage.open_arrow(files[shard])
+        @lru_cache(maxsize=OPEN_SHARDS)
+        def open_shard(shard: int) -> tuple[pa.ipc.RecordBatchFileReader, Lock]:
+            return storage.open_arrow(files[shard]), Lock()
 
         self._open_shard = open_shard
 
@@ -76,22 +79,28 @@ class PackedDataset:
             raise IndexError(f"row {index} of a data set of {len(self)} rows")
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
-        batch = self._open_shard(shard).get_batch(int(index) - first)
+        reader, alone = self._open_shard(shard)
+        with alone:  # rows are read in several threads, and Arrow does not say that one reader may be shared
+            batch = reader.get_batch(int(index) - first)
         lists = {name: values(batch, name).to_pylist() for name in ("sample_ids", "images", "source")}
         arrays = {
             name: values(batch, name).to_numpy() for name in ("input_ids", "labels", "seq_idx", "image_positions")
         }
         return PackedRow(**lists, **arrays)
 
+    def rows(self, indices: np.ndarray) -> list[PackedRow]:
+        """Several rows."""
+        return [self[int(index)] for index in indices]
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Row indices in the order of an epoch, int64 (rows,)."""
         return permutation(len(self), seed, epoch, "epoch")
 
 
-def batches(
+def step_indices(
     dataset: PackedDataset, seed: int, batch_rows: int, rank: int, world_size: int, start_step: int = 0
-) -> Iterator[list[PackedRow]]:
-    """One rank's batches, without end, from a step on.
+) -> Iterator[np.ndarray]:
+    """The rows of one rank's batches, without end, from a step on; int64 (batch_rows,) indices. Reads no rows.
 
     Args:
         dataset: the same on all ranks.
@@ -114,14 +123,21 @@ def batches(
             f"{len(dataset)}: lower the batch size or the number of workers, or prepare more data"
         )
 
-    def generate() -> Iterator[list[PackedRow]]:
+    def generate() -> Iterator[np.ndarray]:
         step, epoch, order = start_step, -1, None
         while True:
             if step // steps_per_epoch != epoch:
                 epoch = step // steps_per_epoch
                 order = dataset.order(seed, epoch)
             first = (step % steps_per_epoch) * per_step + rank * batch_rows
-            yield [dataset[int(index)] for index in order[first : first + batch_rows]]
+            yield order[first : first + batch_rows]
             step += 1
 
     return generate()
+
+
+def batches(
+    dataset: PackedDataset, seed: int, batch_rows: int, rank: int, world_size: int, start_step: int = 0
+) -> Iterator[list[PackedRow]]:
+    """The rows themselves; arguments and errors are those of `step_indices`."""
+    return map(dataset.rows, step_indices(dataset, seed, batch_rows, rank, world_size, start_step))

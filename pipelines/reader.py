@@ -1,14 +1,14 @@
 """What training needs of a data set: rows of any step, their tensors, and the next ones made in the background.
 
 dataset = PackedDataset(uri)
-steps = batches(dataset, seed, batch_rows, rank, world_size, start_step)
-for batch in prefetch(collate(rows, max_tokens, pad_id, image_size) for rows in steps):
+make = lambda indices: collate(dataset.rows(indices), max_tokens, pad_id, image_size)
+for batch in prefetch(make, step_indices(dataset, seed, batch_rows, rank, world_size, start_step), threads):
     ...
 """
 
-import queue
-import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -16,12 +16,12 @@ import torch
 
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.pictures import load_pixels
-from pipelines.packed import PackedDataset, PackedRow, batches
+from pipelines.packed import PackedDataset, PackedRow, batches, step_indices
 
-__all__ = ["PackedDataset", "PackedRow", "batches", "collate", "prefetch"]
+__all__ = ["PackedDataset", "PackedRow", "batches", "collate", "prefetch", "step_indices"]
 
 T = TypeVar("T")
-_END = object()
+R = TypeVar("R")
 
 
 def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int) -> dict[str, torch.Tensor]:
@@ -64,47 +64,33 @@ def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int
     }
 
 
-def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """Run an iterator in a background thread, at most `depth` items ahead.
+def prefetch(function: Callable[[T], R], items: Iterable[T], threads: int = 2, depth: int | None = None) -> Iterator[R]:
+    """`map(function, items)` with the next results made in background threads.
 
-    The items, their order and any error are those of the iterator. Hand it the finished work, as in
-    `prefetch(collate(rows, ...) for rows in batches(...))`, so that decoding happens in the thread. Closing the
-    generator ends the thread.
+    Results, their order and an error of the function are those of `map`. Decoding pictures and reading files release
+    the interpreter lock, so threads are enough. Closing the generator ends the threads.
+
+    Args:
+        function: called in several threads at once.
+        items: taken in the caller's thread, so they should cost nothing.
+        threads: how many.
+        depth: results made ahead at most, which bounds the memory; one more than `threads` unless given.
     """
-    if depth < 1:
-        raise ValueError(f"prefetch depth is {depth}, expected at least 1")
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
+    depth = threads + 1 if depth is None else depth
+    if threads < 1 or depth < 1:
+        raise ValueError(f"prefetch with {threads} threads and depth {depth}, expected at least 1 of each")
 
-    def put(entry: tuple) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
+    def generate() -> Iterator[R]:
+        pending: deque[Future] = deque()
+        pool = ThreadPoolExecutor(threads, "prefetch")
         try:
             for item in items:
-                if not put((item, None)):
-                    return
-            put((_END, None))
-        except BaseException as error:  # handed to the consumer, who is the one to raise it
-            put((_END, error))
-
-    def generate() -> Iterator[T]:
-        threading.Thread(target=work, name="prefetch", daemon=True).start()
-        try:
-            while True:
-                item, error = ready.get()
-                if error is not None:
-                    raise error
-                if item is _END:
-                    return
-                yield item
+                pending.append(pool.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     return generate()

@@ -53,24 +53,45 @@ def run(a: argparse.Namespace) -> dict:
 
 def prepare(a: argparse.Namespace) -> dict:
     """data only: validate, tokenize, pack, write shards and manifest"""
-    recipe, storage = _recipe_and_storage(a)
-    from pipelines.manifest import verify
-    from workflows.build import image_tokens
-    from workflows.layout import layout_of
-    from workflows.run import prepare_data
+    from workflows.layout import open_storage
+    from workflows.recipe import load_any
 
-    layout = layout_of(recipe, storage, image_tokens(recipe.model))
-    manifests = prepare_data(recipe, layout, _console())
+    recipe, storage = load_any(a.recipe, a.set), open_storage(a.storage)
+    from pipelines.verify import verify
+    from workflows.run import prepare_sets
+
+    console = _console()
     sets, texts = {}, []
-    for stage, folder in layout.data.items():
-        if str(folder) not in sets:
-            problems = verify(str(folder)) if a.verify else []
-            sets[str(folder)] = {**json.loads(manifests[stage].model_dump_json()), "problems": problems}
-            texts += [str(folder), f"digest {manifests[stage].digest}", *problems]
-            if a.verify and not problems:
-                texts.append("verified: every shard is as the manifest says")
+    for folder, manifest in prepare_sets(recipe, storage, console).items():
+        problems = verify(str(folder), console.preparation) if a.verify else []
+        sets[str(folder)] = {**json.loads(manifest.model_dump_json()), "problems": problems}
+        texts += [str(folder), f"digest {manifest.digest}", *problems]
+        if a.verify and not problems:
+            texts.append("verified: every shard is as the manifest says")
+        if problems:
+            texts.append(f"to make it again: delete {folder / 'manifest.json'} and run mlmamba prepare")
     failed = any(content["problems"] for content in sets.values())
-    return {**({"data": sets} if a.json else {}), "failed": failed, "text": "\n".join(texts)}
+    summary = {"data": sets, "phases": console.phases} if a.json else {}
+    return {**summary, "failed": failed, "text": "\n".join(texts)}
+
+
+def data(a: argparse.Namespace) -> dict:
+    """look into a prepared data set: inspect"""
+    from pipelines.contact_sheet import draw_sheet
+    from pipelines.inspect import inspect_data
+    from pipelines.inspect_text import report
+
+    if a.samples < 1:
+        raise UsageError(f"--samples {a.samples}: draw at least 1")
+    try:
+        content = inspect_data(a.uri)
+        text = report(content)
+        if a.sheet:
+            content |= draw_sheet(a.uri, a.sheet, a.split, a.samples, a.seed)
+            text += f"\n\nsamples: {content['sheet']}"
+    except (OSError, ValueError) as error:
+        raise WorkflowError(f"data inspect: {error}") from error
+    return {**content, "text": text}
 
 
 def train(a: argparse.Namespace) -> dict:
@@ -160,6 +181,26 @@ def chat(a: argparse.Namespace) -> dict | None:
     return {"answer": answer, "text": answer}
 
 
+def convert(a: argparse.Namespace) -> dict:
+    """turn a checkpoint of state-spaces, transformers or the ML-Mamba release into another layout"""
+    from mlmamba.convert import convert as run
+
+    try:
+        done = run(
+            a.source,
+            a.destination,
+            a.to,
+            tokenizer=a.tokenizer,
+            preset=a.preset,
+            vision_weights=a.vision_weights,
+            torch_file=a.torch_file,
+        )
+    except (OSError, ValueError) as error:
+        raise WorkflowError(f"convert: {error}") from error
+    text = f"{done.folder}: {done.layout}, {done.parameters:,} parameters (from {done.source_layout})"
+    return {**done.as_dict(), "text": text}
+
+
 def doctor(a: argparse.Namespace) -> dict:
     """what is installed, which kernels will be used, and what to do about what is missing"""
     from workflows.doctor import examine, report
@@ -172,15 +213,25 @@ def doctor(a: argparse.Namespace) -> dict:
 VERBS: dict[str, Verb] = {
     "run": run,
     "prepare": prepare,
+    "data": data,
     "train": train,
     "evaluate": evaluate,
     "models": models,
     "serve": serve,
     "chat": chat,
+    "convert": convert,
     "doctor": doctor,
 }
 EXTRA_ARGUMENTS: dict[str, list[tuple[str, dict]]] = {
     "prepare": [("--verify", {"action": "store_true", "help": "read every shard back and compare with the manifest"})],
+    "data": [
+        ("action", {"choices": ["inspect"], "help": "inspect: counts, lengths, sources, what was set aside and why"}),
+        ("uri", {"help": "the data set: a folder or s3://..., as prepare prints it"}),
+        ("--sheet", {"metavar": "FILE.png", "help": "also draw sample pictures with their conversation and loss"}),
+        ("--split", {"default": "train", "help": "split of the sheet (default: train)"}),
+        ("--samples", {"type": int, "default": 12, "help": "samples on the sheet (default: 12)"}),
+        ("--seed", {"type": int, "default": 0, "help": "draws other samples (default: 0)"}),
+    ],
     "train": [("--stage", {"metavar": "NAME", "help": "only this stage"})],
     "evaluate": [
         ("model", {"help": "model folder or models:/NAME@ALIAS"}),
@@ -199,6 +250,27 @@ EXTRA_ARGUMENTS: dict[str, list[tuple[str, dict]]] = {
         ("--question", {"metavar": "TEXT", "help": "ask this and stop; without it, talk"}),
         ("--max-new-tokens", {"type": int, "default": 64}),
     ],
+    "convert": [
+        ("source", {"help": "released .pt file, or folder or hub name of a Mamba-2 language model or ML-Mamba model"}),
+        ("destination", {"help": "folder to write; nothing may be there"}),
+        (
+            "--to",
+            {
+                "choices": ["mlmamba", "transformers", "state-spaces"],
+                "help": "layout (default: mlmamba for a released file, transformers for a language model)",
+            },
+        ),
+        (
+            "--torch-file",
+            {"action": "store_true", "help": "state-spaces: also pytorch_model.bin, which mamba_ssm opens"},
+        ),
+        ("--tokenizer", {"default": "EleutherAI/gpt-neox-20b", "help": "released file: its tokenizer"}),
+        ("--preset", {"default": "2.7b", "help": "released file: the preset with its encoders (default: 2.7b)"}),
+        (
+            "--vision-weights",
+            {"action": "append", "metavar": "FILE", "help": "released file: one per encoder (default: timm's, by hub)"},
+        ),
+    ],
 }
 TAKES_RECIPE = ("run", "prepare", "train")
 
@@ -214,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(flag, **options)
         if name in (*TAKES_RECIPE, "evaluate"):
             sub.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change the recipe")
-        if name != "doctor":
+        if name not in ("data", "convert", "doctor"):
             sub.add_argument(
                 "--storage", default="storage", help="folder of everything that is made (default: storage)"
             )

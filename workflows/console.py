@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from pipelines.progress import Progress
 
@@ -18,6 +19,8 @@ class Console:
         self._live = self._stream.isatty()
         self._pending = ""
         self._last = 0.0
+        self.phases: dict[str, dict] = {}
+        """The last event of each phase of the preparation."""
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -56,17 +59,26 @@ class Console:
 
     def preparation(self, progress: Progress) -> None:
         """Progress of the data preparation."""
-        if progress.phase == "finished" or progress.total is None:
+        if progress.phase == "finished":
+            self._settle()
             return
-        left = (progress.total - progress.done) / progress.per_second if progress.per_second else 0
-        parts = [f"{progress.phase}: {progress.done:,}/{progress.total:,} {progress.unit}"]
+        self.phases[progress.phase] = asdict(progress)
+        if progress.total is None and not progress.done:
+            return
+        total = "" if progress.total is None else f"/{progress.total:,}"
+        parts = [f"{progress.phase}: {progress.done:,}{total} {progress.unit}"]
+        last = progress.done == progress.total
         if progress.per_second:
-            parts.append(f"{progress.per_second:,.0f}/s, {left:.0f} s left")
+            parts.append(f"{progress.per_second:,.0f}/s")
+        if last:
+            parts.append(f"in {duration(progress.seconds)}")
+        elif progress.seconds_left is not None:
+            parts.append(f"{duration(progress.seconds_left)} left")
         if progress.quarantined:
             parts.append(f"{progress.quarantined:,} quarantined")
         if progress.skipped:
             parts.append(f"{progress.skipped:,} done before")
-        self.progress(", ".join(parts), last=progress.done == progress.total)
+        self.progress(", ".join(parts), last)
 
     def training(self, event: dict) -> None:
         """An event of a training stage."""
@@ -84,3 +96,13 @@ class Console:
                 self.note(f"going on from the checkpoint of step {event['step']} of {event['steps']}")
         elif kind == "failure":
             self.note(event["text"])
+
+
+def duration(seconds: float) -> str:
+    """For people: 45 s, 12 min 30 s, 3 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.modeling import MLMambaForConditionalGeneration
-from pipelines.reader import PackedDataset, batches, collate, prefetch
+from pipelines.reader import PackedDataset, collate, prefetch, step_indices
 from workflows.config import StageRecipe, TrainRecipe
 from workflows.train.export import export_model
 from workflows.train.job import StageJob
@@ -63,13 +63,13 @@ def train_stage(job: StageJob) -> None:
     max_tokens, image_size = dataset.manifest.max_tokens, model.config.vision_config.image_size
     pad = model.config.text_config.pad_token_id
 
-    def split(rows: list) -> list[dict]:
+    def read(rows) -> list[dict]:
         parts = [rows[i : i + stage.micro_batch_rows] for i in range(0, len(rows), stage.micro_batch_rows)]
-        return [collate(part, max_tokens, pad, image_size) for part in parts]
+        return [collate(dataset.rows(part), max_tokens, pad, image_size) for part in parts]
 
     meter = Meter(world * per_rank * max_tokens)
     model.train()
-    stream = prefetch(split(rows) for rows in batches(dataset, job.seed, per_rank, rank, world, done))
+    stream = prefetch(read, step_indices(dataset, job.seed, per_rank, rank, world, done), job.threads)
     for step, micro_batches in zip(range(done + 1, steps + 1), stream, strict=False):
         loss, tokens = _step(engine, micro_batches, world)
         meter.add(loss, tokens)

@@ -1,0 +1,109 @@
+"""The peer of prepare_throughput: preparing a LLaVA-layout corpus in a plain multiprocessing loop, without Ray.
+
+    python -m tests.benchmarks.prepare_by_hand CORPUS TOKENIZER.JSON OUT PROCESSES
+
+It reads each picture, checks and decodes it and tokenizes the conversation with the pipeline's own functions, packs
+each chunk's samples into rows first-come, and writes an Arrow file per chunk. Prints its seconds as JSON.
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from mlmamba.conversation import Turn, encode
+from pipelines.schema import PACKED, one_row
+from pipelines.validate import check_image
+
+TOKENS_PER_IMAGE, MAX_TOKENS, CHUNK = 729, 4096, 250
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def main() -> None:
+    """Run the loop once."""
+    root, tokenizer, out, processes = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    out.mkdir()
+    begin = time.perf_counter()
+    with multiprocessing.Pool(processes, _open_tokenizer, (tokenizer,)) as pool:
+        pool.map(_nothing, range(4 * processes))
+        ready = time.perf_counter()
+        entries = json.loads((root / "records.json").read_text())
+        chunks = [
+            (out / f"{start:07d}.arrow", entries[start : start + CHUNK], root / "images")
+            for start in range(0, len(entries), CHUNK)
+        ]
+        assert sum(pool.imap_unordered(_chunk, chunks)) == len(entries)
+    print(json.dumps({"startup": ready - begin, "work": time.perf_counter() - ready}))
+
+
+class HandTokenizer:
+    """What `encode` asks of a tokenizer, on a tokenizer.json."""
+
+    eos_token = "<|endoftext|>"
+
+    def __init__(self, file: str):
+        self._tokenizer = Tokenizer.from_file(file)
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict:
+        """`{"input_ids": [...]}`."""
+        return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """The id of a token."""
+        return self._tokenizer.token_to_id(token)
+
+
+def _open_tokenizer(file: str) -> None:
+    global _tokenizer
+    _tokenizer = HandTokenizer(file)
+
+
+def _nothing(number: int) -> int:
+    return number
+
+
+def _chunk(task: tuple[Path, list[dict], Path]) -> int:
+    file, entries, images = task
+    row, room = [], MAX_TOKENS
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, PACKED) as writer:
+        for entry in entries:
+            turns = [
+                Turn(_ROLES[turn["from"]], turn["value"], turn["value"].count("<image>"))
+                for turn in entry["conversations"]
+            ]
+            pictures = []
+            if "image" in entry:
+                pictures.append((images / entry["image"]).read_bytes())
+                assert check_image(pictures[0]) is None
+            encoded = encode(_tokenizer, turns, TOKENS_PER_IMAGE)
+            if len(encoded.input_ids) > room:
+                writer.write_batch(_join(row))
+                row, room = [], MAX_TOKENS
+            row.append((entry["id"], encoded, pictures))
+            room -= len(encoded.input_ids)
+        writer.write_batch(_join(row))
+    return len(entries)
+
+
+def _join(row: list) -> pa.RecordBatch:
+    lengths = [len(sample.input_ids) for _, sample, _ in row]
+    starts = np.cumsum([0, *lengths])
+    columns = {
+        "sample_ids": [name for name, _, _ in row],
+        "input_ids": np.concatenate([np.array(sample.input_ids, np.int32) for _, sample, _ in row]),
+        "labels": np.concatenate([np.array(sample.labels, np.int32) for _, sample, _ in row]),
+        "seq_idx": np.repeat(np.arange(len(row), dtype=np.int32), lengths),
+        "images": [picture for _, _, pictures in row for picture in pictures],
+        "image_positions": [int(starts[i]) + p for i, (_, sample, _) in enumerate(row) for p in sample.image_positions],
+        "source": ["llava"] * len(row),
+    }
+    return one_row(PACKED, columns)
+
+
+if __name__ == "__main__":
+    main()
