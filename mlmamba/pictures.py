@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 64_000_000
 
@@ -51,7 +51,9 @@ def upright(picture: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         picture.load()
         if picture.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, which leaves a white picture
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied for nothing
+            picture = ImageOps.exif_transpose(picture)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:
         reason = "image_truncated" if "truncated" in str(error).lower() else "image_unreadable"
         raise PictureError(reason, f"the picture data is damaged: {error}") from error

@@ -2,11 +2,15 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
 import ray.data
+
+_MOST_PER_BLOCK = 4
+_BLOCKS_PER_CPU = 4  # at least, or a CPU could be left without work at the end
 
 
 def ensure_ray() -> None:
@@ -38,9 +42,11 @@ def quiet_ray_data() -> Iterator[None]:
 
 
 def run_tasks(function: Callable[[dict], dict], tasks: list[dict]) -> Iterator[dict]:
-    """Apply a function to each task description, one Ray task each, and yield the results as they come.
+    """Apply a function to each task description, on all CPUs, and yield the results as they come.
 
     Descriptions and results cross as JSON text: they are small and nested, which Arrow columns would make awkward.
+    Ray Data looks for finished work ten times a second, and a CPU waits twice for that before it gets its next block.
+    So a block holds up to `_MOST_PER_BLOCK` descriptions where there are many.
 
     Args:
         function: a module-level function; it must be safe to run twice (Ray reruns tasks of lost machines).
@@ -49,7 +55,9 @@ def run_tasks(function: Callable[[dict], dict], tasks: list[dict]) -> Iterator[d
     if not tasks:
         return
     items = [{"task": json.dumps(task)} for task in tasks]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    for_all_cpus = _BLOCKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
+    blocks = max(math.ceil(len(items) / _MOST_PER_BLOCK), min(len(items), for_all_cpus))
+    dataset = ray.data.from_items(items, override_num_blocks=blocks)
     results = dataset.map(lambda row: {"result": json.dumps(function(json.loads(row["task"])))})
     for row in results.iter_rows():
         yield json.loads(row["result"])

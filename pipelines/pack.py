@@ -84,7 +84,7 @@ def pack_shard(task: dict) -> dict:
     facts = Counter()
     sources = Counter()
     with storage.atomic_file(uri) as path:
-        with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        with pa.output_stream(path, buffer_size=storage.WRITE_BUFFER) as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             for places in task["rows"]:
                 row = _join([samples[tuple(place)] for place in places])
                 writer.write_batch(one_row(_SCHEMA, row))
@@ -128,7 +128,7 @@ def _gather(files: list[str], rows: list[list[tuple[int, int]]]) -> dict[tuple[i
     samples, opened, reader = {}, None, None
     for file, batch_index in wanted:
         if file != opened:
-            reader, opened = storage.open_arrow(files[file]), file
+            reader, opened = storage.open_arrow(files[file], mapped=False), file
         batch = reader.get_batch(batch_index)
         samples[file, batch_index] = {
             "record_id": batch["record_id"][0].as_py(),

@@ -193,7 +193,7 @@ def _tokenize_partition(task: dict) -> pa.Table:
     rows = []
     with (
         storage.atomic_file(task["tokens"]) as path,
-        pa.OSFile(path, "wb") as sink,
+        pa.output_stream(path, buffer_size=storage.WRITE_BUFFER) as sink,
         pa.ipc.new_file(sink, tokens_schema) as writer,
     ):
         for record in read_records(task["records"]):
@@ -207,12 +207,13 @@ def _tokenize_partition(task: dict) -> pa.Table:
                 continue
             encoded, images, cut_turns = sample
             sizes = {"length": len(encoded.input_ids), "images": len(images), "cut_turns": cut_turns}
-            rows.append(row | sizes | _digests(record, encoded, images))
+            ids = np.array(encoded.input_ids, dtype=np.int32)
+            rows.append(row | sizes | _digests(record, ids, images))
             columns = {
                 "record_id": record.id,
                 "source": record.source,
-                "input_ids": encoded.input_ids,
-                "labels": encoded.labels,
+                "input_ids": ids,
+                "labels": np.array(encoded.labels, dtype=np.int32),
                 "image_positions": encoded.image_positions,
                 "images": images,
             }
@@ -222,10 +223,10 @@ def _tokenize_partition(task: dict) -> pa.Table:
     return outcomes
 
 
-def _digests(record: Record, encoded: EncodedConversation, images: list[bytes]) -> dict:
+def _digests(record: Record, ids: np.ndarray, images: list[bytes]) -> dict:
     """What tells whether another record is the same, and whether its pictures occur elsewhere."""
     pictures = [digest(image) for image in images]
-    tokens = np.array(encoded.input_ids, dtype="<i4").tobytes()
+    tokens = ids.astype("<i4", copy=False).tobytes()
     return {
         "id": digest(record.source.encode(), record.id.encode()),
         "content": digest(str(record.repeat).encode(), tokens, *pictures),

@@ -1,11 +1,13 @@
 """The peer of prepare_throughput: preparing a LLaVA-layout corpus in a plain multiprocessing loop, without Ray.
 
-    python -m tests.benchmarks.prepare_by_hand CORPUS TOKENIZER.JSON OUT PROCESSES
+    python -m tests.benchmarks.prepare_by_hand CORPUS TOKENIZER.JSON OUT PROCESSES [--prepares-check]
 
-It reads each picture, checks and decodes it and tokenizes the conversation with the pipeline's own functions, packs
+It reads each picture, checks format, size and shape and decodes it with Pillow as such loops do (with --prepares-check:
+as the pipeline does, which spares half the decoding), tokenizes the conversation with the model's own function, packs
 each chunk's samples into rows first-come, and writes an Arrow file per chunk. Prints its seconds as JSON.
 """
 
+import io
 import json
 import multiprocessing
 import sys
@@ -14,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import Turn, encode
+from mlmamba.pictures import MAX_PIXELS
 from pipelines.schema import PACKED, one_row
-from pipelines.validate import check_image
+from pipelines.validate import FORMATS, MAX_ASPECT, check_image
 
 TOKENS_PER_IMAGE, MAX_TOKENS, CHUNK = 729, 4096, 250
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -29,7 +33,7 @@ def main() -> None:
     root, tokenizer, out, processes = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     out.mkdir()
     begin = time.perf_counter()
-    with multiprocessing.Pool(processes, _open_tokenizer, (tokenizer,)) as pool:
+    with multiprocessing.Pool(processes, _open_worker, (tokenizer, sys.argv[5:] == ["--prepares-check"])) as pool:
         pool.map(_nothing, range(4 * processes))
         ready = time.perf_counter()
         entries = json.loads((root / "records.json").read_text())
@@ -58,9 +62,19 @@ class HandTokenizer:
         return self._tokenizer.token_to_id(token)
 
 
-def _open_tokenizer(file: str) -> None:
-    global _tokenizer
-    _tokenizer = HandTokenizer(file)
+def _open_worker(tokenizer: str, prepares_check: bool) -> None:
+    global _tokenizer, _check
+    _tokenizer = HandTokenizer(tokenizer)
+    _check = check_image if prepares_check else _check_by_hand
+
+
+def _check_by_hand(data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as picture:
+        width, height = picture.size
+        assert picture.format in FORMATS
+        assert width * height <= MAX_PIXELS
+        assert max(width, height) <= MAX_ASPECT * min(width, height)
+        picture.convert("RGB")
 
 
 def _nothing(number: int) -> int:
@@ -79,7 +93,7 @@ def _chunk(task: tuple[Path, list[dict], Path]) -> int:
             pictures = []
             if "image" in entry:
                 pictures.append((images / entry["image"]).read_bytes())
-                assert check_image(pictures[0]) is None
+                assert _check(pictures[0]) is None
             encoded = encode(_tokenizer, turns, TOKENS_PER_IMAGE)
             if len(encoded.input_ids) > room:
                 writer.write_batch(_join(row))

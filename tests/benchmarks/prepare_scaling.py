@@ -1,6 +1,6 @@
 """How much faster `prepare` is on two nodes with a CPU each than on one: a real Ray cluster on this machine.
 
-    python -m tests.benchmarks.prepare_scaling --records 6000
+    python -m tests.benchmarks.prepare_scaling --records 15000
 
 Every node is a raylet of its own with one worker process; the driver, which lists the records and plans the rows, runs
 beside them without a CPU of its own, as does Ray itself. The workers are started before the clock is.
@@ -28,7 +28,7 @@ TARGET = 1.7
 def main() -> None:
     """Run on one node and on two, in turns, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=6000)
+    parser.add_argument("--records", type=int, default=15_000)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
         root = write_corpus(Path(folder), arguments.records, arguments.pictures)
         tokenizer = str(root / "tokenizer")
         save(load_or_train(TokenizerConfig(train_vocab_size=2000), [" ".join(WORDS)] * 50), tokenizer)
-        config = DataConfig(**data_config(root, tokenizer={"name": tokenizer}, partition_records=125))
+        config = DataConfig(**data_config(root, tokenizer={"name": tokenizer}, partition_records=250))
         for run in range(arguments.repeat):
             for nodes in seconds:
                 taken, digest = _run(nodes, config, str(root / f"out-{nodes}-{run}"))
