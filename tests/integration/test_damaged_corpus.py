@@ -4,7 +4,6 @@ Ray: every one is set aside for the right reason, every good one is kept."""
 from collections import Counter
 
 import pytest
-import ray
 
 from pipelines import storage
 from pipelines.config import DataConfig
@@ -15,13 +14,7 @@ from tests.bad_input import BadInput
 
 GOOD, EACH = 150, 8
 
-
-@pytest.fixture(scope="module", autouse=True)
-def two_cpus():
-    ray.shutdown()
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("two_cpus")
 
 
 @pytest.fixture(scope="module")

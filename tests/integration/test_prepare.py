@@ -40,6 +40,8 @@ DAMAGE = {
 }
 CUT = 58  # a conversation of which only the beginning fits
 
+pytestmark = pytest.mark.usefixtures("two_cpus")
+
 
 def write_corpus(root: Path) -> None:
     """Annotations for both splits and a folder of pictures."""
@@ -107,14 +109,6 @@ def corpus(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("corpus")
     write_corpus(root)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_cpus():
-    ray.shutdown()
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

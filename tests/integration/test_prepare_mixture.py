@@ -3,7 +3,6 @@
 from collections import Counter
 
 import pytest
-import ray
 
 from pipelines import storage
 from pipelines.config import DataConfig
@@ -13,13 +12,7 @@ from tests.corpora import conversation, picture, write_files
 
 TOKENS_PER_IMAGE, SEED = 4, 7
 
-
-@pytest.fixture(scope="module", autouse=True)
-def two_cpus():
-    ray.shutdown()
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("two_cpus")
 
 
 def entry(name: str, image: int | None, answer: str = "") -> dict:

@@ -4,19 +4,12 @@ import json
 import shutil
 
 import pytest
-import ray
 
 from tests import published
 from workflows.cli import main
 
-
-@pytest.fixture(scope="module", autouse=True)
-def two_cpus():
-    """Started here, so that its workers are not in the folder that the recipes' paths are relative to."""
-    ray.shutdown()
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+# Ray starts here, so that its workers are not in the folder that the recipes' paths are relative to.
+pytestmark = pytest.mark.usefixtures("two_cpus")
 
 
 @pytest.fixture
