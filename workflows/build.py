@@ -14,7 +14,8 @@ from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.processing import MLMambaProcessor
 from mlmamba.vision import measure
 from mlmamba.vision_weights import load_tower_weights
-from workflows.config import ModelRecipe, Recipe
+from workflows.config import Recipe
+from workflows.configs.model import ModelRecipe
 from workflows.errors import UsageError
 
 # Of a language model: what the recipe says and the checkpoint must have, and what the checkpoint alone says.

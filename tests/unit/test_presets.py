@@ -8,7 +8,7 @@ from tiny import TEXT, TINY, pictures, prompt, tiny_config
 from mlmamba.connector import tokens_per_image
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import PRESETS, SIZES, preset
-from workflows.config import ModelRecipe
+from workflows.configs.model import ModelRecipe
 from workflows.errors import UsageError
 from workflows.recipe import load_recipe
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from workflows.config import StageRecipe, TrainRecipe
+from workflows.configs.train import StageRecipe, TrainRecipe
 from workflows.train.loop import deepspeed_config
 from workflows.train.stage import describe, freeze, parameter_groups, schedule, total_steps
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from pipelines.reader import PackedDataset, collate, prefetch, step_indices
-from workflows.config import StageRecipe, TrainRecipe
+from workflows.configs.train import StageRecipe, TrainRecipe
 from workflows.train.export import export_model
 from workflows.train.job import StageJob
 from workflows.train.stage import describe, freeze, parameter_groups, schedule, total_steps

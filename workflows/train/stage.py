@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from workflows.config import PARTS, StageRecipe
+from workflows.configs.train import PARTS, StageRecipe
 
 NO_DECAY_SUFFIXES = ("A_log", "dt_bias", "D")
 

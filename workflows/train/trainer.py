@@ -12,7 +12,8 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from workflows.config import Recipe, StageRecipe, digest
+from workflows.config import Recipe, digest
+from workflows.configs.train import StageRecipe
 from workflows.errors import WorkflowError
 from workflows.layout import Layout, write_atomic
 from workflows.train.job import StageJob, run_job

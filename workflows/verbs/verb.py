@@ -1,0 +1,48 @@
+"""What a verb is, and the arguments that several share. Light on imports: `mlmamba --help` reads every verb's file."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command.
+
+    `run` takes the parsed arguments and returns what --json prints; a dict's `text` is for a person, and its `failed`
+    makes the exit code 1. Its docstring is the verb's help. `arguments` adds the verb's own arguments to its parser.
+    """
+
+    run: Callable[[argparse.Namespace], dict | list | None]
+    arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def recipe_argument(parser: argparse.ArgumentParser) -> None:
+    """RECIPE and --set."""
+    parser.add_argument("recipe", help="recipe file, or the name of a shipped one (quickstart)")
+    set_option(parser)
+
+
+def set_option(parser: argparse.ArgumentParser) -> None:
+    """--set KEY.PATH=VALUE."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change the recipe")
+
+
+def storage_option(parser: argparse.ArgumentParser) -> None:
+    """--storage URI."""
+    parser.add_argument("--storage", default="storage", help="folder of everything that is made (default: storage)")
+
+
+def recipe_and_storage(a: argparse.Namespace):
+    """The recipe and the storage folder that the arguments name. Raises UsageError."""
+    from workflows.layout import open_storage
+    from workflows.recipe import load_recipe
+
+    return load_recipe(a.recipe, a.set), open_storage(a.storage)
+
+
+def open_console():
+    """Progress for a person, on stderr."""
+    from workflows.console import Console
+
+    return Console()
