@@ -2,7 +2,7 @@
 
 For so few rows torch's CPU matrix product reads the weights at a fifth to a half of the memory's rate. The transposed
 product, weight times columns, comes close to that rate from two columns on, so a single row is taken twice
-(tests/benchmarks/mamba2_cpu.py prints the rates).
+(tests/benchmarks/linear_rows.py prints the rates).
 """
 
 import torch
