@@ -14,6 +14,7 @@ from workflows.verbs.data import DATA
 from workflows.verbs.evaluate import EVALUATE
 from workflows.verbs.models import MODELS
 from workflows.verbs.serve import CHAT, SERVE
+from workflows.verbs.submit import SUBMIT
 from workflows.verbs.tools import CONVERT, DOCTOR
 from workflows.verbs.verb import Verb
 from workflows.verbs.workflow import PREPARE, RUN, TRAIN
@@ -27,39 +28,50 @@ VERBS: dict[str, Verb] = {
     "models": MODELS,
     "serve": SERVE,
     "chat": CHAT,
+    "submit": SUBMIT,
     "convert": CONVERT,
     "doctor": DOCTOR,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line. Returns the exit code."""
+    """Run one command line and print its result. Returns the exit code."""
     quiet_libraries()
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
+    code, result = execute(arguments)
+    if result is None:
+        return code
+    if arguments.json:
+        print(json.dumps(without_text(result), indent=2))
+    else:
+        print(result["text"])
+    return code
+
+
+def execute(arguments: argparse.Namespace) -> tuple[int, dict | list | None]:
+    """Run a verb. Returns the exit code and the result; errors are told on stderr and have none."""
     try:
         result = arguments.run(arguments)
     except UsageError as error:
         print(f"mlmamba: {error}", file=sys.stderr)
-        return 2
+        return 2, None
     except WorkflowError as error:
         print(f"mlmamba: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+        return 1, None
+    except (KeyboardInterrupt, SystemExit):  # the latter: Ray Train's answer to Ctrl-C
         print("\nmlmamba: stopped; run the same command again to go on", file=sys.stderr)
-        return 1
+        return 1, None
     failed = isinstance(result, dict) and result.pop("failed", False)
-    if arguments.json and result is not None:
-        print(
-            json.dumps(
-                {k: v for k, v in result.items() if k != "text"} if isinstance(result, dict) else result, indent=2
-            )
-        )
-    elif result is not None:
-        print(result["text"])
-    return 1 if failed else 0
+    return int(bool(failed)), result
 
 
-def _parser() -> argparse.ArgumentParser:
+def without_text(result: dict | list) -> dict | list:
+    """The result for machines: without the text for a person."""
+    return {k: v for k, v in result.items() if k != "text"} if isinstance(result, dict) else result
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line; a wrong one ends the process with code 2, as argparse does."""
     parser = argparse.ArgumentParser(prog="mlmamba", description="ML-Mamba from corpus to served model, on Ray.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, verb in VERBS.items():
@@ -67,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.arguments(sub)
         sub.add_argument("--json", action="store_true", help="machine-readable result on stdout")
         sub.set_defaults(run=verb.run)
-    return parser
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ from pathlib import Path
 
 from pipelines.config import DataConfig
 from workflows.config import Recipe, digest
+from workflows.configs.train import HOW_IT_RUNS
 from workflows.errors import UsageError
+
+UNDECIDING = {"register_as": True, "evaluate": True, "train": HOW_IT_RUNS}
+"""Fields of a recipe that the trained model does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,12 @@ def layout_of(recipe: Recipe, storage: Path, tokens_per_image: int) -> Layout:
         stage.name: data_folder(storage, recipe.data_of(stage), recipe.name, tokens_per_image, recipe.seed)
         for stage in recipe.train.stages
     }
-    run = digest(recipe.model_dump(mode="json", exclude={"register_as", "evaluate"}))
-    return Layout(storage, data, storage / "runs" / f"{recipe.name}-{run}")
+    return Layout(storage, data, storage / "runs" / run_name(recipe))
+
+
+def run_name(recipe: Recipe) -> str:
+    """Name of a recipe's run folder: it depends on what decides the model."""
+    return f"{recipe.name}-{digest(recipe.model_dump(mode='json', exclude=UNDECIDING))}"
 
 
 def data_folder(storage: Path, config: DataConfig, name: str, tokens_per_image: int, seed: int) -> Path:

@@ -17,15 +17,20 @@ from workflows.build import build_initial, image_tokens
 from workflows.config import DataRecipe, Recipe, digest
 from workflows.console import Console
 from workflows.errors import WorkflowError
-from workflows.evaluate.runner import evaluate
+from workflows.evaluate.benchmarks.recipe import TestSources
+from workflows.evaluate.place import evaluation_folder
 from workflows.evaluate.score import table
-from workflows.evaluate.sheet import draw_sheet, save_example
+from workflows.evaluate.sheet import save_example
+from workflows.evaluate.step import evaluate_recipe
 from workflows.layout import Layout, data_folder, layout_of, write_atomic
-from workflows.registry import champion, gate_failures, promote, register
-from workflows.runtime import connect_ray
+from workflows.lease import Lease
+from workflows.registry import promote, register, rolled_back
+from workflows.registry.example import choose_example
+from workflows.session import session
 from workflows.tracking import Tracker, tracking_uri
+from workflows.train.checks import check_stages
 from workflows.train.stage import total_steps
-from workflows.train.trainer import check_cluster, finished, run_stage, stage_digest
+from workflows.train.trainer import finished, run_stage, stage_digest
 
 
 def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
@@ -34,24 +39,13 @@ def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
     Raises:
         UsageError, WorkflowError: with a message for the person who started it.
     """
-    layout = layout_of(recipe, storage, image_tokens(recipe.model))
-    connect_ray()
-    check_cluster(recipe)
-    manifests = prepare_data(recipe, layout, console)
-    data_digest = digest_of(manifests)
-    tracker = Tracker(storage, recipe, layout.run.name)
-    status = "FAILED"
-    try:
+    with session(recipe, storage, console) as (layout, tracker):
+        manifests = prepare_data(recipe, layout, console)
+        data_digest = digest_of(manifests)
         tracker.log_data(manifests, layout)
         model = train_stages(recipe, layout, manifests, console, tracker)
         result = evaluate_model(recipe, layout, model, console, tracker)
-        promotion = publish(recipe, tracker, model, data_digest, result, console)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
+        promotion = publish(recipe, layout, tracker, model, data_digest, result, console)
     summary = {
         "recipe": recipe.name,
         "run_id": tracker.run_id,
@@ -64,6 +58,19 @@ def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
     }
     write_atomic(layout.run / "summary.json", json.dumps(summary, indent=2))
     return summary
+
+
+def train_only(recipe: Recipe, storage: Path, console: Console, stage: str | None) -> dict:
+    """Prepare and train, all stages or one. Returns the model's folder and the run's id.
+
+    Raises:
+        UsageError, WorkflowError: as `run_workflow`.
+    """
+    with session(recipe, storage, console) as (layout, tracker):
+        manifests = prepare_data(recipe, layout, console)
+        tracker.log_data(manifests, layout)
+        model = train_stages(recipe, layout, manifests, console, tracker, stage)
+    return {"model": str(model), "run_id": tracker.run_id}
 
 
 def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, Manifest]:
@@ -95,7 +102,9 @@ def _prepare_one(data: DataConfig, folder: Path, tokens_per_image: int, seed: in
             console.preparation(progress)
 
         try:
-            manifest = prepare(data, str(folder), tokens_per_image, seed, watch)
+            lock = folder.with_name(f".{folder.name}.lock")
+            with Lease(lock, f"preparation of {folder.name}", console.note, wait=True):
+                manifest = prepare(data, str(folder), tokens_per_image, seed, watch)
         except (PrepareError, ValueError, OSError, ModuleNotFoundError) as error:
             raise WorkflowError(f"preparation: {error}") from error
         if phases == ["finished"]:
@@ -127,8 +136,9 @@ def train_stages(
     """Train all stages, or the one called `only`. Returns the folder of the last trained model.
 
     Raises:
-        WorkflowError: `only` needs an earlier stage that is not finished.
+        WorkflowError: a stage cannot be trained on its data, or `only` needs an earlier stage that is not finished.
     """
+    check_stages(recipe, manifests)
     if not (layout.initial / "config.json").exists():
         layout.initial.parent.mkdir(parents=True, exist_ok=True)
         build_initial(recipe, layout.data[recipe.train.stages[0].name], layout.initial)
@@ -160,55 +170,62 @@ def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
 
     def on_event(event: dict) -> None:
         console.training(event)
-        if event.get("event") == "metrics":
+        kind = event["event"]
+        if kind == "metrics":
             numbers = {k: v for k, v in event.items() if isinstance(v, float)}
             tracker.log_metrics({f"train/{k}": v for k, v in numbers.items()}, offset + event["step"])
-        elif event.get("event") == "start":
-            tracker.client.set_tag(tracker.run_id, f"mlmamba.stage.{stage}", event["text"])
+        elif kind == "start":
+            tracker.set_tag(f"mlmamba.stage.{stage}", event["text"])
+            if event["resharded_from"]:
+                console.note(f"the checkpoint of {event['resharded_from']} workers is cut anew for this number of them")
+        elif kind == "validation":
+            tracker.log_metrics({"validation/loss": event["loss"]}, offset + event["step"])
+            console.note(f"step {event['step']}: validation loss {event['loss']:.3f}")
+        elif kind == "samples":
+            tracker.log_samples(stage, offset + event["step"], event["rows"])
+            said = "  ".join(f"{row['prediction']!r} (right: {row['answer']!r})" for row in event["rows"])
+            console.note(f"step {event['step']} says: {said}"[:200])
 
     return on_event
 
 
 def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console, tracker: Tracker) -> dict:
-    """Scores beside the baselines, and the sheet of samples."""
-    key = json.loads((model / "stage.json").read_text())["digest"]
-    out = layout.evaluation / digest(key, recipe.data.model_dump(mode="json")["test"])
+    """Scores on the test sources and the benchmarks, beside the baselines; reports, and the sheet of samples."""
     with console.step("evaluate"):
-        if (out / "scores.json").exists():
-            console.note("done before, skipped")
-        result = evaluate(
-            recipe, model, out, lambda done, total: console.progress(f"{done}/{total} batches", last=done == total)
-        )
-        sheet = layout.evaluation / "samples.png"
-        if not (out / "logged").exists():
-            lines = (out / "answers.jsonl").read_text().splitlines()
-            draw_sheet(recipe, {row["id"]: row["prediction"] for row in map(json.loads, lines)}, sheet)
-            tracker.log_file(sheet)
-            tracker.log_file(out / "scores.json")
-            tables = {"test": result["scores"], "blind": result["blind"], "majority": result["majority"]}
-            metrics = {f"{table}/{kind}": value for table, scores in tables.items() for kind, value in scores.items()}
-            tracker.log_metrics(metrics, 0)
-            write_atomic(out / "logged", tracker.run_id)
-    return result
+        return evaluate_recipe(recipe, layout.evaluation, model, console, tracker)
 
 
-def publish(recipe: Recipe, tracker: Tracker, model: Path, data_digest: str, result: dict, console: Console) -> dict:
-    """Register the model, and move the alias to it if the gate holds."""
+def publish(
+    recipe: Recipe,
+    layout: Layout,
+    tracker: Tracker,
+    model: Path,
+    data_digest: str,
+    result: dict,
+    console: Console,
+) -> dict:
+    """Register the model, and move the alias to it if the gate holds and it was not rolled back before."""
     name, alias = recipe.register_as.name, recipe.register_as.alias
     with console.step("register"):
-        version = register(tracker, recipe, model, data_digest, result["scores"])
-        failures = gate_failures(recipe.evaluate.gate, result["scores"])
-        before = champion(tracker.client, name, alias)
-        if failures:
-            console.note(f"{name} version {version} is registered but not promoted; the recipe's gate:")
+        answered = evaluation_folder(layout.evaluation, TestSources(recipe), model, recipe.seed)
+        example = choose_example(answered, recipe.evaluate.max_new_tokens)
+        version = register(tracker, recipe, layout, model, data_digest, result["scores"], example)
+        undone = rolled_back(tracker.client, name, version, alias)
+        if undone:  # by a person; running the recipe again must not undo that
+            failures, holds = [f"{undone.who} rolled it back; `mlmamba models promote {name}/{version}` decides"], False
+        else:
+            done = promote(tracker.client, name, version, alias, reason=f"mlmamba run {recipe.name}")
+            failures, holds = done.gate_failures, done.holds
+        if not holds:
+            console.note(f"{name} version {version} is registered but not promoted:")
             for failure in failures:
                 console.note(f"  {failure}")
-        elif before == version:
+        elif not done.moved:
             console.note(f"{name} version {version} is {alias} already")
         else:
-            promote(tracker.client, name, version, alias)
-            console.note(f"{name} version {version} is now {alias}" + (f" (was {before})" if before else ""))
-    return {"name": name, "version": version, "alias": alias, "promoted": not failures, "gate_failures": failures}
+            was = f" (was {done.previous})" if done.previous else ""
+            console.note(f"{name} version {version} is now {alias}{was}")
+    return {"name": name, "version": version, "alias": alias, "promoted": holds, "gate_failures": failures}
 
 
 def summary_text(summary: dict) -> str:

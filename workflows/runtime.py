@@ -1,9 +1,13 @@
-"""Starting what the workflow stands on: Ray, and quiet libraries."""
+"""Starting what the workflow stands on: Ray, quiet libraries, and an orderly end when it is stopped."""
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from pathlib import Path
+
+from workflows.errors import WorkflowError
 
 QUIET = {
     "RAY_DEDUP_LOGS": "1",
@@ -38,5 +42,27 @@ def connect_ray(verbose: bool = False) -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=verbose, logging_level=logging.ERROR, include_dashboard=False, configure_logging=True)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(
+                log_to_driver=verbose, logging_level=logging.ERROR, include_dashboard=False, configure_logging=True
+            )
+        except ConnectionError as error:
+            address = os.environ.get("RAY_ADDRESS")
+            raise WorkflowError(
+                f"there is no Ray cluster at RAY_ADDRESS = {address}: start it, or unset it to use this machine"
+            ) from error
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray puts its own there, which leaves without a word
         logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def stop_on_sigterm() -> None:
+    """Take SIGTERM, which a cluster stops a job with, as Ctrl-C: the work is put in order and its run marked KILLED."""
+
+    def interrupt(signum, frame) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would disturb the first one's tidying up
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)

@@ -9,15 +9,19 @@ from workflows.verbs.verb import Verb, open_console, recipe_and_storage, recipe_
 
 def run(a: argparse.Namespace) -> dict:
     """the whole workflow, resumable: prepare, train, evaluate, register, promote"""
+    if a.dry_run:
+        return _plan(a)
     recipe, storage = recipe_and_storage(a)
     from workflows.run import run_workflow, summary_text
 
     summary = run_workflow(recipe, storage, open_console())
-    return summary if a.json else {"text": summary_text(summary)}
+    return {**summary, "text": summary_text(summary)}
 
 
 def prepare(a: argparse.Namespace) -> dict:
     """data only: validate, tokenize, pack, write shards and manifest"""
+    if a.dry_run:
+        return _plan(a, training=False)
     from workflows.layout import open_storage
     from workflows.recipe import load_any
 
@@ -36,42 +40,58 @@ def prepare(a: argparse.Namespace) -> dict:
         if problems:
             texts.append(f"to make it again: delete {folder / 'manifest.json'} and run mlmamba prepare")
     failed = any(content["problems"] for content in sets.values())
-    summary = {"data": sets, "phases": console.phases} if a.json else {}
-    return {**summary, "failed": failed, "text": "\n".join(texts)}
+    return {"data": sets, "phases": console.phases, "failed": failed, "text": "\n".join(texts)}
 
 
 def train(a: argparse.Namespace) -> dict:
     """training only, all stages or --stage NAME"""
+    if a.dry_run:
+        return _plan(a)
     recipe, storage = recipe_and_storage(a)
-    from workflows.build import image_tokens
-    from workflows.layout import layout_of
-    from workflows.run import prepare_data, train_stages
-    from workflows.runtime import connect_ray
-    from workflows.tracking import Tracker
-    from workflows.train.trainer import check_cluster
+    from workflows.run import train_only
 
     names = [stage.name for stage in recipe.train.stages]
     if a.stage not in (None, *names):
         raise UsageError(f"--stage {a.stage}: the recipe's stages are {', '.join(names)}")
-    layout = layout_of(recipe, storage, image_tokens(recipe.model))
-    connect_ray()
-    check_cluster(recipe)
-    console = open_console()
-    manifests = prepare_data(recipe, layout, console)
-    tracker = Tracker(storage, recipe, layout.run.name)
-    status = "FAILED"
-    try:
-        tracker.log_data(manifests, layout)
-        model = train_stages(recipe, layout, manifests, console, tracker, a.stage)
-        status = "FINISHED"
-    finally:
-        tracker.finish(status)
-    return {"model": str(model), "run_id": tracker.run_id, "text": str(model)}
+    result = train_only(recipe, storage, open_console(), a.stage)
+    return {**result, "text": result["model"]}
+
+
+def _plan(a: argparse.Namespace, training: bool = True) -> dict:
+    """What it would take; nothing is written, started or fetched."""
+    from pathlib import Path
+
+    from workflows.config import Recipe
+    from workflows.plan.data import plan_data
+    from workflows.plan.rows import parse_records
+    from workflows.plan.text import data_text, training_text
+    from workflows.plan.train import machine_of, plan_training
+    from workflows.recipe import load_any, load_recipe
+
+    recipe = load_recipe(a.recipe, a.set) if training else load_any(a.recipe, a.set)
+    storage, given = Path(a.storage.removeprefix("file://")).expanduser().absolute(), parse_records(a.records)
+    if not training or not isinstance(recipe, Recipe):
+        plan = plan_data(recipe, storage, given)
+        return {**plan, "text": data_text(plan)}
+    plan = plan_training(recipe, storage, given, machine_of(recipe, a.peak_tflops, a.mfu, a.gpu_memory))
+    return {**plan, "text": training_text(plan)}
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_argument(parser)
     storage_option(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what it would take, and start nothing")
+    plan = parser.add_argument_group("with --dry-run")
+    plan.add_argument(
+        "--records",
+        action="append",
+        default=[],
+        metavar="SOURCE=COUNT[xTOKENS]",
+        help="records of a source that is not prepared, and tokens of text in each",
+    )
+    plan.add_argument("--peak-tflops", type=float, help="peak of one worker's device (default with GPUs: 312, A100)")
+    plan.add_argument("--mfu", type=float, default=0.3, help="share of the peak that is reached (default: 0.3)")
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU (default with GPUs: 80)")
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:

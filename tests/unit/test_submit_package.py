@@ -1,0 +1,121 @@
+"""What travels to the cluster and what stays, and what the first script says of a cluster that lacks something."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from workflows.errors import UsageError
+from workflows.submit import package as packing
+from workflows.submit.follow import Reader
+from workflows.submit.job import RESULT
+from workflows.submit.package import pack
+
+START = Path(packing.__file__).with_name("start.py")
+
+
+def names(folder: Path, tmp_path: Path, excludes: tuple[str, ...] = (), storage: str = "/nowhere") -> set[str]:
+    """Files of the working folder that travel."""
+    package = pack(tmp_path / "job.zip", folder, storage, {"recipe.yaml": "name: x"}, list(excludes))
+    with zipfile.ZipFile(package.file) as archive:
+        every = set(archive.namelist())
+    assert "_job/recipe.yaml" in every
+    assert {"workflows/cli.py", "mlmamba/modeling.py", "pipelines/prepare.py", "workflows/recipes/paper.yaml"} <= every
+    return {name for name in every if name.split("/")[0] not in (*packing.PACKAGES, packing.JOB_FOLDER)}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    work = tmp_path / "work"
+    for name in ("recipe.yaml", "notes/a.txt", ".env", ".git/config", ".venv/bin/python", "storage/runs/x"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(name)
+    (work / "__pycache__").mkdir()
+    (work / "__pycache__" / "a.pyc").write_text("")
+    return work
+
+
+def test_hidden_names_storage_and_caches_stay(folder, tmp_path):
+    assert names(folder, tmp_path) == {"recipe.yaml", "notes/a.txt"}
+
+
+def test_a_storage_of_another_name_stays_too(folder, tmp_path):
+    (folder / "made").mkdir()
+    (folder / "made" / "model").write_text("")
+    assert names(folder, tmp_path, storage=str(folder / "made")) == {"recipe.yaml", "notes/a.txt"}
+
+
+@pytest.mark.parametrize("pattern", ["notes", "notes/", "*.txt", "notes/*"])
+def test_what_the_user_excludes_stays(folder, tmp_path, pattern):
+    assert names(folder, tmp_path, (pattern,)) == {"recipe.yaml"}
+
+
+def test_large_files_stay_and_are_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "LARGEST", 100)
+    (folder / "weights.bin").write_bytes(b"0" * 101)
+    package = pack(tmp_path / "job.zip", folder, "/nowhere", {}, [])
+    assert package.left == {"weights.bin": 101}
+    assert "1 large files stay here: weights.bin" in package.describe()
+
+
+def test_in_a_checkout_git_decides(folder, tmp_path):
+    (folder / ".git" / "config").unlink()
+    (folder / ".git").rmdir()
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    (folder / ".gitignore").write_text("notes/\n")
+    assert names(folder, tmp_path) == {"recipe.yaml"}
+
+
+def test_a_folder_of_our_packages_name_does_not_stand_in_for_them(folder, tmp_path):
+    (folder / "workflows").mkdir()
+    (folder / "workflows" / "cli.py").write_text("raise SystemExit('not this one')")
+    package = pack(tmp_path / "job.zip", folder, "/nowhere", {}, [])
+    with zipfile.ZipFile(package.file) as archive:
+        assert b"flat table of verbs" in archive.read("workflows/cli.py")
+
+
+def test_the_same_content_is_the_same_zip(folder, tmp_path):
+    first = pack(tmp_path / "1.zip", folder, "/nowhere", {"a": "b"}, []).file.read_bytes()
+    (folder / "recipe.yaml").touch()
+    assert pack(tmp_path / "2.zip", folder, "/nowhere", {"a": "b"}, []).file.read_bytes() == first
+
+
+def test_too_much_is_refused_with_the_largest_folders(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "MOST", 1000)
+    with pytest.raises(UsageError, match=r"a job takes .*largest: .*workflows \("):
+        pack(tmp_path / "job.zip", folder, "/nowhere", {}, [])
+    monkeypatch.setattr(packing, "MOST_FILES", 1)
+    with pytest.raises(UsageError, match="over 1 files"):
+        pack(tmp_path / "job.zip", folder, "/nowhere", {}, [])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"python": "4.0", "packages": {}}, "this code needs 4.0 or newer"),
+        ({"python": "3.11", "packages": {"torch": "0", "nowhere-to-be-found": "1"}}, "lacks nowhere-to-be-found in "),
+    ],
+)
+def test_the_first_script_says_what_the_cluster_lacks(wanted, message, tmp_path):
+    (tmp_path / "submission.json").write_text(json.dumps({"git": "x", **wanted}))
+    (tmp_path / "start.py").write_text(START.read_text())
+    done = subprocess.run([sys.executable, tmp_path / "start.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_log_in_pieces_gives_the_jobs_lines_and_its_result():
+    log = f"ray: setting up\nRunning entrypoint for job x: python\n== train\n{RESULT}" + '{"model": 1}\nlast'
+    lines = []
+    for size in (1, 7, 1000):
+        lines.clear()
+        reader = Reader(lines.append)
+        for i in range(0, len(log), size):
+            reader.feed(log[i : i + size])
+        reader.close()
+        assert lines == ["== train", "last"]
+        assert reader.result == {"model": 1}

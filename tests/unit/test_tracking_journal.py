@@ -1,0 +1,123 @@
+"""The journal between a workflow and MLflow: nothing lost, nothing twice, nobody waits for the server."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from workflows import journal as journals
+from workflows.journal import Journal, Refused
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(journals, "_PAUSES", (0.05, 0.2))
+
+
+class Server:
+    """Takes entries, or refuses to answer."""
+
+    def __init__(self):
+        self.got, self.away, self.block = [], False, threading.Event()
+        self.block.set()
+
+    def __call__(self, entries: list[dict]) -> None:
+        self.block.wait()
+        if self.away:
+            raise ConnectionError("nobody there\nsecond line")
+        if any(entry.get("bad") for entry in entries):
+            raise Refused("no such name")
+        self.got += entries
+
+
+def test_entries_arrive_in_order_and_are_marked_as_sent(tmp_path):
+    server, notes = Server(), []
+    journal = Journal(tmp_path, "run", server, notes.append)
+    for i in range(250):
+        journal.add({"step": i})
+    assert journal.close(10)
+    assert [entry["step"] for entry in server.got] == list(range(250))
+    assert json.loads((tmp_path / "tracking-sent.json").read_text()) == {"run_id": "run", "entries": 250}
+    assert notes == []
+
+
+def test_a_slow_server_keeps_nobody_waiting(tmp_path):
+    server = Server()
+    server.block.clear()
+    journal = Journal(tmp_path, "run", server, print)
+    start = time.monotonic()
+    for i in range(1000):
+        journal.add({"step": i})
+    assert time.monotonic() - start < 5  # no call waits for the server, which never answers here
+    assert not journal.drain(0.1)
+    server.block.set()
+    assert journal.close(10)
+    assert len(server.got) == 1000
+
+
+def test_a_server_that_goes_away_is_told_once_and_gets_everything_later(tmp_path):
+    server, notes = Server(), []
+    server.away = True
+    journal = Journal(tmp_path, "run", server, notes.append)
+    for i in range(10):
+        journal.add({"step": i})
+    time.sleep(0.6)
+    assert len(notes) == 1
+    assert "MLflow does not answer (ConnectionError: nobody there): training goes on" in notes[0]
+    server.away = False
+    assert journal.close(10)
+    assert [entry["step"] for entry in server.got] == list(range(10))
+    assert notes[1:] == ["MLflow answers again"]
+
+
+def test_what_a_killed_process_did_not_send_the_next_one_sends(tmp_path):
+    server = Server()
+    server.away = True
+    first = Journal(tmp_path, "run", server, lambda text: None)
+    first.add({"step": 1})
+    first.add({"step": 2})
+    assert not first.close(0.1)
+    with (tmp_path / "tracking.jsonl").open("a") as file:
+        file.write('{"step": 3, "cut o')  # the kill came while it wrote
+    server.away = False
+    second = Journal(tmp_path, "run", server, print)
+    second.add({"step": 4})
+    assert second.close(10)
+    assert [entry["step"] for entry in server.got] == [1, 2, 4]
+    third = Journal(tmp_path, "run", server, print)
+    assert third.close(10)
+    assert len(server.got) == 3
+    assert [entry["step"] for entry in third.entries] == [1, 2, 4]
+
+
+def test_another_run_gets_all_of_it(tmp_path):
+    server = Server()
+    for run in ("one", "another"):
+        journal = Journal(tmp_path, run, server, print)
+        if run == "one":
+            journal.add({"step": 1})
+        assert journal.close(10)
+    assert server.got == [{"step": 1}, {"step": 1}]
+
+
+def test_what_the_server_will_never_take_is_left_out_and_told(tmp_path):
+    server, notes = Server(), []
+    journal = Journal(tmp_path, "run", server, notes.append)
+    server.block.clear()
+    for entry in ({"step": 1}, {"step": 2}, {"bad": True}, {"step": 3}):
+        journal.add(entry)
+    server.block.set()
+    assert journal.close(10)
+    assert server.got == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert notes == ["MLflow refuses an entry, which is left out: no such name"]
+
+
+def test_a_full_disk_does_not_stop_training(tmp_path):
+    server, notes = Server(), []
+    journal = Journal(tmp_path, "run", server, notes.append)
+    (tmp_path / "tracking.jsonl").mkdir()  # nothing can be written there
+    journal.add({"step": 1})
+    assert journal.close(10)
+    assert server.got == [{"step": 1}]
+    assert "cannot write" in notes[0]

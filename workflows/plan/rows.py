@@ -1,0 +1,135 @@
+"""How many packed rows a data set has: read from its manifest where it is prepared, else estimated from counts.
+
+Estimates say where their counts come from. Counts of published sets are those of their files; tokens of text per record
+are rounded means with the GPT-NeoX tokenizer's granularity (a token is about four letters) and may be off by a fifth.
+"""
+
+import math
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipelines.config import DataConfig
+from pipelines.manifest import Manifest
+from pipelines.source_config import SourceBase
+from workflows.errors import UsageError
+
+FILL = 0.97
+"""Share of a packed row that is no padding, as pipelines/planner.py reaches it on lengths like LLaVA's."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a source of records."""
+
+    records: int
+    images: float
+    """Pictures per record."""
+    text: int
+    """Tokens of text per record, prompts and marks of the turns included."""
+    loss: int
+    """Of these, tokens with loss."""
+    bytes: int = 100_000
+    """Of one encoded picture."""
+
+
+# By the name of the file of records. blip_laion_cc_sbu_558k.json has 558,128 captions; llava_v1_5_mix665k.json has
+# 665,298 conversations, 40,688 of them (ShareGPT's) without a picture; LVIS-Instruct4V has 222,697. Bytes of a picture:
+# the size of the published archives over their files.
+PUBLISHED: dict[str, Published] = {
+    "blip_laion_cc_sbu_558k.json": Published(558_128, 1.0, 32, 14, 48_000),
+    "llava_v1_5_mix665k.json": Published(665_298, 624_610 / 665_298, 330, 215, 150_000),
+    "lvis_instruct4v_220k.json": Published(222_697, 1.0, 330, 280, 160_000),
+}
+EASY_VQA = {"train": (4000, 38_575), "test": (1000, 9_673)}
+"""Pictures and questions of the easy-vqa package, by split."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training rows of one data set. `None` where nothing is known."""
+
+    rows: int | None
+    samples: int | None
+    images: int | None
+    tokens: int | None
+    """Without padding."""
+    loss_tokens: int | None
+    bytes: int | None
+    """Of the shards, which hold the encoded pictures."""
+    estimated: bool
+    how: str
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def count_rows(data: DataConfig, folder: Path, tokens_per_image: int, given: dict[str, tuple[int, int | None]]) -> Rows:
+    """Rows of the training split.
+
+    Args:
+        folder: where the data set is or will be.
+        given: records, and tokens of text per record if known, by the source's label; from --records.
+    """
+    with suppress(FileNotFoundError, ValueError):  # there is none, or one that will be made anew
+        split = Manifest.load(str(folder)).splits["train"]
+        size = sum(shard.bytes for shard in split.shards)
+        return Rows(split.rows, split.samples, split.images, split.tokens, split.loss_tokens, size, False, "prepared")
+    parts = [(source, _published(source, given.get(source.label))) for source in data.train]
+    missing = [source.label for source, part in parts if part is None]
+    if missing:
+        advice = f"--records {missing[0]}=COUNT, or prepare the data first"
+        return Rows(None, None, None, None, None, None, True, f"nothing is known of {', '.join(missing)}: {advice}")
+    samples = images = tokens = loss = size = 0.0
+    for source, part in parts:
+        records = min(part.records, source.limit or part.records) * source.weight
+        length = min(part.text + part.images * tokens_per_image, data.max_tokens)
+        samples, images, tokens = samples + records, images + records * part.images, tokens + records * length
+        loss, size = loss + records * part.loss, size + records * part.images * part.bytes
+    rows = math.ceil(tokens / (data.max_tokens * FILL))
+    size += 16 * rows * data.max_tokens  # ids, labels and boundaries
+    how = ", ".join(f"{source.label} {part.records:,} records of {part.text} tokens of text" for source, part in parts)
+    counts = (round(count) for count in (samples, images, tokens, loss, size))
+    return Rows(rows, *counts, True, f"estimated from {how}")
+
+
+def parse_records(options: list[str]) -> dict[str, tuple[int, int | None]]:
+    """--records LABEL=COUNT or LABEL=COUNTxTOKENS. Raises UsageError."""
+    given = {}
+    for option in options:
+        label, mark, numbers = option.partition("=")
+        count, _, tokens = numbers.partition("x")
+        if not mark or not count.isdigit() or (tokens and not tokens.isdigit()) or not int(count):
+            raise UsageError(
+                f"--records {option}: write SOURCE=COUNT, or SOURCE=COUNTxTOKENS with the tokens of text per record"
+            )
+        given[label] = (int(count), int(tokens) if tokens else None)
+    return given
+
+
+def check_labels(given: dict[str, tuple[int, int | None]], sets: list[DataConfig]) -> None:
+    """Raise UsageError when --records names a source that no data set has."""
+    labels = {source.label for data in sets for source in data.train}
+    if unknown := sorted(given.keys() - labels):
+        raise UsageError(f"--records {unknown[0]}: the recipe's training sources are {', '.join(sorted(labels))}")
+
+
+def _published(source: SourceBase, given: tuple[int, int | None] | None) -> Published | None:
+    """What is known of a source: what the user gives, else what is published."""
+    known = _known(source)
+    if given is None:
+        return known
+    base = known or Published(0, 1.0, 100, 60)
+    text = given[1] or base.text
+    return Published(given[0], base.images, text, round(base.loss * text / base.text))
+
+
+def _known(source: SourceBase) -> Published | None:
+    if source.type == "easy_vqa":
+        pictures, questions = EASY_VQA["test" if source.split == "test" else "train"]
+        share = source.validation_images / pictures
+        part = {"train": 1 - share, "validation": share, "test": 1.0}[source.split]
+        each = questions / pictures  # a record is a picture with all its questions, of 16 tokens with the answer
+        return Published(round(pictures * part), 1.0, round(each * 16), round(each * 2), 2_000)
+    file = getattr(source, "annotations", None) or getattr(source, "table", None) or ""
+    return PUBLISHED.get(Path(str(file)).name)

@@ -1,0 +1,98 @@
+"""The plan for a person."""
+
+from workflows.console import duration
+
+_GIB = 2**30
+
+
+def training_text(plan: dict) -> str:
+    """Tables of a training's plan; an estimate has a tilde before it."""
+    sizes = plan["parameters"]
+    lines = [
+        f"recipe      {plan['recipe']}: {plan['workers']} workers, ZeRO {plan['zero_stage']} ({plan['reckoned_with']})",
+        f"model       {_millions(sizes['total'])}: vision {_millions(sizes['vision'])}, connector "
+        f"{_millions(sizes['connector'])}, language model {_millions(sizes['language_model'])}; vocabulary "
+        f"{plan['vocabulary']['rows']:,} ({plan['vocabulary']['from']})",
+    ]
+    for stage in plan["stages"]:
+        lines += ["", *_stage_lines(stage, plan["zero_stage"])]
+    disk = plan["disk"]
+    parts = ", ".join(f"{name} {_gib(disk[name])}" for name in ("data", "models", "checkpoints", "registered"))
+    lines += ["", f"storage     {_gib(disk['total'])}: {parts}", f"in all      {_hours(plan['hours'])}"]
+    return "\n".join(lines)
+
+
+def data_text(plan: dict) -> str:
+    """Tables of a preparation's plan."""
+    lines = []
+    for data in plan["data"]:
+        rows = data["rows"]
+        about = "~" if rows["estimated"] else ""
+        lines.append(f"{data['folder']}  ({rows['how']})")
+        if rows["rows"] is not None:
+            lines += [
+                f"  samples   {about}{rows['samples']:,} with {about}{rows['images']:,} pictures, "
+                f"{about}{rows['tokens']:,} tokens",
+                f"  rows      {about}{rows['rows']:,} of {data['max_tokens']:,} tokens in {about}{data['shards']:,} "
+                f"shards, {about}{_gib(rows['bytes'])}; as much again on the disk while it works",
+                f"  memory    {about}{_gib(data['task_bytes'])} for the pictures of a packing task, one per CPU "
+                f"of a node (16 CPUs: {about}{_gib(16 * data['task_bytes'])})",
+            ]
+    return "\n".join(lines)
+
+
+def _stage_lines(stage: dict, chosen: int) -> list[str]:
+    rows = stage["rows"]
+    about = "~" if rows["estimated"] else ""
+    lines = [
+        f"== {stage['stage']}: trains {', '.join(stage['trains'])} ({_millions(stage['trained'])}; frozen "
+        f"{_millions(stage['frozen'])}), lr {stage['learning_rate']:g}, weight decay {stage['weight_decay']:g}",
+        f"rows        {about}{_count(rows['rows'])} ({rows['how']})",
+    ]
+    if stage.get("note"):
+        lines.append(f"            {stage['note']}")
+    if stage["positions"] is None:
+        return lines
+    lines += [
+        f"steps       {about}{stage['steps']:,} of {stage['batch_rows']} rows, {about}{stage['batch_samples']:.0f} "
+        f"samples ({stage['micro_batch_rows']} x {stage['accumulation']} per worker); {about}{stage['samples']:,} "
+        f"samples, {about}{stage['positions'] / 1e6:,.1f}M tokens with padding",
+        f"operations  {about}{stage['flops']:.2e}, {stage['hardware_flops']:.2e} with recomputation; "
+        f"{_hours(stage['hours'])}",
+        f"checkpoint  {_gib(stage['checkpoint_bytes'])}",
+        "memory      GiB per worker  weights  gradients  optimizer  buffers  activations    total",
+    ]
+    memory = stage["memory"]
+    kept = memory["activations"]["with" if memory["checkpointing"] else "without"]
+    for state in memory["zero"]:
+        numbers = [state[name] / _GIB for name in ("weights", "gradients", "optimizer", "buffers")]
+        mark = "*" if state["zero_stage"] == chosen else " "
+        fits = {True: "", False: "  does not fit", None: ""}[state["fits"]]
+        cpu = f"  and {_gib(state['on_cpu'])} of main memory" if state["on_cpu"] else ""
+        lines.append(
+            f"          {mark} ZeRO {state['zero_stage']}          "
+            + "{:>7.2f}  {:>9.2f}  {:>9.2f}  {:>7.2f}".format(*numbers)
+            + f"  {kept / _GIB:>11.2f}  {state['with_activations'] / _GIB:>7.2f}{cpu}{fits}"
+        )
+    other = memory["activations"]["without" if memory["checkpointing"] else "with"]
+    word = "without" if memory["checkpointing"] else "with"
+    lines.append(f"            activations {word} checkpointing: {_gib(other)}")
+    return lines
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f}M" if count >= 1e5 else f"{count:,}"
+
+
+def _gib(size: float | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / _GIB:,.1f} GiB" if size >= _GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def _hours(hours: float | None) -> str:
+    return "time unknown: --peak-tflops and --mfu" if hours is None else f"about {duration(3600 * hours)}"
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"

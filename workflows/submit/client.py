@@ -1,0 +1,207 @@
+"""The client of a cluster's job server: one job per workflow at a time, found again by the workflow's name."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from workflows.config import digest
+from workflows.errors import UsageError, WorkflowError
+from workflows.submit.package import JOB_FOLDER
+
+_TIMEOUT = 10
+"""Seconds that the first question to an address may take."""
+STOP_SECONDS = 60
+"""Seconds that a stopped job has to put its work in order before it is killed."""
+RUN, STORAGE = "mlmamba.run", "mlmamba.storage"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One workflow as the cluster knows it."""
+
+    run: str
+    """Name of the run folder: the recipe's name and digest."""
+    storage: str
+
+    @property
+    def prefix(self) -> str:
+        """Beginning of the ids of its jobs."""
+        return f"{self.run}-{digest(self.storage)[:4]}-"
+
+
+class Cluster:
+    """A cluster's job server. The errors of its methods are WorkflowErrors."""
+
+    def __init__(self, address: str, any_version: bool = False):
+        """Connect, and see that the cluster's Ray is ours.
+
+        Args:
+            address: http://HEAD:8265, the dashboard's.
+            any_version: go on with another version of Ray.
+
+        Raises:
+            UsageError: it is not such an address.
+            WorkflowError: nothing answers there, something else does, or the cluster runs another Ray.
+        """
+        self.address = _http(address)
+        headers = self._check(any_version)
+        with _our_address(), _clear(self.address):
+            self.jobs = JobSubmissionClient(self.address, headers=headers)
+        for name in ("dashboard_sdk", "job.sdk"):  # their news are told in our words
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+
+    def submit(
+        self, submission: Submission, package: Path, arguments: list[str], python: str, env: dict, about: dict
+    ) -> str:
+        """Start the workflow's job. Returns its id.
+
+        Args:
+            package: zip of what travels.
+            arguments: of the command.
+            python: command that starts Python on the cluster's head.
+            env: environment variables of the job and its workers.
+            about: more about the job, for people.
+
+        Raises:
+            WorkflowError: a job of this workflow is under way.
+        """
+        earlier = self.of(submission)
+        self._refuse_if_running(earlier)
+        number = max((int(job.submission_id.removeprefix(submission.prefix)) for job in earlier), default=0) + 1
+        name = f"{submission.prefix}{number}"
+        with _clear(self.address):
+            try:
+                return self.jobs.submit_job(
+                    entrypoint=f"exec {python} {JOB_FOLDER}/start.py {' '.join(arguments)}",
+                    submission_id=name,
+                    runtime_env={
+                        "working_dir": str(package),
+                        "env_vars": {"MLMAMBA_JOB": name, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **env},
+                    },
+                    metadata={RUN: submission.run, STORAGE: submission.storage, **about},
+                )
+            except RuntimeError:
+                self._refuse_if_running(self.of(submission))  # another client was quicker by a moment
+                raise
+
+    def of(self, submission: Submission) -> list[JobDetails]:
+        """The jobs of a workflow, ended ones included."""
+        return [job for job in self.workflows() if job.submission_id.startswith(submission.prefix)]
+
+    def workflows(self) -> list[JobDetails]:
+        """All submitted workflows, the latest last."""
+        with _clear(self.address):
+            found = [job for job in self.jobs.list_jobs() if job.submission_id and RUN in (job.metadata or {})]
+        return sorted(found, key=lambda job: job.start_time or 0)
+
+    def info(self, job_id: str) -> JobDetails:
+        """One job. Raises WorkflowError with the known ones when there is none of this id."""
+        with _clear(self.address):
+            try:
+                return self.jobs.get_job_info(job_id)
+            except RuntimeError as error:
+                if "404" not in str(error):
+                    raise
+        known = ", ".join(job.submission_id for job in self.workflows()[-5:])
+        raise WorkflowError(f"{self.address} knows no job {job_id}; the latest are: {known or 'none'}")
+
+    def stop(self, job_id: str) -> bool:
+        """Ask a job to end; returns False when it had ended before."""
+        if self.info(job_id).status.is_terminal():
+            return False
+        with _clear(self.address):
+            return self.jobs.stop_job(job_id)
+
+    def log(self, job_id: str) -> str:
+        with _clear(self.address):
+            return self.jobs.get_job_logs(job_id)
+
+    def _refuse_if_running(self, jobs: list[JobDetails]) -> None:
+        running = [job.submission_id for job in jobs if not job.status.is_terminal()]
+        if running:
+            raise WorkflowError(
+                f"this recipe is under way already on this storage, as job {running[0]}: follow it with `mlmamba "
+                f"submit --follow {running[0]} --address {self.address}`, or end it with --stop"
+            )
+
+    def _check(self, any_version: bool) -> dict[str, str]:
+        """Ask the cluster for its version. Returns the headers that it wants."""
+        headers: dict[str, str] = {}
+        with _clear(self.address):
+            answer = requests.get(f"{self.address}/api/version", timeout=_TIMEOUT)
+            if answer.status_code == 401 and (token := _token()):  # not before it is asked for
+                headers = {"Authorization": f"Bearer {token}"}
+                answer = requests.get(f"{self.address}/api/version", timeout=_TIMEOUT, headers=headers)
+        if answer.status_code in (401, 403):
+            what = "does not take this machine's token" if headers else "wants a token"
+            raise WorkflowError(
+                f"the cluster at {self.address} {what}: put the one that `ray get-auth-token` prints on its head into "
+                "RAY_AUTH_TOKEN, or its file's name into RAY_AUTH_TOKEN_PATH"
+            )
+        try:
+            version = answer.json()["ray_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise WorkflowError(
+                f"{self.address} answers, but is no Ray cluster's dashboard: give http://HEAD:8265 of the head node"
+            ) from error
+        if version != ray.__version__ and not any_version:
+            raise WorkflowError(
+                f"the cluster at {self.address} runs Ray {version}, this code was tested with {ray.__version__}: give "
+                f"the cluster's image ray=={ray.__version__}, or try with --any-ray"
+            )
+        return headers
+
+
+def _token() -> str | None:
+    """The token for clusters from where Ray itself takes it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return file.read_text().strip() if file.is_file() else None
+
+
+def _http(address: str) -> str:
+    """The address with its scheme. Raises UsageError when it is another kind of address."""
+    scheme, mark, rest = address.rstrip("/").rpartition("://")
+    if (mark and scheme not in ("http", "https")) or not rest or (not mark and ":" not in rest):
+        raise UsageError(
+            f"--address {address}: give the dashboard's of the head node, http://HEAD:8265; ray:// and the port of "
+            "`ray start --head` are for other things"
+        )
+    return f"{scheme or 'http'}://{rest}"
+
+
+@contextmanager
+def _our_address() -> Iterator[None]:
+    """Ray prefers these variables to the address that it is given."""
+    names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextmanager
+def _clear(address: str) -> Iterator[None]:
+    """Errors of the connection as WorkflowErrors."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise WorkflowError(f"{address} refuses the token: {error}") from error
+    except (requests.exceptions.ConnectionError, requests.exceptions.Timeout, ConnectionError) as error:
+        raise WorkflowError(
+            f"cannot reach a Ray cluster at {address}: is its dashboard up (ray start --head --dashboard-host ...), "
+            "and may this machine connect to that port?"
+        ) from error
+    except (requests.exceptions.RequestException, RuntimeError) as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise WorkflowError(f"the job server at {address} refuses: {text[-1][:500]}") from error
