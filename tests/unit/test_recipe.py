@@ -2,6 +2,7 @@
 
 import pytest
 
+from workflows.configs.gate import Gate
 from workflows.errors import UsageError
 from workflows.layout import layout_of, open_storage
 from workflows.recipe import RECIPES, load_recipe
@@ -42,7 +43,7 @@ def test_a_wrong_override_is_named(override, expected):
 
 def test_overrides_are_yaml_and_reach_into_lists():
     recipe = load_recipe("quickstart", ["train.stages.1.epochs=null", "train.stages.1.steps=5", "evaluate.gate={}"])
-    assert (recipe.train.stages[1].epochs, recipe.train.stages[1].steps, recipe.evaluate.gate) == (None, 5, {})
+    assert (recipe.train.stages[1].epochs, recipe.train.stages[1].steps, recipe.evaluate.gate) == (None, 5, Gate())
 
 
 def test_a_missing_recipe_names_the_shipped_ones():

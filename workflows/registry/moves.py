@@ -1,0 +1,95 @@
+"""The history of an alias: one tag of the registered model for each move, only ever added to.
+
+A tag is written before the alias is set, so a crash between the two leaves a move that was announced and not made.
+Every move therefore says what held the alias when it was written, and reading the history compares: what the next move
+(or the registry now) found on the alias tells whether it was made, and shows moves by other means, as MLflow's page.
+"""
+
+import getpass
+import json
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+_PREFIX = "mlmamba.move."
+_REASON = 2000  # characters
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of an alias."""
+
+    alias: str
+    stamp: int
+    """Nanoseconds since 1970, larger than that of the move before."""
+    kind: str
+    """promote or rollback."""
+    to: str
+    """Version that is to hold the alias."""
+    was: str | None
+    """Version that held it when this was written."""
+    who: str
+    """user@host."""
+    why: str | None = None
+    forced: bool = False
+    """Whether the gate was passed over."""
+
+    def tag(self) -> tuple[str, str]:
+        """Key and value of the tag."""
+        content = asdict(self) | {"why": self.why and self.why[:_REASON]}
+        return f"{_PREFIX}{self.alias}.{self.stamp:020d}", json.dumps(content)
+
+    def as_dict(self) -> dict:
+        """Plain data."""
+        return asdict(self)
+
+
+def history(tags: dict[str, str], alias: str | None = None) -> list[Move]:
+    """The moves among a registered model's tags, of one alias or of all, oldest first."""
+    moves = [Move(**json.loads(value)) for key, value in tags.items() if key.startswith(_PREFIX)]
+    return sorted((move for move in moves if alias in (None, move.alias)), key=lambda move: move.stamp)
+
+
+def holders(moves: Iterable[Move], now: str | None) -> list[str]:
+    """The versions to go back to, the last one being the present holder.
+
+    A promotion puts its version on top; a rollback takes versions off, so none is gone back to that was rolled back.
+
+    Args:
+        moves: of one alias, oldest first.
+        now: version that holds the alias now.
+    """
+    stack: list[str] = []
+    before: list[str] = []  # the stack without the last move, in case that one was not made
+    for move in moves:
+        stack = _as_found(stack, before, move.was)
+        before = list(stack)
+        if move.kind == "rollback" and move.to in stack:
+            del stack[_last(stack, move.to) + 1 :]
+        else:
+            stack.append(move.to)
+    return _as_found(stack, before, now)
+
+
+def _as_found(stack: list[str], before: list[str], found: str | None) -> list[str]:
+    """The stack, given which version was found on the alias."""
+    top = stack[-1] if stack else None
+    if found is None or found == top:
+        return stack
+    if before and before[-1] == found:
+        return list(before)
+    return [*stack, found]
+
+
+def _last(items: list[str], item: str) -> int:
+    return len(items) - 1 - items[::-1].index(item)
+
+
+def who_runs_this() -> str:
+    """user@host."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

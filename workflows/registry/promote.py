@@ -1,0 +1,173 @@
+"""Moving an alias: forwards when the gate holds, back to the version before.
+
+The order of writes makes a crash harmless: first the tag that says why the gate was passed over, then the move in the
+history, then the alias, which alone decides what is served. A move that was announced and not made shows in the history
+as such (moves.py), and the same command again makes it.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from workflows.configs.gate import Gate
+from workflows.errors import UsageError, WorkflowError
+from workflows.registry.errors import absent, reachable
+from workflows.registry.find import Reference, get_model, get_version
+from workflows.registry.gate import gate_failures
+from workflows.registry.lock import Claim, claim
+from workflows.registry.moves import Move, history, holders, who_runs_this
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What became of a promotion or rollback."""
+
+    name: str
+    alias: str
+    version: str
+    """The version that was to hold the alias."""
+    previous: str | None
+    """The version that held it before."""
+    moved: bool
+    """Whether the alias was moved; False when the gate kept it, or when the version held it already."""
+    gate_failures: list[str] = field(default_factory=list)
+    """Why not, or what was passed over by force."""
+    forced: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the version holds the alias now."""
+        return self.moved or self.previous == self.version
+
+    def as_dict(self) -> dict:
+        """Plain data."""
+        return asdict(self) | {"holds": self.holds}
+
+
+def promote(
+    client: MlflowClient,
+    name: str,
+    version: str,
+    alias: str = "champion",
+    *,
+    force: bool = False,
+    reason: str | None = None,
+) -> Promotion:
+    """Move the alias to a version if its gate holds; see `Promotion.moved`.
+
+    Args:
+        force: move it also when the gate does not hold. Who, when and why become the tag `mlmamba.forced.ALIAS` of the
+            version.
+        reason: why, for the history; needed to force.
+
+    Raises:
+        UsageError: force without a reason.
+        WorkflowError: no such model or version, someone else is moving the alias, or the registry does not answer.
+    """
+    if force and not (reason or "").strip():
+        raise UsageError("--force needs --reason TEXT: it is kept with the version")
+    found = get_version(client, Reference(name, version))
+    with claim(client, name, alias) as right, reachable():
+        model = get_model(client, name)
+        now = _text(model.aliases.get(alias))
+        if now == version:
+            return Promotion(name, alias, version, now, moved=False)
+        failures = _failures(client, found, now)
+        forced = bool(failures) and force
+        if failures and not force:
+            return Promotion(name, alias, version, now, moved=False, gate_failures=failures)
+        move = Move(alias, _stamp(model.tags), "promote", version, now, who_runs_this(), reason, forced)
+        if forced:
+            record = {"who": move.who, "when": _when(move.stamp), "why": reason, "gate_failures": failures}
+            client.set_model_version_tag(name, version, f"mlmamba.forced.{alias}", json.dumps(record))
+        _make(client, name, move, right)
+    return Promotion(name, alias, version, now, moved=True, gate_failures=failures, forced=forced)
+
+
+def rollback(client: MlflowClient, name: str, alias: str = "champion", reason: str | None = None) -> Promotion:
+    """Move the alias back to the version that held it before the present one.
+
+    Each rollback goes one further back: after promotions of 1, 2 and 3, two rollbacks end at 1. A version that was
+    rolled back from is not gone back to: 1, 2, 3, rollback to 2, then 4, and the next rollback is to 2. Versions that
+    were deleted since are passed over. The gate is not asked.
+
+    Raises:
+        WorkflowError: there is nothing to go back to, and as `promote` does.
+    """
+    get_model(client, name)
+    with claim(client, name, alias) as right, reachable():
+        model = get_model(client, name)
+        now = _text(model.aliases.get(alias))
+        if now is None:
+            raise WorkflowError(f"no version of {name} is @{alias}: there is nothing to roll back from")
+        earlier = [v for v in holders(history(model.tags, alias), now)[:-1] if v != now]
+        target = next((v for v in reversed(earlier) if _exists(client, name, v)), None)
+        if target is None:
+            raise WorkflowError(
+                f"no version of {name} was @{alias} before version {now}; "
+                f"`mlmamba models promote {name}/VERSION` moves it to one that you choose"
+            )
+        move = Move(alias, _stamp(model.tags), "rollback", target, now, who_runs_this(), reason)
+        _make(client, name, move, right)
+    return Promotion(name, alias, target, now, moved=True)
+
+
+def rolled_back(client: MlflowClient, name: str, version: str, alias: str) -> Move | None:
+    """The rollback that took the alias from a version that has not been promoted since, or None."""
+    about = [m for m in history(get_model(client, name).tags, alias) if version in (m.to, m.was)]
+    last = about[-1] if about else None
+    return last if last is not None and last.kind == "rollback" and last.was == version else None
+
+
+def _make(client: MlflowClient, name: str, move: Move, right: Claim) -> None:
+    client.set_registered_model_tag(name, *move.tag())
+    right.check()
+    client.set_registered_model_alias(name, move.alias, move.to)
+    found = _text(client.get_registered_model(name).aliases.get(move.alias))
+    if found != move.to:
+        raise WorkflowError(f"{name}@{move.alias} was moved to {found} by other means at the same moment")
+
+
+def _failures(client: MlflowClient, version: ModelVersion, now: str | None) -> list[str]:
+    stored = version.tags.get("mlmamba.gate")
+    if stored is None:
+        return ["the version carries no gate: mlmamba did not register it, or an older one did"]
+    mine, present = _scores(version), None
+    same = True
+    if now is not None:
+        other = client.get_model_version(version.name, now)
+        present = _scores(other)
+        questions = [v.tags.get("mlmamba.evaluation") for v in (version, other)]
+        same = None in questions or questions[0] == questions[1]
+    return gate_failures(Gate.model_validate_json(stored), mine, present, same)
+
+
+def _scores(version: ModelVersion) -> dict[str, float]:
+    return json.loads(version.tags.get("mlmamba.scores", "{}"))
+
+
+def _exists(client: MlflowClient, name: str, version: str) -> bool:
+    try:
+        client.get_model_version(name, version)
+    except MlflowException as error:
+        if absent(error):
+            return False
+        raise
+    return True
+
+
+def _stamp(tags: dict[str, str]) -> int:
+    """Now, or just after the last move where that machine's clock is ahead."""
+    return max([time.time_ns(), *(move.stamp + 1 for move in history(tags))])
+
+
+def _when(stamp: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(stamp / 1e9))
+
+
+def _text(version) -> str | None:
+    return None if version is None else str(version)

@@ -1,0 +1,125 @@
+"""Registering a finished model: its folder, what made it, what it scored, and one question to check it by."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import mlflow
+import yaml
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipelines.manifest import Manifest
+from workflows.config import Recipe, digest
+from workflows.errors import WorkflowError
+from workflows.layout import Layout
+from workflows.registry.example import Example
+from workflows.registry.find import versions_of
+from workflows.tracking import Tracker, git_revision
+
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # results go there, in JSON perhaps
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def register(
+    tracker: Tracker,
+    recipe: Recipe,
+    layout: Layout,
+    model: Path,
+    data_digest: str,
+    scores: dict[str, float],
+    example: Example | None = None,
+) -> str:
+    """Log the model folder to the run and register it as a new version. Returns the version.
+
+    Called again for the same model it returns the version of the first call, whose scores and gate become those given
+    now: both may change without training again.
+
+    Args:
+        layout: where the recipe's data lies.
+        model: folder of a finished stage.
+        data_digest: of all the data it was trained on.
+        scores: by name.
+        example: stored with the model.
+
+    Raises:
+        WorkflowError: the registry refused.
+    """
+    client, name = tracker.client, recipe.register_as.name
+    key = json.loads((model / "stage.json").read_text())["digest"]
+    judged = {
+        "mlmamba.gate": recipe.evaluate.gate.model_dump_json(),
+        "mlmamba.evaluation": digest(recipe.data.model_dump(mode="json")["test"]),
+    }
+    client.log_text(tracker.run_id, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), RECIPE_FILE)
+    for version in versions_of(client, name):
+        if version.tags.get("mlmamba.model") == key:
+            known = json.loads(version.tags.get("mlmamba.scores", "{}"))  # `mlmamba evaluate` may have added some
+            for tag, value in {**judged, "mlmamba.scores": json.dumps(known | scores)}.items():
+                client.set_model_version_tag(name, str(version.version), tag, value)
+            return str(version.version)
+    run = client.get_run(tracker.run_id).data.tags
+    made = {
+        "mlmamba.model": key,
+        "mlmamba.recipe": recipe.name,
+        "mlmamba.git": run.get("mlmamba.git") or git_revision(),
+        "mlmamba.data_digest": data_digest,
+        "mlmamba.scores": json.dumps(scores),
+        "mlmamba.data": json.dumps(describe_data(layout.data)),
+    }
+    try:
+        return str(_create(tracker, name, model, example, made | judged).version)
+    except MlflowException as error:
+        raise WorkflowError(f"{name} could not be registered: {error}") from error
+
+
+def describe_data(folders: dict[str, Path]) -> list[dict]:
+    """The data sets of a training, from their manifests: folder, digest, rows, tokens, shards, and who trained on it.
+
+    Args:
+        folders: data set by stage.
+    """
+    described = []
+    for folder in dict.fromkeys(folders.values()):
+        manifest = Manifest.load(str(folder))
+        train = manifest.splits["train"]
+        described.append(
+            {
+                "name": folder.name,
+                "folder": str(folder),
+                "digest": manifest.digest,
+                "stages": [stage for stage, used in folders.items() if used == folder],
+                "rows": train.rows,
+                "tokens": train.tokens,
+                "shards": len(train.shards),
+            }
+        )
+    return described
+
+
+def _create(tracker: Tracker, name: str, model: Path, example: Example | None, tags: dict[str, str]) -> ModelVersion:
+    from workflows import pyfunc_model  # it imports torch, which nothing else here needs
+
+    client = tracker.client
+    with tempfile.TemporaryDirectory() as temporary:
+        artifacts = {"model": str(model)}
+        if example is not None:
+            example.save(Path(temporary) / "example")
+            artifacts["example"] = str(Path(temporary) / "example")
+        with mlflow.start_run(run_id=tracker.run_id):
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=pyfunc_model.__file__,
+                artifacts=artifacts,
+                signature=pyfunc_model.SIGNATURE,
+                pip_requirements=["mlmamba"],
+            )
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    # The tags go with the version, so that a kill cannot leave one that says nothing. A server wants the model's id.
+    return client.create_model_version(name, info.model_uri, tracker.run_id, tags, model_id=info.model_id)
