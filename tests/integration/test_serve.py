@@ -69,7 +69,7 @@ def registered(folder, tmp_path_factory):
             name="model", python_model=str(code), artifacts={"model": str(folder)}, pip_requirements=["mlmamba"]
         )
     client.create_registered_model("shapes")
-    client.create_model_version("shapes", source=info.model_uri, run_id=run.info.run_id)
+    client.create_model_version("shapes", info.model_uri, run.info.run_id, model_id=info.model_id)
     client.set_registered_model_alias("shapes", "champion", "1")
     return storage, run.info.run_id
 
@@ -150,7 +150,7 @@ MALFORMED = {
     "wrong order": {"messages": [{"role": "assistant", "content": "hello"}]},
     "no text": {"messages": [{"role": "user", "content": ""}]},
     "too long": {"messages": [{"role": "user", "content": "hello " * 500}]},
-    "stream": {"messages": [{"role": "user", "content": "hello"}], "stream": True},
+    "tools": {"messages": [{"role": "user", "content": "hello"}], "tools": [{"type": "function"}]},
     "max_tokens": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 10**9},
     "temperature": {"messages": [{"role": "user", "content": "hello"}], "temperature": "hot"},
     "damaged picture": {"messages": [{"role": "user", "content": [BAD_PICTURE, {"type": "text", "text": "what?"}]}]},

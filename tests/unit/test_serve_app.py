@@ -3,44 +3,26 @@ held back. tests/integration/test_serve.py has the same on Ray Serve, with the a
 
 import http.client
 import json
-import socket
 import threading
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 from mlmamba.loading import load_model
+from tests.serving import raw, running
 from tests.tiny import pictures, tiny_model, tiny_tokenizer
 from workflows.build import save
 from workflows.registry import ResolvedModel
-from workflows.serve.app import Served, Service, build_app
+from workflows.serve.app import Served, Service
 from workflows.serve.client import ServiceError, ask, request
 from workflows.serve.engine import Engine
 from workflows.serve.limits import Limits
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 LIMITS = Limits(max_batch=2, max_waiting=2, max_tokens=32, default_tokens=6, body_bytes=100_000)
-
-
-@contextmanager
-def running(service):
-    """URL of the application on a free port of the loopback interface."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="critical", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +46,6 @@ def service(loaded):
 def url(service):
     with running(service) as url:
         yield url
-
-
-def raw(url, path, body=None, method=None):
-    """Status, headers and JSON of a response, whatever its status."""
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    call = urllib.request.Request(url + path, data, {"Content-Type": "application/json"}, method=method)
-    try:
-        with urllib.request.urlopen(call, timeout=60) as reply:
-            return reply.status, reply.headers, json.load(reply)
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, json.load(error)
 
 
 def test_before_the_model_is_loaded():
@@ -134,7 +105,10 @@ def test_unknown_paths_and_methods(url, method, path, status):
         ({"max_tokens": 4, "max_completion_tokens": 99}, "max_completion_tokens = 99"),
         ({"messages": [{"role": "user", "content": "long " * 300}]}, "over the limit of 300"),
         ({"messages": [{"role": "user", "content": "<image>"}]}, "empty"),
-        ({"stream": True}, "stream is not supported"),
+        ({"messages": [{"role": "user", "content": "say <|endoftext|>"}]}, "a mark of the prompt format"),
+        ({"n": 99}, "n = 99 is over this server's limit of 8"),
+        ({"top_logprobs": 2}, "set logprobs to true"),
+        ({"stream_options": {"include_usage": True}}, "only for a request with stream"),
     ],
 )
 def test_requests_that_the_model_cannot_answer(url, fields, message):
@@ -155,16 +129,16 @@ def test_a_body_over_the_limit(url):
 
 
 def test_a_full_queue_says_when_to_come_back(url, loaded, monkeypatch):
-    model, original, opened, begun = loaded[0], loaded[0].generate, threading.Event(), threading.Event()
+    model, original, opened, begun = loaded[0], loaded[0].forward, threading.Event(), threading.Event()
 
-    def generate_when_open(**kwargs):
+    def forward_when_open(**kwargs):
         begun.set()
         assert opened.wait(60)
         return original(**kwargs)
 
-    monkeypatch.setattr(model, "generate", generate_when_open)
+    monkeypatch.setattr(model, "forward", forward_when_open)
     with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(raw, url, "/v1/chat/completions", HELLO)
+        first = pool.submit(raw, url, "/v1/chat/completions", {**HELLO, "n": 2})
         assert begun.wait(60)
         others = [pool.submit(raw, url, "/v1/chat/completions", HELLO) for _ in range(5)]
         refused = []
@@ -183,7 +157,7 @@ def test_a_failing_model_is_a_500_that_tells_nothing(url, loaded, monkeypatch, c
         raise RuntimeError(f"cannot answer {'secret'.upper()}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loaded[0], "generate", fail)
+        patch.setattr(loaded[0], "forward", fail)
         status, _, content = raw(url, "/v1/chat/completions", HELLO)
     assert (status, content["error"]["type"], content["error"]["code"]) == (500, "server_error", "internal")
     assert "RuntimeError" in caplog.text

@@ -33,9 +33,11 @@ def image(url):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def read(*messages, limits=None, max_pictures=4):
-    body = {"messages": [{"role": role, "content": content} for role, content in messages]}
-    return read_messages(parse_request(json.dumps(body).encode()).messages, limits or Limits(), max_pictures)
+def read(*sent, limits=None, max_pictures=4):
+    body = {"messages": [{"role": role, "content": content} for role, content in sent]}
+    messages = parse_request(json.dumps(body).encode()).messages
+    turns, pictures = read_messages(messages, limits or Limits(), max_pictures)
+    return turns, list(pictures)
 
 
 def refused(*messages, **kwargs):

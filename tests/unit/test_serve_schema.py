@@ -68,11 +68,15 @@ def test_null_asks_for_nothing():
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"stream": True}, "stream", "not supported"),
-        ({"n": 2}, "n", "not supported"),
-        ({"n": True}, "n", "not supported"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+        ({"stream": True, "stream_options": 3}, "stream_options", "object"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream set to true"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": True}, "n", "valid integer"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"logprobs": 1}, "logprobs", "valid boolean"),
+        ({"top_logprobs": 3}, "top_logprobs", "set logprobs to true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"logit_bias": {"5": -100}}, "logit_bias", "not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
@@ -98,6 +102,7 @@ def test_null_asks_for_nothing():
         ({"stop": ["a", ""]}, "stop[1]", "at least 1"),
         ({"stop": list("abcde")}, "stop", "at most 4"),
         ({"stop": 3}, "stop", "valid array"),
+        ({"stop": "a" * 257}, "stop[0]", "at most 256"),
         ({"model": 3}, "model", "valid string"),
     ],
 )

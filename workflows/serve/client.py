@@ -17,13 +17,16 @@ class ServiceError(Exception):
         self.status, self.code = status, code
 
 
-def ask(url: str, question: str, image: str | Path | bytes | None = None, **options: Any) -> str:
+def ask(
+    url: str, question: str, image: str | Path | bytes | None = None, *, api_key: str | None = None, **options: Any
+) -> str:
     """Ask one question and return the answer.
 
     Args:
         url: the service, such as http://127.0.0.1:8000.
         question: the text.
         image: a picture's file or its encoded bytes.
+        api_key: for a service that asks for one.
         options: further fields of the request, such as max_tokens.
 
     Raises:
@@ -33,7 +36,8 @@ def ask(url: str, question: str, image: str | Path | bytes | None = None, **opti
     parts: list[dict] = [{"type": "text", "text": question}]
     if image is not None:
         parts.insert(0, {"type": "image_url", "image_url": {"url": data_uri(image)}})
-    reply = request(url, "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}], **options})
+    body = {"messages": [{"role": "user", "content": parts}], **options}
+    reply = request(url, "/v1/chat/completions", body, api_key=api_key)
     return reply["choices"][0]["message"]["content"]
 
 
@@ -44,10 +48,11 @@ def data_uri(image: str | Path | bytes) -> str:
     return f"data:{kind or 'image/png'};base64,{base64.b64encode(data).decode()}"
 
 
-def request(url: str, path: str, body: Any = None, timeout: float = 300) -> dict:
+def request(url: str, path: str, body: Any = None, timeout: float = 300, api_key: str | None = None) -> dict:
     """GET, or POST with a body, one path and return the JSON. Raises as `ask` does."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    call = urllib.request.Request(url.rstrip("/") + path, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    call = urllib.request.Request(url.rstrip("/") + path, data, headers)
     try:
         with urllib.request.urlopen(call, timeout=timeout) as reply:
             return json.load(reply)

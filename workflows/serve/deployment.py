@@ -1,36 +1,72 @@
 """The Ray Serve deployment: one replica is one process with one model and its engine.
 
 `application` builds it from typed options, for `mlmamba serve` and for a Serve config file alike
-(`import_path: workflows.serve.deployment:application`, the options under `args`).
+(`import_path: workflows.serve.deployment:application`, the options under `args`; cluster/serve/serve.yaml is one).
 """
 
+import os
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
 
 from pipelines.config import StrictModel
+from workflows.serve.access import Access
 from workflows.serve.limits import Limits
+from workflows.serve.swap import SwapOptions
 
 _ALWAYS_ROOM = 32  # calls beyond batch and queue that reach the replica: health checks, and those that get a 429
+
+
+class Autoscaling(StrictModel):
+    """Replicas that come and go with the load. A new one starts on the version that the alias names then."""
+
+    max_replicas: int = Field(gt=0)
+    """Most replicas; `replicas` is the least."""
+    requests_per_replica: float = Field(8, gt=0)
+    """Requests in hand, waiting ones included, that one replica should have on average."""
+    upscale_seconds: float = Field(15, ge=0)
+    """How long there must be more before replicas are added."""
+    downscale_seconds: float = Field(300, ge=0)
+    """How long there must be fewer before replicas are taken away; they finish what they began."""
 
 
 class ServeOptions(StrictModel):
     """What to serve and with what."""
 
     model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder. An alias is followed: when it moves, so does every
+    replica, without a pause."""
     storage: str
-    """The storage folder, for its registry."""
+    """The storage folder, for its registry; every node that runs a replica sees it."""
+    registry: str | None = None
+    """MLflow tracking URI. Absent: MLFLOW_TRACKING_URI where the replica runs, or the database in the storage folder.
+    Name and password of a server belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     replicas: int = Field(1, gt=0)
     """Processes, each with its own copy of the model."""
+    autoscaling: Autoscaling | None = None
+    """More processes when there is more to do."""
     threads: int = Field(1, gt=0)
     """CPU cores, and torch threads, of one replica."""
-    gpus: int = Field(0, ge=0, le=1)
-    """GPUs of one replica."""
+    gpus: float = Field(0, ge=0, le=1)
+    """GPU of one replica; 0.5 puts two on one. While a new version is loaded, a replica holds two models."""
     limits: Limits = Limits()
     """Limits of one replica."""
+    access: Access = Access()
+    """Who may ask, and which pictures may be fetched."""
+    require_keys: bool = False
+    """Do not start without API keys: set where others than this machine can reach the service."""
+    swap: SwapOptions = SwapOptions()
+    """How the alias is followed."""
+
+    @model_validator(mode="after")
+    def _least_and_most(self):
+        if self.autoscaling and self.autoscaling.max_replicas < self.replicas:
+            raise ValueError(
+                f"autoscaling.max_replicas = {self.autoscaling.max_replicas} is under replicas = {self.replicas}"
+            )
+        return self
 
 
 @serve.deployment(name="mlmamba", max_constructor_retry_count=2)
@@ -39,26 +75,38 @@ class ModelDeployment:
     """Loads the model before it counts as running, so Ray Serve sends requests only to replicas that can answer."""
 
     def __init__(self, options: dict):
+        chosen = ServeOptions.model_validate(options)
+        if chosen.registry:
+            os.environ["MLFLOW_TRACKING_URI"] = chosen.registry  # before workflows.tracking reads it
         from workflows.runtime import quiet_libraries
 
         quiet_libraries()
-        from mlmamba.loading import load_model
-        from workflows.registry import resolve_model
-        from workflows.serve.app import Served, Service
-        from workflows.serve.engine import Engine
+        from workflows.serve.follow import Follower
+        from workflows.serve.service import Service
 
-        chosen = ServeOptions.model_validate(options)
-        self._service = Service(chosen.limits)
-        source = resolve_model(chosen.model, Path(chosen.storage))
-        engine = Engine(*load_model(source.folder), chosen.limits, chosen.threads)
-        engine.warm_up()
-        self._service.served = Served(engine, source)
+        self._service = Service(chosen.limits, chosen.access)
+        if chosen.require_keys and not self._service.keys:
+            raise ValueError(
+                "no API keys where the replica runs: set MLMAMBA_API_KEYS there or give access.api_keys_file"
+            )
+        self._follower = Follower(
+            chosen.model,
+            Path(chosen.storage),
+            self._service,
+            chosen.swap,
+            chosen.limits,
+            chosen.threads,
+            serve.get_replica_context().replica_id.unique_id,
+        )
 
     def __serve_build_asgi_app__(self):
         """The HTTP interface; Ray Serve calls this after the constructor."""
         from workflows.serve.app import build_app
+        from workflows.serve.swap_routes import add_routes
 
-        return build_app(self._service)
+        app = build_app(self._service)
+        add_routes(app, self._follower, os.environ)
+        return app
 
     def check_health(self) -> None:
         """Ray Serve calls this now and then, and replaces the replica when it raises."""
@@ -69,9 +117,21 @@ class ModelDeployment:
 def application(options: ServeOptions) -> Application:
     """The Serve application of some options."""
     limits = options.limits
-    return ModelDeployment.options(
-        num_replicas=options.replicas,
+    settings = {
         # Ray Serve's own default of 5 would keep requests from the engine, which is the one to batch and refuse them.
-        max_ongoing_requests=limits.max_batch + limits.max_waiting + _ALWAYS_ROOM,
-        ray_actor_options={"num_cpus": options.threads, "num_gpus": options.gpus},
-    ).bind(options.model_dump())
+        "max_ongoing_requests": limits.max_batch + limits.max_waiting + _ALWAYS_ROOM,
+        "ray_actor_options": {"num_cpus": options.threads, "num_gpus": options.gpus},
+        # A replica that is taken away may finish the answers that it began.
+        "graceful_shutdown_timeout_s": limits.deadline_seconds,
+    }
+    if options.autoscaling is None:
+        settings["num_replicas"] = options.replicas
+    else:
+        settings["autoscaling_config"] = {
+            "min_replicas": options.replicas,
+            "max_replicas": options.autoscaling.max_replicas,
+            "target_ongoing_requests": options.autoscaling.requests_per_replica,
+            "upscale_delay_s": options.autoscaling.upscale_seconds,
+            "downscale_delay_s": options.autoscaling.downscale_seconds,
+        }
+    return ModelDeployment.options(**settings).bind(options.model_dump())

@@ -1,22 +1,26 @@
-"""The engine: one model, one worker thread, a bounded queue. Requests that wait are answered together."""
+"""The engine: one model, one worker thread, a bounded queue, and a batch that requests join and leave at any step."""
 
 import logging
 import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 
-from mlmamba.conversation import Turn
+from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
 from mlmamba.pictures import to_pixels
+from workflows.serve.batch import Batch
 from workflows.serve.errors import without_message
-from workflows.serve.generation import Answer, Prompt, Settings, generate
+from workflows.serve.generation import Answer, Delta, Prompt, Settings
 from workflows.serve.limits import Limits
+from workflows.serve.metrics import Metrics
+from workflows.serve.sequence import Sequence
+from workflows.serve.streaming import TokenText
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +40,13 @@ class EngineClosed(Exception):
         super().__init__("the model is being stopped; try again in a moment")
 
 
-@dataclass
-class _Job:
-    prompt: Prompt
-    settings: Settings
-    future: "Future[Answer]" = field(default_factory=Future)
+class ControlText(ValueError):
+    """A message holds text that the prompt format or the tokenizer uses as a mark."""
+
+    def __init__(self, turn: Turn, mark: str):
+        super().__init__(
+            f"a message of the {turn.role} holds {mark}, a mark of the prompt format; write it in another way"
+        )
 
 
 class Engine:
@@ -55,23 +61,31 @@ class Engine:
 
     def __init__(self, model, processor, limits: Limits | None = None, threads: int | None = None):
         self.limits = limits or Limits()
+        self.metrics = Metrics()
         self._model, self._processor = model, processor
-        self._waiting: deque[_Job] = deque()
+        self._text = TokenText(processor.tokenizer)
+        self._batch = Batch(model, self._text, self.limits)
+        self._waiting: deque[Sequence] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._batch_seconds = 1.0
+        self._seconds = 1.0  # that an answer takes, from slot to end
         self._worker = threading.Thread(target=self._work, args=(threads,), name="engine", daemon=True)
         self._worker.start()
 
     @property
     def max_pictures(self) -> int:
-        """Pictures that the longest prompt has room for."""
-        return self._processor.max_length // self._processor.tokens_per_image
+        """Pictures that the longest prompt has room for, and one request may show."""
+        return min(self._processor.max_length // self._processor.tokens_per_image, self.limits.pictures)
 
     @property
     def alive(self) -> bool:
         """Whether requests are still answered."""
         return self._worker.is_alive() and not self._closed
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that wait, and those in slots."""
+        return len(self._waiting), len(self._batch)
 
     def warm_up(self) -> None:
         """Answer one question about a blank picture: a model that cannot fails here, before anyone asks it."""
@@ -79,37 +93,50 @@ class Engine:
         prompt = self.prepare([Turn("user", "?", images=1)], [Image.new("RGB", (size, size))])
         self.submit(prompt, Settings(max_tokens=2)).result()
 
-    def prepare(self, turns: list[Turn], pictures: list[Image.Image]) -> Prompt:
+    def prepare(self, turns: list[Turn], pictures: Iterable[Image.Image]) -> Prompt:
         """Tokenize turns and resize their pictures, in the caller's thread.
 
+        Pictures are taken one by one after the text has passed, so an iterable that decodes them holds one at a time.
+
         Raises:
+            ControlText: a message holds a mark of the prompt format or a special token.
             ValueError: the turns break the rules of a conversation, or the prompt is too long.
         """
-        text = self._processor.prompt(turns)
-        pixels = None
-        if pictures:
-            pixels = torch.from_numpy(np.stack([to_pixels(p, self._processor.image_size) for p in pictures]))
-        return Prompt(self._processor.tokenize([text])["input_ids"][0], pixels)
+        self._refuse_marks(turns)
+        ids = self._processor.tokenize([self._processor.prompt(turns)])["input_ids"][0]
+        pixels = [to_pixels(picture, self._processor.image_size) for picture in pictures]
+        shown = sum(turn.images for turn in turns)
+        if len(pixels) != shown:
+            raise ValueError(f"the turns show {shown} pictures, {len(pixels)} were given")
+        return Prompt(ids, torch.from_numpy(np.stack(pixels)) if pixels else None)
 
-    def submit(self, prompt: Prompt, settings: Settings) -> "Future[Answer]":
-        """Queue a request. Cancelling the future takes it out of the queue.
+    def submit(
+        self, prompt: Prompt, settings: Settings, on_delta: Callable[[Delta], None] | None = None
+    ) -> "Future[Answer]":
+        """Queue a request. Cancelling the future takes it out of the queue, or out of the batch before the next step.
+
+        Args:
+            on_delta: called with each piece of the answer, in the engine's thread; must return at once.
 
         Raises:
             QueueFull: try again later.
             EngineClosed: the engine was closed.
+
+        The future's own errors: DeadlineExceeded, or whatever the model raised.
         """
-        job = _Job(prompt, settings)
+        sequence = Sequence(prompt, settings, self._text, self.limits.deadline_seconds, on_delta)
+        sequence.metrics = self.metrics
         with self._changed:
-            if self._closed:
+            if self._closed or not self._worker.is_alive():
                 raise EngineClosed
             if len(self._waiting) >= self.limits.max_waiting:
-                self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
+                self._waiting = deque(waiting for waiting in self._waiting if not waiting.over)
             if len(self._waiting) >= self.limits.max_waiting:
-                batches = len(self._waiting) / self.limits.max_batch
-                raise QueueFull(len(self._waiting), min(60, max(1, math.ceil(batches * self._batch_seconds))))
-            self._waiting.append(job)
+                rounds = math.ceil(len(self._waiting) / self.limits.max_batch)
+                raise QueueFull(len(self._waiting), min(60, max(1, math.ceil(rounds * self._seconds))))
+            self._waiting.append(sequence)
             self._changed.notify()
-        return job.future
+        return sequence.future
 
     def close(self) -> None:
         """Take no more requests, answer those that wait, and return when that is done."""
@@ -118,46 +145,59 @@ class Engine:
             self._changed.notify()
         self._worker.join()
 
+    def _refuse_marks(self, turns: list[Turn]) -> None:
+        special = [name for name in self._text.special.values() if name != IMAGE_TOKEN]
+        for turn in turns:
+            # A model may have written USER or ASSISTANT itself, and its answers come back as history.
+            marks = special if turn.role == "assistant" else [*special, USER, ASSISTANT]
+            text = clean(turn.text)  # a mark may appear when a placeholder is taken out
+            for mark in marks:
+                if mark in text:
+                    raise ControlText(turn, mark)
+
     def _work(self, threads: int | None) -> None:
         if threads:
             torch.set_num_threads(threads)  # here, because OpenMP keeps the number per thread
-        while jobs := self._take():
-            start = time.monotonic()
-            self._answer(jobs)
-            self._batch_seconds = 0.5 * self._batch_seconds + 0.5 * (time.monotonic() - start)
-
-    def _take(self) -> list[_Job]:
-        """The next batch, waiting for one; empty when the engine is closed and all is answered.
-
-        The first in the queue decides: one that samples goes alone, a greedy one takes other greedy ones along.
-        """
-        with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return []
-                jobs: list[_Job] = []
-                later: deque[_Job] = deque()
-                for job in self._waiting:
-                    fits = not jobs or (jobs[0].settings.greedy and job.settings.greedy)
-                    if not fits or len(jobs) == self.limits.max_batch:
-                        later.append(job)
-                    elif job.future.set_running_or_notify_cancel():
-                        jobs.append(job)
-                self._waiting = later
-                if jobs:
-                    return jobs
-
-    def _answer(self, jobs: list[_Job]) -> None:
         try:
-            answers = generate(self._model, self._processor, [j.prompt for j in jobs], [j.settings for j in jobs])
-        except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].future.set_exception(error)
-                return
-            logger.error("a batch of %d failed, each is tried alone: %s", len(jobs), without_message(error))
-            for job in jobs:  # one request must not fail its neighbours
-                self._answer([job])
-            return
-        for job, answer in zip(jobs, answers, strict=True):
-            job.future.set_result(answer)
+            while self._admit():
+                self._batch.step()
+                self._look_after()
+        except BaseException as error:  # a fault of the engine itself: nothing may wait for ever
+            logger.critical("the engine has stopped: %s", without_message(error))
+            with self._changed:
+                self._closed = True
+                left, self._waiting = [*self._waiting], deque()
+            self._batch.fail_all(EngineClosed())
+            for sequence in left:
+                sequence.fail(EngineClosed())
+
+    def _admit(self) -> bool:
+        """Move requests from the queue to the batch, waiting for one; False when closed and all is answered."""
+        with self._changed:
+            if not len(self._batch):
+                self.metrics.load(0, 0)
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+            now = time.monotonic()
+            while self._waiting and self._batch.room:
+                sequence = self._waiting.popleft()
+                sequence.check_deadline(now)
+                if not sequence.over:
+                    sequence.began = now
+                    self._batch.add(sequence)
+            return bool(len(self._batch) or self._waiting or not self._closed)
+
+    def _look_after(self) -> None:
+        """Deadlines and measurements, between two steps."""
+        now = time.monotonic()
+        for sequence in (*self._batch.reading, *self._batch.running, *self._waiting_now()):
+            sequence.check_deadline(now)
+        for sequence in self._batch.take_ended():
+            if sequence.ended is not None and sequence.began is not None:
+                self._seconds = 0.8 * self._seconds + 0.2 * (sequence.ended - sequence.began)
+            if sequence.future.done() and not sequence.future.cancelled() and sequence.future.exception() is None:
+                sequence.metrics.answer(sequence.future.result())
+        self.metrics.load(len(self._waiting), len(self._batch))
+
+    def _waiting_now(self) -> list[Sequence]:
+        with self._changed:
+            return list(self._waiting)

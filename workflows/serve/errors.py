@@ -12,6 +12,7 @@ class ApiError(Exception):
         param: the field of the request that is meant, such as `messages[1].content`.
         code: short stable name of the error.
         retry_after: seconds after which to try again.
+        extra: further headers.
     """
 
     def __init__(
@@ -21,13 +22,17 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        extra: dict[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.extra = extra or {}
 
     @property
     def type(self) -> str:
         """OpenAI's name for the kind of error, from the status."""
+        if self.status == 401:
+            return "authentication_error"
         if self.status == 429:
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
@@ -38,7 +43,8 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Headers beside it."""
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        retry = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return {**retry, **self.extra}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -11,17 +11,33 @@ class Limits(StrictModel):
 
     model_config = ConfigDict(frozen=True)
 
-    max_batch: int = Field(8, gt=0)
-    """Requests that are answered together."""
+    max_batch: int = Field(32, gt=0)
+    """Answers that are made together: the number of slots, each as large as the model's recurrent state."""
     max_waiting: int = Field(64, gt=0)
     """Requests that wait for their turn; one more is told to come back later (429)."""
+    prefill_tokens: int = Field(512, gt=0)
+    """Prompt tokens that are read between two steps of the running answers; a longer prompt is read in pieces."""
+    pictures_at_once: int = Field(4, gt=0)
+    """Pictures that are encoded together, between two steps of the running answers."""
+    deadline_seconds: float = Field(300, gt=0)
+    """Longest time from a request's arrival in the queue to the end of its answer (504)."""
     max_tokens: int = Field(1024, gt=0)
     """Longest answer that a request may ask for."""
     default_tokens: int = Field(256, gt=0)
     """Longest answer of a request that does not say; at most max_tokens counts."""
+    max_choices: int = Field(8, gt=0)
+    """Most answers to one request (`n`)."""
     body_bytes: int = Field(48 * 2**20, gt=0)
     """Largest request body (413)."""
+    body_seconds: float = Field(60, gt=0)
+    """Longest time that a request's body may take to arrive (408)."""
+    held_bytes: int = Field(512 * 2**20, gt=0)
+    """Bodies held at once, together; one more byte is told to come back later (429)."""
+    pictures: int = Field(16, gt=0)
+    """Most pictures of one request, where its prompt has room for them."""
     picture_bytes: int = Field(20 * 2**20, gt=0)
     """Largest encoded picture."""
     picture_pixels: int = Field(MAX_PIXELS, gt=0)
     """Most pixels of a decoded picture."""
+    fetch_seconds: float = Field(10, gt=0)
+    """Longest time to fetch one picture from an allowed address."""

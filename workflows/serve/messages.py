@@ -7,6 +7,7 @@ first user turn. Pictures stand before their turn's text, wherever among its par
 import base64
 import binascii
 import io
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -15,21 +16,26 @@ from mlmamba.pictures import PictureError, open_picture
 from pipelines.validate import FORMATS
 from workflows.serve.errors import bad_request
 from workflows.serve.limits import Limits
+from workflows.serve.remote_images import Fetcher, FetchError
 from workflows.serve.schema import Message
 
 SYSTEM_ROLES = ("system", "developer")
 
 
-def read_messages(messages: list[Message], limits: Limits, max_pictures: int) -> tuple[list[Turn], list[Image.Image]]:
-    """Turns and decoded pictures of a request.
+def read_messages(
+    messages: list[Message], limits: Limits, max_pictures: int, fetcher: Fetcher | None = None
+) -> tuple[list[Turn], Iterator[Image.Image]]:
+    """Turns of a request, and its pictures, each decoded when it is asked for: together they could fill the memory.
 
     Args:
         messages: as sent.
         limits: the picture limits.
-        max_pictures: as many as the longest prompt has room for.
+        max_pictures: as many as a prompt may show.
+        fetcher: for pictures that are not sent along; None refuses them.
 
     Raises:
-        ApiError: 400; roles are out of order, a turn is empty, or a picture cannot be used.
+        ApiError: 400; roles are out of order, a turn is empty, or (while the pictures are taken) a picture cannot be
+            used.
     """
     turns = _turns(messages)
     count = sum(turn.images for turn in turns)
@@ -39,12 +45,15 @@ def read_messages(messages: list[Message], limits: Limits, max_pictures: int) ->
             "messages",
             "too_many_pictures",
         )
-    pictures = []
+    return turns, _pictures(messages, limits, fetcher)
+
+
+def _pictures(messages: list[Message], limits: Limits, fetcher: Fetcher | None) -> Iterator[Image.Image]:
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content):
             if part.image_url is not None and part.type == "image_url":
-                pictures.append(_picture(part.image_url.url, limits, f"messages[{i}].content[{j}].image_url.url"))
-    return turns, pictures
+                param = f"messages[{i}].content[{j}].image_url.url"
+                yield _decode(_data(part.image_url.url, limits, fetcher, param), limits, param)
 
 
 def _turns(messages: list[Message]) -> list[Turn]:
@@ -79,14 +88,24 @@ def _text(message: Message) -> str:
     return "\n".join(part.text for part in message.content if part.type == "text" and part.text).strip()
 
 
-def _picture(url: str, limits: Limits, param: str) -> Image.Image:
-    head, comma, body = url.partition(",")
-    if not head.lower().startswith("data:"):
+def _data(url: str, limits: Limits, fetcher: Fetcher | None, param: str) -> bytes:
+    """Encoded picture behind a data: URI, or an address where fetching is allowed."""
+    if url[:5].lower() == "data:":
+        return _embedded(url, limits, param)
+    if not fetcher or not url.lower().startswith(("http://", "https://")):
         raise bad_request(
             f"{param}: pictures are not fetched from the network; send a data: URI (data:image/png;base64,...)",
             param,
             "remote_picture",
         )
+    try:
+        return fetcher.fetch(url)
+    except FetchError as error:
+        raise bad_request(f"{param}: {error}", param, error.code) from error
+
+
+def _embedded(url: str, limits: Limits, param: str) -> bytes:
+    head, comma, body = url.partition(",")
     if not comma or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
         raise bad_request(f"{param}: not of the form data:image/TYPE;base64,DATA", param, "invalid_data_uri")
     if len(body) * 3 // 4 > limits.picture_bytes + 2:
@@ -96,9 +115,12 @@ def _picture(url: str, limits: Limits, param: str) -> Image.Image:
             "picture_too_large",
         )
     try:
-        data = base64.b64decode("".join(body.split()), validate=True)  # line breaks are what `base64` writes
+        return base64.b64decode("".join(body.split()), validate=True)  # line breaks are what `base64` writes
     except (binascii.Error, ValueError) as error:
         raise bad_request(f"{param}: the data is not base64 ({error})", param, "invalid_base64") from error
+
+
+def _decode(data: bytes, limits: Limits, param: str) -> Image.Image:
     try:
         _check_format(data)
         return open_picture(data, limits.picture_pixels)

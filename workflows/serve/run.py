@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import signal
@@ -10,9 +11,13 @@ import sys
 import threading
 from pathlib import Path
 
+from workflows import tracking
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry import PREFIX, ResolvedModel, resolve_model
 from workflows.runtime import connect_ray
+from workflows.serve.access import KEYS_VARIABLE, Access
+from workflows.serve.limits import Limits
+from workflows.serve.swap import SwapOptions
 
 APPLICATION = "mlmamba"
 _MOST_THREADS = 8  # generating one token after the other gains nothing from more
@@ -52,7 +57,13 @@ def serve_model(
     port: int = 8000,
     *,
     replicas: int = 1,
+    max_replicas: int | None = None,
     threads: int | None = None,
+    gpus: float | None = None,
+    access: Access | None = None,
+    no_api_keys: bool = False,
+    swap: SwapOptions | None = None,
+    limits: Limits | None = None,
     block: bool = True,
 ) -> Server:
     """Serve a model over HTTP.
@@ -63,14 +74,23 @@ def serve_model(
         host: address to listen at; 0.0.0.0 for every interface.
         port: port to listen at.
         replicas: copies of the model.
+        max_replicas: most copies, when there is more to do.
         threads: torch threads of one replica; by default the machine's cores shared out, at most 8.
+        gpus: GPU of one replica; by default one each where there are as many.
+        access: who may ask.
+        no_api_keys: let everyone ask who reaches an address other than this machine's own.
+        swap: how an alias is followed.
+        limits: of one replica.
         block: return only after Ctrl-C (or SIGTERM), with everything stopped; else return as soon as it serves.
 
     Raises:
-        UsageError: the port is taken, or the machine is too small.
+        UsageError: the port is taken, the machine is too small, or API keys are missing.
         WorkflowError: there is no such model, or it could not be started.
     """
     check_port(host, port)
+    access = access or Access()
+    need_keys = not no_api_keys and not _only_here(host)
+    check_keys(host, access, need_keys)
     source = resolve_model(reference, storage)
     reference = reference if reference.startswith(PREFIX) else str(Path(reference).absolute())
     _say(f"loading {source.label} ...")
@@ -80,7 +100,15 @@ def serve_model(
     connect_ray()
     server = Server(f"http://{_address(host)}:{port}", joined)
     try:
-        options = _options(ray.cluster_resources(), reference, storage, replicas, threads)
+        options = _options(ray.cluster_resources(), reference, storage, replicas, max_replicas, threads, gpus)
+        options = options.model_copy(
+            update={
+                "access": access,
+                "require_keys": need_keys,
+                "swap": swap or SwapOptions(),
+                "limits": limits or Limits(),
+            }
+        )
         _refuse_second(ray)
     except BaseException:
         if joined:
@@ -119,6 +147,27 @@ def check_port(host: str, port: int) -> None:
         raise UsageError(message) from error
 
 
+def check_keys(host: str, access: Access, needed: bool) -> None:
+    """Raise UsageError when the API keys cannot be read, or are needed and missing."""
+    try:
+        keys = access.keys(dict(os.environ))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if needed and not keys:
+        raise UsageError(
+            f"--host {host}: others can reach that address, so API keys are needed: set {KEYS_VARIABLE} (separated by "
+            "commas) or give --api-keys-file FILE (one a line). --no-api-keys lets everyone ask"
+        )
+
+
+def _only_here(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _refuse_second(ray) -> None:
     # Not serve.status(): it fails in a process that has used Ray Serve on a Ray that is gone.
     actors = ray.util.list_named_actors(all_namespaces=True)
@@ -129,8 +178,16 @@ def _refuse_second(ray) -> None:
         )
 
 
-def _options(have: dict[str, float], reference: str, storage: Path, replicas: int, threads: int | None):
-    from workflows.serve.deployment import ServeOptions
+def _options(
+    have: dict[str, float],
+    reference: str,
+    storage: Path,
+    replicas: int,
+    max_replicas: int | None,
+    threads: int | None,
+    gpus: float | None,
+):
+    from workflows.serve.deployment import Autoscaling, ServeOptions
 
     cores = int(have.get("CPU", 0))
     if not 0 < replicas * (threads or 1) <= cores:
@@ -138,12 +195,21 @@ def _options(have: dict[str, float], reference: str, storage: Path, replicas: in
             f"--replicas {replicas}: with {threads or 1} CPU cores each; Ray has {cores} here, so choose from 1 to "
             f"{cores // (threads or 1)}"
         )
+    if max_replicas is not None and max_replicas < replicas:
+        raise UsageError(f"--max-replicas {max_replicas}: must be at least --replicas {replicas}")
+    if gpus is not None and not (0 <= gpus <= 1 and gpus * replicas <= have.get("GPU", 0)):
+        raise UsageError(
+            f"--gpus {gpus:g}: from 0 to 1 for each of {replicas} replicas; Ray has {have.get('GPU', 0):g} GPUs here"
+        )
+    most = max(replicas, max_replicas or 0)
     return ServeOptions(
         model=reference,
         storage=str(storage),
+        registry=tracking.SERVER,
         replicas=replicas,
-        threads=threads or min(_MOST_THREADS, cores // replicas),
-        gpus=int(have.get("GPU", 0) >= replicas),
+        autoscaling=Autoscaling(max_replicas=max_replicas) if max_replicas and max_replicas > replicas else None,
+        threads=threads or max(1, min(_MOST_THREADS, cores // most)),
+        gpus=float(have.get("GPU", 0) >= most) if gpus is None else gpus,
     )
 
 

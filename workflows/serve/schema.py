@@ -1,7 +1,7 @@
-"""Request and response of POST /v1/chat/completions, the part of OpenAI's API that is served.
+"""The request of POST /v1/chat/completions, the part of OpenAI's API that is served.
 
 A field that would change the answer and is not served is an error when it asks for something and passes when it does
-not (`"stream": false`). Fields unknown to both are ignored, as clients send many. Types are never converted: "0.5" is
+not (`"tools": []`). Fields unknown to both are ignored, as clients send many. Types are never converted: "0.5" is
 not a number.
 """
 
@@ -12,16 +12,13 @@ from pydantic_core import PydanticCustomError
 
 from workflows.serve.errors import ApiError, bad_request
 
+LONGEST_STOP, MOST_LOGPROBS = 256, 20
 # field -> values that ask for nothing; None always does.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "n": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
@@ -36,7 +33,7 @@ class _Form(BaseModel):
 
 
 class ImageUrl(_Form):
-    """Where a picture is: a data: URI."""
+    """Where a picture is: a data: URI, or an address where the server fetches pictures."""
 
     url: str
 
@@ -78,6 +75,12 @@ class Message(_Form):
     content: Annotated[list[Part], BeforeValidator(_as_parts)]
 
 
+class StreamOptions(_Form):
+    """What a stream tells besides the answer."""
+
+    include_usage: bool | None = None
+
+
 class ChatRequest(_Form):
     """A chat completion request. Without a temperature the answer is greedy."""
 
@@ -88,9 +91,14 @@ class ChatRequest(_Form):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_as_list)] = Field(
-        None, max_length=4
-    )
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]] | None, BeforeValidator(_as_list)
+    ] = Field(None, max_length=4)
+    n: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     @model_validator(mode="before")
     @classmethod
@@ -102,40 +110,16 @@ class ChatRequest(_Form):
                 raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": name})
         return data
 
-
-class AnswerMessage(BaseModel):
-    """The model's message."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class Choice(BaseModel):
-    """One answer. finish_reason: "stop" where the model or a stop string ended it, "length" where max_tokens did."""
-
-    index: int = 0
-    message: AnswerMessage
-    finish_reason: Literal["stop", "length"]
-
-
-class Usage(BaseModel):
-    """Token counts; a picture counts with all its placeholders, an answer with its end token."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ChatResponse(BaseModel):
-    """A chat completion. `system_fingerprint` is name/version of the model that answered."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[Choice]
-    usage: Usage
+    @model_validator(mode="after")
+    def _consistent(self):
+        # 0 is what some clients send beside logprobs: false.
+        if self.top_logprobs and not self.logprobs:
+            text = "top_logprobs: set logprobs to true to get them"
+            raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": "top_logprobs"})
+        if self.stream_options is not None and not self.stream:
+            text = "stream_options: only for a request with stream set to true"
+            raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": "stream_options"})
+        return self
 
 
 def parse_request(body: bytes) -> ChatRequest:

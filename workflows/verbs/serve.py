@@ -6,11 +6,35 @@ from workflows.verbs.verb import Verb, storage_option
 
 
 def serve(a: argparse.Namespace) -> None:
-    """serve models:/NAME@ALIAS over HTTP, OpenAI style"""
-    from workflows.layout import open_storage
-    from workflows.serve.run import serve_model
+    """serve models:/NAME@ALIAS over HTTP, OpenAI style; follows the alias when it moves"""
+    from pydantic import ValidationError
 
-    serve_model(a.model, open_storage(a.storage), a.host, a.port, replicas=a.replicas)
+    from workflows.errors import UsageError
+    from workflows.layout import open_storage
+    from workflows.serve.access import Access
+    from workflows.serve.run import serve_model
+    from workflows.serve.swap import SwapOptions
+
+    try:
+        access = Access(api_keys_file=_absolute(a.api_keys_file), image_urls=tuple(a.image_urls))
+        swap = SwapOptions(poll_seconds=a.poll_seconds, same_answer=a.same_answer)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + "-".join(str(first["loc"][0]).split("_"))
+        raise UsageError(f"{option}: {first['msg']}") from error
+    serve_model(
+        a.model,
+        open_storage(a.storage),
+        a.host,
+        a.port,
+        replicas=a.replicas,
+        max_replicas=a.max_replicas,
+        threads=a.threads,
+        gpus=a.gpus,
+        access=access,
+        no_api_keys=a.no_api_keys,
+        swap=swap,
+    )
 
 
 def chat(a: argparse.Namespace) -> dict | None:
@@ -27,9 +51,21 @@ def chat(a: argparse.Namespace) -> dict | None:
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="models:/NAME@ALIAS or a model folder")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
+    parser.add_argument("--replicas", type=int, default=1, help="processes, each with a copy of the model (default: 1)")
+    parser.add_argument("--max-replicas", type=int, metavar="N", help="up to so many when there is more to do")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU cores of a replica (default: all, shared out)")
+    parser.add_argument("--gpus", type=float, metavar="N", help="GPU of a replica, 0 to 1 (default: one each, if any)")
+    parser.add_argument("--api-keys-file", metavar="FILE", help="API keys, one a line (also MLMAMBA_API_KEYS)")
+    parser.add_argument("--no-api-keys", action="store_true", help="serve others than this machine without keys")
+    parser.add_argument(
+        "--image-urls", action="append", default=[], metavar="PATTERN", help="fetch pictures from there, repeatable"
+    )
+    parser.add_argument("--poll-seconds", type=float, default=5, metavar="S", help="between looks at the alias")
+    parser.add_argument(
+        "--same-answer", action="store_true", help="refuse a version whose answer to its stored picture has changed"
+    )
     storage_option(parser)
 
 
@@ -37,8 +73,14 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder or models:/NAME@ALIAS")
     parser.add_argument("--image", metavar="FILE", help="the picture")
     parser.add_argument("--question", metavar="TEXT", help="ask this and stop; without it, talk")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
     storage_option(parser)
+
+
+def _absolute(path: str | None) -> str | None:
+    from pathlib import Path
+
+    return None if path is None else str(Path(path).absolute())
 
 
 SERVE = Verb(serve, _serve_arguments)

@@ -1,0 +1,213 @@
+"""Continuous batching for a recurrent model: sequences join and leave the running batch between two steps.
+
+A step of the engine encodes some pictures, reads one piece of some prompts, and gives every running answer its next
+token. Each part is bounded, so that a long prompt holds up running answers by one piece at most. Rows do not see each
+other: padding is masked, so a greedy answer is the one that the prompt gets alone, but for rounding.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from workflows.serve.errors import without_message
+from workflows.serve.generation import TokenLogprob
+from workflows.serve.limits import Limits
+from workflows.serve.sampling import choose, log_probabilities
+from workflows.serve.sequence import Sequence
+from workflows.serve.slots import StatePool, stack
+from workflows.serve.streaming import TokenText
+
+logger = logging.getLogger(__name__)
+Pick = tuple[int | None, TokenLogprob | None, bool]
+
+
+class Batch:
+    """The sequences in work: `reading` their prompts, or `running`, in the order of the slots.
+
+    Args:
+        model: in evaluation mode, on its device.
+        text: of its tokenizer.
+        limits: the sizes of batch and pieces.
+    """
+
+    def __init__(self, model, text: TokenText, limits: Limits):
+        self.reading: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.pool = StatePool(limits.max_batch)
+        self._ended: list[Sequence] = []
+        self._model, self._text, self._limits = model, text, limits
+
+    def __len__(self) -> int:
+        return len(self.reading) + len(self.running)
+
+    @property
+    def room(self) -> int:
+        """Sequences that can be added."""
+        return self._limits.max_batch - len(self)
+
+    def add(self, sequence: Sequence) -> None:
+        """Begin to read a prompt."""
+        self.reading.append(sequence)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Go on with every sequence, as far as one step goes."""
+        self._free()
+        self._encode_pictures()
+        self._read_prompts()
+        self._answer()
+        self._free()
+
+    def take_ended(self) -> list[Sequence]:
+        """The sequences that have left the batch since the last call, answered or not."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def fail_all(self, error: Exception) -> None:
+        """End every sequence with an error."""
+        for sequence in (*self.reading, *self.running):
+            sequence.fail(error)
+        self.reading, self.running = [], []
+        self.pool.clear()
+
+    def _free(self) -> None:
+        """Take out all that is over."""
+        self._ended += [sequence for sequence in self.reading if sequence.over]
+        self.reading = [sequence for sequence in self.reading if not sequence.over]
+        for slot in reversed(range(len(self.running))):
+            if self.running[slot].over:
+                self.pool.remove(slot)
+                self._ended.append(self.running[slot])
+                last = self.running.pop()
+                if slot < len(self.running):
+                    self.running[slot] = last
+
+    def _encode_pictures(self) -> None:
+        """Pictures of the prompts that come next, at most `pictures_at_once` of them (or one prompt's)."""
+        group: list[Sequence] = []
+        for sequence in self.reading:
+            if sequence.prompt.pixels is None or sequence.features is not None or sequence.read:
+                continue
+            count = sum(len(s.prompt.pixels) for s in group) + len(sequence.prompt.pixels)
+            if group and count > self._limits.pictures_at_once:
+                break
+            group.append(sequence)
+        if group:
+            self._one_by_one_if_they_fail(self._encode, group)
+
+    def _encode(self, group: list[Sequence]) -> None:
+        pixels = torch.cat([sequence.prompt.pixels for sequence in group]).to(self._model.device)
+        pieces = pixels.split(self._limits.pictures_at_once)
+        features = torch.cat([self._model.get_image_features(piece) for piece in pieces])
+        counts = [len(sequence.prompt.pixels) for sequence in group]
+        for sequence, own in zip(group, features.split(counts), strict=True):
+            sequence.features = own.flatten(0, 1)
+
+    def _read_prompts(self) -> None:
+        """One piece of the prompts that come first, together at most `prefill_tokens` with their padding."""
+        group: list[Sequence] = []
+        longest = 0
+        for sequence in self.reading:
+            if sequence.over or (sequence.prompt.pixels is not None and sequence.features is None):
+                continue
+            longest = max(longest, self._piece(sequence))
+            if group and (len(group) + 1) * longest > self._limits.prefill_tokens:
+                break
+            group.append(sequence)
+        if group:
+            self._one_by_one_if_they_fail(self._read, group)
+            self.reading = [s for s in self.reading if s.read < len(s.prompt.input_ids) and not s.over]
+
+    def _piece(self, sequence: Sequence) -> int:
+        return min(len(sequence.prompt.input_ids) - sequence.read, self._limits.prefill_tokens)
+
+    def _read(self, group: list[Sequence]) -> None:
+        lengths = [self._piece(sequence) for sequence in group]
+        longest = max(lengths)
+        ids = torch.zeros(len(group), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)  # from lengths: the pad id is also the end token
+        features: list[Tensor] = []
+        for row, (sequence, length) in enumerate(zip(group, lengths, strict=True)):
+            piece = sequence.prompt.input_ids[sequence.read : sequence.read + length]
+            ids[row, longest - length :], mask[row, longest - length :] = piece, 1
+            if sequence.features is not None:
+                features.append(sequence.features[: int((piece == self._model.config.image_token_id).sum())])
+        used = [len(own) for own in features]
+        out = self._model(
+            input_ids=ids.to(self._model.device),
+            image_features=torch.cat(features) if sum(used) else None,
+            attention_mask=mask.to(self._model.device),
+            cache_params=stack([sequence.state for sequence in group]),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        ends = [s.read + length == len(s.prompt.input_ids) for s, length in zip(group, lengths, strict=True)]
+        done = [row for row, end in enumerate(ends) if end]
+        picked = self._pick([group[row] for row in done], out.logits[done, -1]) if done else []
+        counts = iter(used)
+        for row, (sequence, length) in enumerate(zip(group, lengths, strict=True)):
+            sequence.read += length
+            if sequence.features is not None:
+                sequence.features = sequence.features[next(counts) :]
+            if not ends[row]:
+                sequence.state = out.cache_params.select(torch.tensor([row], device=out.logits.device))
+                continue
+            self.pool.append(out.cache_params, row)
+            self.running.append(sequence)
+            sequence.state = sequence.features = None
+            sequence.take(*picked[done.index(row)])
+
+    def _answer(self) -> None:
+        """The next token of every running answer."""
+        if not self.running or all(sequence.over for sequence in self.running):
+            return
+        try:
+            self._free()
+            last = torch.tensor([[sequence.ids[-1]] for sequence in self.running], device=self._model.device)
+            out = self._model(input_ids=last, cache_params=self.pool.view(), use_cache=True, logits_to_keep=1)
+            picked = self._pick(self.running, out.logits[:, -1])
+            self.pool.write(out.cache_params)
+        except Exception as error:  # what a device raises when its memory is full, for one
+            logger.error("a step of %d answers failed: %s", len(self.running), without_message(error))
+            for sequence in self.running:
+                sequence.fail(error)
+            return
+        for sequence, (token, report, end) in zip(self.running, picked, strict=True):
+            sequence.take(token, report, end)
+
+    def _pick(self, sequences: list[Sequence], logits: Tensor) -> list[Pick]:
+        """The next token of each sequence from its row of logits, its report, and whether it is an end token."""
+        generation = self._model.generation_config
+        if generation.suppress_tokens:
+            logits[:, generation.suppress_tokens] = float("-inf")
+        tokens = choose(logits, [s.settings for s in sequences], [s.generator for s in sequences])
+        reports = self._reports(sequences, logits, tokens)
+        end = generation.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        return [(token, report, token in ends) for token, report in zip(tokens, reports, strict=True)]
+
+    def _reports(
+        self, sequences: list[Sequence], logits: Tensor, tokens: list[int | None]
+    ) -> list[TokenLogprob | None]:
+        reports: list[TokenLogprob | None] = [None] * len(sequences)
+        wanted = [row for row, s in enumerate(sequences) if s.settings.logprobs is not None and tokens[row] is not None]
+        if wanted:
+            most = max(sequences[row].settings.logprobs for row in wanted)
+            found = log_probabilities(logits[wanted], [tokens[row] for row in wanted], most)
+            for row, (logprob, top) in zip(wanted, found, strict=True):
+                top = [(self._text.data(token), value) for token, value in top[: sequences[row].settings.logprobs]]
+                reports[row] = TokenLogprob(self._text.data(tokens[row]), logprob, tuple(top))
+        return reports
+
+    def _one_by_one_if_they_fail(self, work, group: list[Sequence]) -> None:
+        """One request must not fail its neighbours. `work` changes nothing before what can fail is done."""
+        try:
+            work(group)
+        except Exception as error:
+            if len(group) == 1:
+                group[0].fail(error)
+                return
+            logger.error("%d prompts failed together, each is tried alone: %s", len(group), without_message(error))
+            for sequence in group:
+                self._one_by_one_if_they_fail(work, [sequence])

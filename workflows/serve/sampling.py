@@ -1,0 +1,80 @@
+"""Choosing the next token of every row, each with its own settings and its own random numbers.
+
+A row's choice depends on its own logits and its own generator alone, so a seed gives the same answer whoever is
+answered beside it, but for the rounding of the logits. Shapes: n rows, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from workflows.serve.generation import Settings
+
+_NUCLEUS = 256  # tokens that hold top_p of the mass nearly always; sorting all of a large vocabulary is slow
+
+
+def generator_of(settings: Settings) -> torch.Generator | None:
+    """The random numbers of one answer, from its seed or from the system; None for a greedy one."""
+    if settings.greedy:
+        return None
+    generator = torch.Generator()
+    if settings.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(settings.seed)
+    return generator
+
+
+def choose(logits: Tensor, settings: list[Settings], generators: list[torch.Generator | None]) -> list[int | None]:
+    """The next token of each row.
+
+    Args:
+        logits: (n, V) float32; -inf at tokens that must not come.
+        settings, generators: one for each row; the generators of greedy rows are not used.
+
+    Returns:
+        Ids; None for a row whose logits are no numbers.
+    """
+    best, ids = logits.max(dim=-1)
+    sampled = [row for row, one in enumerate(settings) if not one.greedy]
+    if sampled:
+        rows = torch.tensor(sampled, device=logits.device)
+        temperatures = torch.tensor([settings[row].temperature for row in sampled], device=logits.device)
+        probabilities = torch.softmax(logits[rows] / temperatures[:, None], dim=-1)
+        # Drawn on the CPU, so that a seed means the same on every device.
+        draws = [torch.rand((), dtype=torch.float64, generator=generators[row]) for row in sampled]
+        draws = torch.stack(draws).to(logits.device)
+        cut = [i for i, row in enumerate(sampled) if settings[row].top_p < 1]
+        whole = [i for i, row in enumerate(sampled) if settings[row].top_p >= 1]
+        if whole:
+            ids[rows[whole]] = _draw(probabilities[whole], draws[whole])
+        if cut:
+            top_p = torch.tensor([settings[sampled[i]].top_p for i in cut], device=logits.device)
+            ids[rows[cut]] = _draw_nucleus(probabilities[cut], draws[cut], top_p)
+    return [token if fine else None for token, fine in zip(ids.tolist(), best.isfinite().tolist(), strict=True)]
+
+
+def log_probabilities(logits: Tensor, ids: list[int], count: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For each row of logits (n, V): the log probability of its id, and the `count` most likely ids with theirs."""
+    logs = torch.log_softmax(logits, dim=-1)
+    chosen = logs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+    values, indices = logs.topk(min(count, logs.shape[1]), dim=-1)
+    tops = [list(zip(*pair, strict=True)) for pair in zip(indices.tolist(), values.tolist(), strict=True)]
+    return list(zip(chosen, tops, strict=True))
+
+
+def _draw(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Indices (n,) by inverting the distribution function of each row (n, V) at draws (n,) in [0, 1)."""
+    mass = probabilities.double().cumsum(dim=-1)
+    places = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
+    return places[:, 0].clamp(max=probabilities.shape[1] - 1)  # a row of no numbers has no place
+
+
+def _draw_nucleus(probabilities: Tensor, draws: Tensor, top_p: Tensor) -> Tensor:
+    """As `_draw`, from the fewest most likely tokens that together have probability top_p (n,)."""
+    values, indices = probabilities.topk(min(_NUCLEUS, probabilities.shape[1]), dim=-1)
+    if bool((values.double().sum(-1) < top_p).any()):
+        values, indices = probabilities.sort(dim=-1, descending=True)
+    before = values.double().cumsum(dim=-1) - values
+    values = values.masked_fill(before >= top_p[:, None], 0.0)
+    values[:, 0] = values[:, 0].clamp(min=torch.finfo(values.dtype).tiny)  # top_p 0 keeps the most likely
+    return indices.gather(1, _draw(values, draws)[:, None])[:, 0]

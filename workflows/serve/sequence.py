@@ -1,0 +1,145 @@
+"""One request on its way through the engine: waiting, being read, being answered, and its end."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+
+from torch import Tensor
+
+from mlmamba.state import MambaState
+from workflows.serve.generation import Answer, Delta, FinishReason, Prompt, Settings, Timing, TokenLogprob
+from workflows.serve.metrics import Metrics
+from workflows.serve.sampling import generator_of
+from workflows.serve.streaming import TextStream, TokenText
+
+
+class DeadlineExceeded(Exception):
+    """The answer was not finished in time."""
+
+    def __init__(self, seconds: float, tokens: int):
+        done = f"{tokens} tokens of the answer were made" if tokens else "the answer was not begun"
+        super().__init__(f"the answer took longer than this server's {seconds:g} s ({done}); ask for fewer tokens")
+
+
+class NoNumbers(Exception):
+    """The model's output is not finite: its weights or its precision are at fault."""
+
+    def __init__(self):
+        super().__init__("the model's output is not a number")
+
+
+class Sequence:
+    """One request.
+
+    The future stays cancellable to the end: the engine looks at it before each step and gives up a cancelled request.
+
+    Args:
+        prompt, settings: what is asked.
+        text: of the model's tokenizer.
+        deadline: seconds that the answer may take from now on.
+        on_delta: called in the engine's thread with each piece of the answer, before the future is done.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        settings: Settings,
+        text: TokenText,
+        deadline: float,
+        on_delta: Callable[[Delta], None] | None = None,
+    ):
+        self.prompt, self.settings = prompt, settings
+        self.future: Future[Answer] = Future()
+        self.read = 0  # prompt tokens that the state has seen
+        self.features: Tensor | None = None  # one vector for each placeholder of the prompt that is still to be read
+        self.state: MambaState | None = None  # of the prompt so far; once it is read, the state is in a slot
+        self.ids: list[int] = []
+        self.generator = generator_of(settings)
+        self.metrics: Metrics | None = None  # as they were when it came: a version's trial is not counted as its work
+        self.began: float | None = None
+        self.first: float | None = None
+        self.ended: float | None = None
+        self.arrived = time.monotonic()
+        self._text, self._stream = text, TextStream(text, settings.stop)
+        self._deadline, self._on_delta = deadline, on_delta
+        self._parts: list[str] = []
+        self._reports: list[TokenLogprob] = []
+        self._starts: list[int] = []  # where in the text the token of each report begins
+        self._reported = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to do: answered, failed or given up by the client."""
+        return self.ended is not None or self.future.done()
+
+    def check_deadline(self, now: float) -> None:
+        """Fail if there is no time left."""
+        if now - self.arrived > self._deadline:
+            self.fail(DeadlineExceeded(self._deadline, len(self.ids)))
+
+    def take(self, token: int | None, report: TokenLogprob | None, is_end: bool) -> None:
+        """The next token of the answer, None where the model gave no number; its report, if one was asked for; and
+        whether it is an end token."""
+        if token is None:
+            self.fail(NoNumbers())
+            return
+        if self.first is None:
+            self.first = time.monotonic()
+        self.ids.append(token)
+        reason: FinishReason | None = None
+        if is_end:
+            reason = "stop"
+        else:
+            if report is not None:
+                self._reports.append(report)
+                self._starts.append(self._stream.length)
+            self._stream.push(token)
+            if self._stream.stopped:
+                reason = "stop"
+            elif len(self.ids) >= self.settings.max_tokens:
+                reason = "length"
+        self._show(final=reason is not None)
+        if reason is not None:
+            self._finish(reason)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        self._end(lambda: self.future.set_exception(error))
+
+    def _show(self, final: bool) -> None:
+        if not final and self._on_delta is None and not self.settings.stop:
+            return  # nobody looks before the end
+        text = self._stream.take(final)
+        first = self._reported
+        while self._reported < len(self._starts) and self._starts[self._reported] < self._stream.shown:
+            self._reported += 1
+        reports = tuple(self._reports[first : self._reported])
+        if text:
+            self._parts.append(text)
+        if self._on_delta is not None and (text or reports):
+            try:
+                self._on_delta(Delta(text, reports))
+            except RuntimeError:  # the event loop that listened is closed: nobody is there any more
+                self.future.cancel()
+
+    def _finish(self, reason: FinishReason) -> None:
+        now = time.monotonic()
+        timing = Timing((self.began or now) - self.arrived, (self.first or now) - self.arrived, now - self.arrived)
+        answer = Answer(
+            "".join(self._parts),
+            reason,
+            len(self.prompt.input_ids),
+            len(self.ids),
+            tuple(self.ids),
+            tuple(self._reports[: self._reported]) if self.settings.logprobs is not None else None,
+            timing,
+        )
+        self._end(lambda: self.future.set_result(answer))
+
+    def _end(self, settle: Callable[[], None]) -> None:
+        if self.ended is None:
+            self.ended = time.monotonic()
+            self.state = self.features = None
+            with contextlib.suppress(InvalidStateError):  # cancelled at this moment
+                settle()

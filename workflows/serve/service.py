@@ -1,0 +1,285 @@
+"""From a request's body to its answers: what a replica serves, without HTTP."""
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from workflows.registry import ResolvedModel
+from workflows.serve.access import Access
+from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
+from workflows.serve.errors import ApiError, bad_request, without_message
+from workflows.serve.generation import Answer, Delta, Prompt, Settings
+from workflows.serve.limits import Limits
+from workflows.serve.messages import read_messages
+from workflows.serve.metrics import default_metrics
+from workflows.serve.remote_images import Fetcher
+from workflows.serve.responses import Completion, model_id
+from workflows.serve.schema import ChatRequest, Message, parse_request
+from workflows.serve.security import Keys
+from workflows.serve.sequence import DeadlineExceeded
+
+logger = logging.getLogger(__name__)
+KEEP_ALIVE_SECONDS = 15  # proxies cut connections that are silent, as while a request waits for its slot
+READERS = 2  # requests whose pictures are decoded at once; each may take picture_pixels x 3 bytes
+
+
+@dataclass(frozen=True)
+class Served:
+    """A loaded model and where it came from."""
+
+    engine: Engine
+    source: ResolvedModel
+
+    @property
+    def id(self) -> str:
+        """The name under which clients ask for it; stays the same from version to version."""
+        return model_id(self.source)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every response says about the model."""
+        headers = {"x-model-version": quote(self.source.label)}
+        return headers | ({"x-model-run-id": self.source.run_id} if self.source.run_id else {})
+
+    def is_called(self, name: str | None) -> bool:
+        """Whether a request for a model of this name means this one."""
+        return name in (None, self.id, self.source.label)
+
+    def read(self, messages: list[Message], fetcher: Fetcher) -> Prompt:
+        """Messages to a prompt. Raises ApiError."""
+        turns, pictures = read_messages(messages, self.engine.limits, self.engine.max_pictures, fetcher)
+        try:
+            return self.engine.prepare(turns, pictures)
+        except ControlText as error:
+            raise bad_request(str(error), "messages", "control_text") from error
+        except ValueError as error:
+            raise bad_request(str(error), "messages") from error
+
+
+class Service:
+    """What a replica serves. `served` is replaced as a whole; a request keeps the one that it began with.
+
+    Args:
+        limits: of the replica.
+        access: keys and allowed addresses; everyone may ask and nothing is fetched by default.
+
+    Raises:
+        ValueError: the API keys cannot be read.
+    """
+
+    def __init__(self, limits: Limits, access: Access | None = None):
+        self.limits, self.access = limits, access or Access()
+        self.keys = Keys(self.access.keys(dict(os.environ)))
+        self.metrics = default_metrics()
+        self.fetcher = Fetcher(self.access.image_urls, limits.picture_bytes, limits.fetch_seconds)
+        self.since = int(time.time())
+        self._served: Served | None = None
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+
+    @property
+    def served(self) -> Served | None:
+        """The model, or None before one is loaded."""
+        return self._served
+
+    @served.setter
+    def served(self, served: Served | None) -> None:
+        before, self._served = self._served, served
+        if before is not None:
+            before.engine.metrics.serving(False)
+        if served is not None:
+            served.engine.metrics = self.metrics.of_version(served.source.label)
+            served.engine.metrics.serving(True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a model is loaded and answers."""
+        return self._served is not None and self._served.engine.alive
+
+    def loaded(self) -> Served:
+        """The model. Raises ApiError (503) when there is none yet."""
+        if self._served is None:
+            raise ApiError(503, "the model is still being loaded; try again", code="model_loading", retry_after=5)
+        return self._served
+
+    async def begin(self, body: bytes) -> "Conversation":
+        """Read the body of a chat completion request and queue it. Raises ApiError."""
+        self.loaded()
+        loop = asyncio.get_running_loop()
+        request = await loop.run_in_executor(self._readers, parse_request, body)
+        while True:
+            served = self.loaded()
+            if not served.is_called(request.model):
+                message = f"the model that was asked for is not served here; ask for {served.id!r}"
+                raise ApiError(404, message, "model", "model_not_found")
+            settings = read_settings(request, self.limits)
+            prompt = await loop.run_in_executor(self._readers, served.read, request.messages, self.fetcher)
+            try:
+                return Conversation(served, request, prompt, settings)
+            except EngineClosed as error:
+                if self._served is served:
+                    raise api_error(error) from error
+                # The model was replaced while the request was read: the new one answers it, from the beginning.
+
+
+class Events:
+    """What the answers to a request added, in order. Pieces of one answer that wait together become one: a client that
+    reads slowly, or a busy server, has fewer events to deal with."""
+
+    def __init__(self):
+        self._waiting: deque[tuple[int, Delta | None]] = deque()
+        self._there = asyncio.Event()
+
+    def put(self, index: int, delta: Delta | None) -> None:
+        """Add a piece of answer `index`, or None for its end."""
+        last = self._waiting[-1] if self._waiting else None
+        if last is not None and delta is not None and last[0] == index and last[1] is not None:
+            self._waiting[-1] = (index, Delta(last[1].text + delta.text, last[1].logprobs + delta.logprobs))
+        else:
+            self._waiting.append((index, delta))
+        self._there.set()
+
+    async def get(self) -> tuple[int, Delta | None]:
+        """The next, waiting for it."""
+        while not self._waiting:
+            self._there.clear()
+            await self._there.wait()
+        return self._waiting.popleft()
+
+
+class Conversation:
+    """A request in the engine's queue, and what comes of it.
+
+    Raises:
+        ApiError: the queue is full.
+        EngineClosed: the model was replaced.
+    """
+
+    def __init__(self, served: Served, request: ChatRequest, prompt: Prompt, settings: list[Settings]):
+        self.served, self.streams = served, bool(request.stream)
+        self.pictures = 0 if prompt.pixels is None else len(prompt.pixels)
+        self.answers: list[Answer] = []
+        self._usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._completion = Completion(served.source, settings[0].logprobs is not None)
+        self._events = Events()
+        self._loop = asyncio.get_running_loop()
+        self._futures: list[Future[Answer]] = []
+        try:
+            for index, own in enumerate(settings):
+                listen = self._listener(index) if self.streams else None
+                self._futures.append(served.engine.submit(prompt, own, listen))
+        except (QueueFull, EngineClosed) as error:
+            self.cancel()
+            if isinstance(error, QueueFull):
+                raise api_error(error) from error
+            raise
+
+    @property
+    def id(self) -> str:
+        """Of the completion."""
+        return self._completion.id
+
+    async def whole(self) -> dict[str, Any]:
+        """The response body, when all answers are whole. Cancelling this gives them up. Raises ApiError."""
+        try:
+            self.answers = list(await asyncio.gather(*map(asyncio.wrap_future, self._futures)))
+        except Exception as error:
+            raise api_error(error) from error
+        finally:
+            self.cancel()
+        return self._completion.whole(self.answers)
+
+    async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
+        """The events of the stream, None where there was none for a while. Closing this gives the answers up.
+
+        Raises:
+            ApiError: an answer failed.
+        """
+        for index, future in enumerate(self._futures):
+            future.add_done_callback(lambda _, index=index: self._post(index, None))
+        try:
+            for index in range(len(self._futures)):
+                yield self._with_usage(self._completion.opening(index))
+            left = len(self._futures)
+            while left:
+                try:
+                    async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                        index, delta = await self._events.get()
+                except TimeoutError:
+                    yield None
+                    continue
+                if delta is not None:
+                    yield self._with_usage(self._completion.piece(index, delta))
+                    continue
+                left -= 1
+                answer = self._result(index)
+                self.answers.append(answer)
+                yield self._with_usage(self._completion.closing(index, answer))
+            if self._usage:
+                yield self._completion.totals(self.answers)
+        finally:
+            self.cancel()
+
+    def _with_usage(self, event: dict[str, Any]) -> dict[str, Any]:
+        return event | {"usage": None} if self._usage else event
+
+    def _result(self, index: int) -> Answer:
+        try:
+            return self._futures[index].result()
+        except Exception as error:
+            raise api_error(error) from error
+
+    def _listener(self, index: int) -> Callable[[Delta], None]:
+        return lambda delta: self._post(index, delta)
+
+    def _post(self, index: int, delta: Delta | None) -> None:
+        """From the engine's thread. Raises RuntimeError when the event loop has ended."""
+        self._loop.call_soon_threadsafe(self._events.put, index, delta)
+
+    def cancel(self) -> None:
+        """Give up the answers that are not finished."""
+        for future in self._futures:
+            future.cancel()
+
+
+def read_settings(request: ChatRequest, limits: Limits) -> list[Settings]:
+    """The settings of each answer that a request asks for; a seed counts up from one to the next. Raises ApiError."""
+    field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    asked = getattr(request, field)
+    if asked is not None and asked > limits.max_tokens:
+        raise bad_request(f"{field} = {asked} is over this server's limit of {limits.max_tokens}", field)
+    count = request.n or 1
+    if count > limits.max_choices:
+        raise bad_request(f"n = {count} is over this server's limit of {limits.max_choices}", "n")
+    settings = Settings(
+        max_tokens=asked or min(limits.default_tokens, limits.max_tokens),
+        temperature=request.temperature or 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=request.seed,
+        stop=tuple(request.stop or ()),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+    if settings.seed is None or count == 1:
+        return [settings] * count
+    return [dataclasses.replace(settings, seed=settings.seed + i) for i in range(count)]
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client is told about an error. One that nobody foresaw is logged, and tells nothing."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
+    if isinstance(error, EngineClosed):
+        return ApiError(503, str(error), code="model_stopping", retry_after=1)
+    if isinstance(error, DeadlineExceeded):  # OpenAI's client would ask again for what takes too long
+        return ApiError(504, str(error), code="deadline_exceeded", extra={"x-should-retry": "false"})
+    logger.error("a request failed: %s", without_message(error))
+    return ApiError(500, "the server failed to answer; its log says where", code="internal")
