@@ -1,9 +1,8 @@
-"""Scores by question type, beside the two baselines that say whether the model looks at the picture."""
-
-from collections import defaultdict
+"""Exact match, and scores beside the two baselines that say whether the model looks at the picture, for a person."""
 
 OVERALL = "overall"
 MARGIN = "margin_over_blind"
+_WIDE, _SHOWN = 14, 5
 
 
 def normalise(answer: str) -> str:
@@ -11,29 +10,27 @@ def normalise(answer: str) -> str:
     return answer.strip().rstrip(".").strip().lower()
 
 
-def accuracy_by_type(predictions: list[str], answers: list[str], types: list[str]) -> dict[str, float]:
-    """Share of exact answers, overall and per type.
-
-    Raises:
-        ValueError: the lists differ in length: a score of an incomplete set is no score.
-    """
-    if not len(predictions) == len(answers) == len(types):
-        raise ValueError(f"{len(predictions)} predictions, {len(answers)} answers and {len(types)} types do not match")
-    right: dict[str, list[bool]] = defaultdict(list)
-    for prediction, answer, kind in zip(predictions, answers, types, strict=True):
-        hit = normalise(prediction) == normalise(answer)
-        right[OVERALL].append(hit)
-        right[kind].append(hit)
-    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
-
-
 def table(result: dict) -> str:
-    """Accuracy by type beside the baselines, for a person."""
+    """The content of scores.json as text: by type with the baselines beside, then the protocol's other scores.
+
+    Of those, the ones of a single type are left to scores.json.
+    """
+    kinds = [kind for kind in result["questions"] if kind in result["scores"]]
+    measured = [name for name in result["scores"] if name in result["majority"]]
+    others = [name for name in measured if not any(name == kind or name.endswith(f"/{kind}") for kind in kinds[1:])][1:]
+    width = max(_WIDE, *(len(name) + 2 for name in [*kinds, *others]))
     majority = f"majority ({result['majority_answer']})"
-    lines = [f"{'':<12}{'questions':>10}{'accuracy':>10}{'blind':>8}{majority:>18}"]
-    lines += [
-        f"{kind:<12}{count:>10,}{result['scores'][kind]:>10.1%}{result['blind'][kind]:>8.1%}"
-        f"{result['majority'][kind]:>18.1%}"
-        for kind, count in result["questions"].items()
-    ]
-    return "\n".join([*lines, "blind: the same model, another picture"])
+    column = len(majority) + 2
+    lines = [f"{'':<{width}}{'questions':>10}{'score':>10}{'blind':>8}{majority:>{column}}"]
+    for name in [*kinds, *others]:
+        count = f"{result['questions'][name]:,}" if name in kinds else ""
+        values = (result[part].get(name) for part in ("scores", "blind", "majority"))
+        score, blind, constant = ("" if value is None else f"{value:.1%}" for value in values)
+        lines.append(f"{name:<{width}}{count:>10}{score:>10}{blind:>8}{constant:>{column}}".rstrip())
+    lines.append("blind: the same model, another picture")
+    lines += result.get("notes", [])
+    if not result.get("complete", True):
+        missing = result["missing"]
+        shown = ", ".join(missing["ids"][:_SHOWN]) + (", ..." if missing["count"] > _SHOWN else "")
+        lines.append(f"PARTIAL: {missing['count']:,} items are missing ({shown}); this is not the benchmark's score")
+    return "\n".join(lines)

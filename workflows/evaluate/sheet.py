@@ -4,10 +4,7 @@ import os
 import random
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from mlmamba.pictures import open_picture
 from pipelines.sources import open_source
@@ -35,7 +32,8 @@ def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: 
     """
     chosen = _sample(recipe, columns * rows)
     sources = [open_source(config) for config in recipe.data.test]
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.9 * rows), squeeze=False)
+    figure = Figure(figsize=(3.6 * columns, 3.9 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture in zip(axes.flat, chosen, strict=False):
@@ -60,7 +58,6 @@ def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: 
     figure.subplots_adjust(left=0.02, right=0.98, top=0.93, bottom=0.09, hspace=0.55, wspace=0.12)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
     os.replace(temporary, out)
 
 

@@ -1,34 +1,128 @@
-"""evaluate: the score of a model."""
+"""evaluate: the score of a model on a recipe's test sources or on a benchmark."""
 
 import argparse
+from pathlib import Path
 
-from workflows.verbs.verb import Verb, open_console, recipe_and_storage, set_option, storage_option
+from workflows.errors import UsageError
+from workflows.verbs.evaluate_more import compared, more_arguments, probe
+from workflows.verbs.verb import Verb, open_console, set_option, storage_option
+
+_COUNTS = ("questions", "max_new_tokens", "workers", "cpus_per_worker", "batch_pictures", "batch_questions")
+_BENCHMARKS = "vqav2, gqa, vizwiz, textvqa, pope, vsr; llava or shards for data of your own"
 
 
 def evaluate(a: argparse.Namespace) -> dict:
-    """score a model (folder or models:/NAME@ALIAS) on the test sources of a recipe"""
-    recipe, storage = recipe_and_storage(a)
-    import tempfile
-    from pathlib import Path
+    """score a model (folder or models:/NAME@ALIAS) on a benchmark, or on the test sources of a recipe"""
+    from workflows.layout import open_storage
 
-    from workflows.evaluate.runner import evaluate as score
-    from workflows.evaluate.score import table
+    if a.probe:
+        return probe(a)
+    _check(a)
+    storage = open_storage(a.storage)
+    benchmark, how, seed = _what(a)
+    if a.predictions:
+        return _score_predictions(a, benchmark, storage)
+    from workflows.evaluate.place import evaluation_folder
+    from workflows.evaluate.publish import finish, log_to_version
+    from workflows.evaluate.runner import evaluate_benchmark
     from workflows.registry import resolve_model
     from workflows.runtime import connect_ray
+    from workflows.tracking import connect
 
     model = resolve_model(a.model, storage)
     console = open_console()
-    connect_ray()
-    with console.step(f"evaluate {model.label}"), tempfile.TemporaryDirectory(dir=storage) as out:
-        result = score(
-            recipe, model.folder, Path(out), lambda done, n: console.progress(f"{done}/{n} batches", last=done == n)
+    with console.step(f"evaluate {model.label} on {benchmark.title}"):
+        out = evaluation_folder(storage / "evaluations", benchmark, model.folder, seed, a.max_new_tokens)
+        connect_ray()
+        evaluate_benchmark(
+            benchmark,
+            model.folder,
+            out,
+            how,
+            seed,
+            a.max_new_tokens,
+            a.allow_partial,
+            model.label,
+            lambda done, n: console.progress(f"{done}/{n} batches", last=done == n),
         )
-    return result if a.json else {"text": table(result)}
+        result = finish(out, {"model": model.label, "data digest": benchmark.digest})
+        if model.version:
+            log_to_version(connect(storage), model.name, model.version, benchmark.title, out, result)
+    shown = _shown(result, out)
+    return compared(a, shown, evaluate) if a.compare else shown
+
+
+def _check(a: argparse.Namespace) -> None:
+    """Raise UsageError for arguments that do not go together."""
+    if (a.recipe is None) == (a.benchmark is None):
+        raise UsageError(f"give --benchmark NAME --data DIR ({_BENCHMARKS}), or --recipe RECIPE")
+    if a.benchmark and not a.data:
+        raise UsageError(f"--benchmark {a.benchmark} needs --data DIR, the folder with its files as they are published")
+    if a.recipe and (given := [name for name in ("data", "images", "split", "questions") if getattr(a, name)]):
+        raise UsageError(f"--{given[0]} goes with --benchmark; a recipe says itself where its test sources are")
+    if (a.model is None) == (a.predictions is None):
+        raise UsageError("give a MODEL to ask, or --predictions FILE with answers made elsewhere")
+    for name in _COUNTS:
+        if (value := getattr(a, name)) is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+
+
+def _what(a: argparse.Namespace) -> tuple:
+    """The benchmark, the workers that the arguments ask for, and the seed."""
+    from workflows.evaluate.benchmarks import open_benchmark
+    from workflows.evaluate.collect import Workers
+
+    if a.recipe:
+        from workflows.evaluate.benchmarks.recipe import TestSources
+        from workflows.evaluate.runner import workers_of
+        from workflows.recipe import load_recipe
+
+        recipe = load_recipe(a.recipe, a.set)
+        benchmark, settings, seed = TestSources(recipe), vars(workers_of(recipe)), recipe.seed
+    else:
+        benchmark, settings, seed = open_benchmark(a.benchmark, a.data, a.images, a.split, a.questions), {}, 7
+    given = {name: getattr(a, name) for name in Workers.__dataclass_fields__ if getattr(a, name) is not None}
+    return benchmark, Workers(**settings | given), seed if a.seed is None else a.seed
+
+
+def _score_predictions(a: argparse.Namespace, benchmark, storage: Path) -> dict:
+    from workflows.evaluate.predictions import read_predictions, score_predictions
+    from workflows.evaluate.publish import finish
+
+    file = Path(a.predictions)
+    predictions = read_predictions(file)
+    out = storage / "evaluations" / f"{benchmark.title.replace('/', '-')}-{file.stem}"
+    score_predictions(benchmark, predictions, out, file.name, a.allow_partial)
+    return _shown(finish(out, {"answers": str(file), "data digest": benchmark.digest}), out)
+
+
+def _shown(result: dict, out: Path) -> dict:
+    from workflows.evaluate.publish import REPORT
+    from workflows.evaluate.score import table
+
+    return result | {"folder": str(out), "text": f"{table(result)}\n\nlook at  {out / REPORT}"}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="model folder or models:/NAME@ALIAS")
-    parser.add_argument("--recipe", required=True, help="recipe whose data.test is asked")
+    parser.add_argument("model", nargs="?", help="model folder or models:/NAME@ALIAS")
+    parser.add_argument("--benchmark", metavar="NAME", help=_BENCHMARKS)
+    parser.add_argument("--data", metavar="DIR", help="folder with the benchmark's files as they are published")
+    parser.add_argument("--images", metavar="DIR", help="folder or zip of its pictures, if it is not below --data")
+    parser.add_argument("--split", help="of vsr: zeroshot or random; of shards: validation or train")
+    parser.add_argument(
+        "--questions", type=int, metavar="N", help="the files have N questions, which is not what was published"
+    )
+    parser.add_argument("--recipe", help="ask data.test of this recipe instead")
+    parser.add_argument("--predictions", metavar="FILE", help="score these answers (JSON of id and answer), no model")
+    parser.add_argument("--allow-partial", action="store_true", help="score what there is, marked as partial")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the protocol's)")
+    parser.add_argument("--seed", type=int, help="of the choice of the other pictures (blind)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes, each with a copy of the model")
+    parser.add_argument("--cpus-per-worker", type=int, metavar="N", help="CPU cores of one process")
+    parser.add_argument("--gpus-per-worker", type=float, metavar="N", help="GPUs of one process; 0.5 shares one")
+    parser.add_argument("--batch-pictures", type=int, metavar="N", help="pictures in one batch")
+    parser.add_argument("--batch-questions", type=int, metavar="N", help="most questions in one forward pass")
+    more_arguments(parser)
     set_option(parser)
     storage_option(parser)
 

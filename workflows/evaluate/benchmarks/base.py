@@ -1,0 +1,167 @@
+"""What a benchmark is: items to ask, a rule that scores one answer, and the scores of a set of answers.
+
+A benchmark of ours is a small class: it reads the published files into items (`read`), says how an answer is scored
+(`score`) and which numbers the protocol reports (`measure`). What is wrong with the files is an error before anything
+is asked; what is missing of the pictures stands in `missing`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+
+from workflows.errors import UsageError, WorkflowError
+from workflows.evaluate.benchmarks.files import PictureFolder
+from workflows.evaluate.metrics import mean, means_by_type
+
+OVERALL = "overall"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+_SHOWN = 5  # ids in a message
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One question to ask."""
+
+    id: str
+    """Unique in the benchmark."""
+    question: str
+    """As published."""
+    prompt: str
+    """What the model is asked: the question and the protocol's instructions."""
+    answers: list[str]
+    """Reference answers, as published."""
+    answer: str
+    """The one to show."""
+    type: str
+    image: str | None = None
+    """Location of the picture, None for text alone."""
+    source: int = 0
+    """Which of the benchmark's `stores` the picture is in."""
+    details: dict = field(default_factory=dict)
+    """Numbers that `measure` needs besides the score; the same names in every item."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one answer did; the fields are those of results.Answered."""
+
+    score: float
+    text_score: float | None = None
+    text_yes: float | None = None
+
+
+class Benchmark:
+    """A benchmark, read from its files. Arguments and errors: see `open_benchmark`."""
+
+    name: ClassVar[str]
+    max_new_tokens: ClassVar[int] = 128
+    """Longest answer, by the protocol."""
+    choices: ClassVar[tuple[str, str] | None] = None
+    """Two answers whose probability as first token is asked for; the first is the positive class."""
+    splits: ClassVar[tuple[str, ...]] = ()
+    """Splits to choose from, the default first."""
+    twice: ClassVar[str] = "mend the file"
+    """What to do about ids that come more than once."""
+    published: ClassVar[tuple[int, ...]] = ()
+    """The numbers of questions that were published. Empty: there is no such number."""
+
+    def __init__(self, data: str, images: str | None = None, split: str | None = None, questions: int | None = None):
+        if split is not None and split not in self.splits:
+            has = f"choose {' or '.join(self.splits)}" if self.splits else "it has no splits to choose from"
+            raise UsageError(f"{self.name}: there is no split {split!r}; {has}")
+        self.split = split or (self.splits[0] if self.splits else None)
+        self.stores: list[dict] = []
+        """Descriptions of where the pictures are (workflows/evaluate/picture_store.py)."""
+        self.missing: dict[str, str] = {}
+        """What can not be asked, by id: why."""
+        self.notes: list[str] = []
+        """Lines for a person about the files."""
+        self.items = self.read(data, images)
+        self._check(questions)
+
+    digest: str
+    """Changes with the content of the files."""
+
+    def read(self, data: str, images: str | None) -> list[Item]:
+        """The items, in the order of the files. Sets `digest` and `stores`."""
+        raise NotImplementedError
+
+    def score(self, item: Item, prediction: str, p_yes: float | None) -> Score:
+        """The score of an answer."""
+        raise NotImplementedError
+
+    @classmethod
+    def measure(cls, table: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
+        """The flat scores, see results.measure. By default the mean, overall and by type."""
+        return {OVERALL: mean(table["score"], weights), **means_by_type(table, weights)}
+
+    def majority(self) -> str:
+        """The constant answer to compare with: the most frequent reference answer of the questions asked here."""
+        return Counter(item.answer for item in self.items).most_common(1)[0][0]
+
+    def counts(self) -> dict[str, int]:
+        """Questions overall and by type."""
+        return {OVERALL: len(self.items), **Counter(item.type for item in self.items)}
+
+    def place(self, items: Iterable[tuple[Item, str]], folders: list[PictureFolder]) -> list[Item]:
+        """Items with the locations of their pictures, given by name; those that are nowhere go to `missing`."""
+        self.stores = [folder.description for folder in folders]
+        placed = []
+        for item, name in items:
+            spots = ((number, folder.locate(name)) for number, folder in enumerate(folders))
+            source, location = next(((n, spot) for n, spot in spots if spot is not None), (0, None))
+            if location is None:
+                self.missing[item.id] = f"there is no picture {name}"
+            placed.append(replace(item, image=location, source=source))
+        return placed
+
+    def need(self, entry: dict, key: str, kind: type | tuple[type, ...], where: str) -> object:
+        """A field of an entry. Raises UsageError when it is not there or of another kind."""
+        value = entry.get(key)
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in _tuple(kind)):
+            raise UsageError(
+                f"{self.name}: {where} has {key} = {value!r:.60}; is the file of another version of the benchmark?"
+            )
+        return value
+
+    def _check(self, questions: int | None) -> None:
+        """Ids are unique, and the number of questions is a published one, or the one that was announced."""
+        twice = [key for key, times in Counter(item.id for item in self.items).items() if times > 1]
+        if twice:
+            raise WorkflowError(f"{self.name}: {ids_text(twice, 'question ids')} come more than once; {self.twice}")
+        if not self.items:
+            raise UsageError(f"{self.name}: the files have no questions")
+        found, known = self.questions(), self.published
+        if questions is not None and found != questions:
+            raise UsageError(f"{self.name}: the files have {found:,} questions, --questions says {questions:,}")
+        if known and found not in known:
+            expected = " or ".join(f"{count:,}" for count in known)
+            if questions is None:
+                raise UsageError(
+                    f"{self.name}: the files have {found:,} questions, the published ones {expected}: another version, "
+                    f"or a part. Pass --questions {found} to score them all the same; the scores then say so"
+                )
+            self.notes.append(f"not the published set: {found:,} questions, the published one has {expected}")
+
+    @property
+    def title(self) -> str:
+        """What a person calls it: the name, and the split where there are several."""
+        return f"{self.name}/{self.split}" if self.split else self.name
+
+    def questions(self) -> int:
+        """Questions in the files; an item may be a question asked in another way."""
+        return len(self.items)
+
+
+def ids_text(ids: Iterable[str], what: str) -> str:
+    """How many there are, and the first of them."""
+    ids = list(ids)
+    more = ", ..." if len(ids) > _SHOWN else ""
+    return f"{len(ids):,} {what} ({', '.join(ids[:_SHOWN])}{more})"
+
+
+def _tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kind if isinstance(kind, tuple) else (kind,)

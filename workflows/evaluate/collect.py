@@ -1,0 +1,256 @@
+"""Asking a model every item on Ray workers, with its own picture (seeing) and with another one (blind).
+
+Answers are written per batch under the items' ids, so a killed evaluation goes on where it stopped, with whatever batch
+size or number of workers. Items about one picture are asked together: the model reads the picture once.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from mlmamba.pictures import PictureError, open_picture
+from pipelines.execution import ensure_ray, quiet_ray_data
+from workflows.errors import WorkflowError
+from workflows.evaluate.benchmarks.base import Benchmark, Item, ids_text
+from workflows.evaluate.picture_store import open_store
+from workflows.layout import write_atomic
+
+OnProgress = Callable[[int, int], None]
+SEEING, BLIND = "seeing", "blind"
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How questions are spread; changes speed only."""
+
+    workers: int = 1
+    """Processes, each with a copy of the model."""
+    cpus_per_worker: int = 1
+    """CPU cores, and torch threads, of one process."""
+    gpus_per_worker: float = 0
+    """GPUs of one process."""
+    batch_pictures: int = 16
+    """Pictures in one batch, with all their questions."""
+    batch_questions: int = 64
+    """Most questions in one forward pass."""
+
+
+def collect(
+    benchmark: Benchmark,
+    model: Path,
+    folder: Path,
+    how: Workers,
+    max_new_tokens: int,
+    others: dict[str, tuple[int, str]],
+    progress: OnProgress,
+) -> dict[str, dict[str, dict]]:
+    """Ask what was not asked before. Returns, by mode and item id, the reply, or {"error": why there is none}.
+
+    Args:
+        folder: for the parts; the same for the same model, items, other pictures and length of answers only.
+        others: from `blind_pictures`.
+        progress: called with batches done and in all.
+
+    Raises:
+        WorkflowError: an item was answered twice, by runs at the same time; or a worker failed.
+    """
+    known = read_parts(folder)
+    askable = [item for item in benchmark.items if item.id not in benchmark.missing]
+    wanted = {
+        SEEING: {item: (item.source, item.image) for item in askable},
+        BLIND: {item: others[item.id] for item in askable if item.id in others},
+    }
+    tasks = []
+    for mode, shown in wanted.items():
+        todo = {item: at for item, at in shown.items() if "text" not in known.get((mode, item.id, *at), {})}
+        tasks += _tasks(mode, todo, folder, how.batch_pictures)
+    progress(0, len(tasks))
+    if tasks:
+        _run(tasks, str(model), benchmark, how, max_new_tokens, progress)
+        known = read_parts(folder)
+    return {
+        mode: {item.id: reply for item, at in shown.items() if (reply := known.get((mode, item.id, *at)))}
+        for mode, shown in wanted.items()
+    }
+
+
+def _run(
+    tasks: list[dict], model: str, benchmark: Benchmark, how: Workers, max_new_tokens: int, progress: OnProgress
+) -> None:
+    setup = json.dumps(
+        {
+            "model": model,
+            "stores": benchmark.stores,
+            "max_new_tokens": max_new_tokens,
+            "threads": how.cpus_per_worker,
+            "choices": benchmark.choices,
+            "batch_questions": how.batch_questions,
+        }
+    )
+    # Ray ends a task's process after each task that has a GPU, so there the model is an actor's. Elsewhere tasks do,
+    # and leave the CPUs to others between batches.
+    ways = {"fn": _Worker, "fn_constructor_args": (setup,)} if how.gpus_per_worker else {"fn": _answer_part}
+    ensure_ray()
+    with quiet_ray_data():
+        rows = [{"task": json.dumps(task), "setup": setup} for task in tasks]
+        finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            **ways,
+            num_cpus=how.cpus_per_worker,
+            num_gpus=how.gpus_per_worker or None,
+            concurrency=min(how.workers, len(tasks)),
+        )
+        try:
+            for done, _ in enumerate(finished.iter_rows(), start=1):
+                progress(done, len(tasks))
+        except RayError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[-1]
+            raise WorkflowError(
+                f"{benchmark.name}: a worker failed: {reason}. What was answered is kept: run again to go on"
+            ) from error
+
+
+def read_parts(folder: Path) -> dict[tuple, dict]:
+    """What has been asked, by mode, item id, and source and location of the picture that was shown.
+
+    Raises:
+        WorkflowError: an item has two answers to one picture.
+    """
+    found: dict[tuple, dict] = {}
+    twice: list[str] = []
+    for file in sorted((folder / "parts").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            reply = json.loads(line)
+            key = tuple(reply.pop(name) for name in ("mode", "id", "source", "image"))
+            before = found.get(key, {})
+            if "text" in before and "text" in reply:
+                twice.append(key[1])
+            found[key] = before if "text" in before else reply
+    if twice:
+        raise WorkflowError(
+            f"{ids_text(twice, 'items')} were answered twice: two evaluations ran into {folder} at the same time; "
+            "delete it and run one"
+        )
+    return found
+
+
+def blind_pictures(items: Iterable[Item], seed: int) -> dict[str, tuple[int, str]]:
+    """For each item with a picture, another picture of the benchmark: (source, location) by id.
+
+    The choice depends on the pictures and the seed, not on the order of the items. Empty for a single picture.
+    """
+    items = [item for item in items if item.image is not None]
+    pictures = sorted({(item.source, item.image) for item in items})
+    if len(pictures) < 2:
+        return {}
+    other = {pictures[i]: pictures[j] for i, j in enumerate(derangement(len(pictures), seed))}
+    return {item.id: other[item.source, item.image] for item in items}
+
+
+def derangement(count: int, seed: int) -> list[int]:
+    """A permutation that leaves nothing in place, so that every blind question gets another picture."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    place = {value: i for i, value in enumerate(order)}
+    return [order[(place[i] + 1) % count] for i in range(count)]
+
+
+def _tasks(mode: str, shown: dict[Item, tuple], folder: Path, batch_pictures: int) -> Iterator[dict]:
+    """Descriptions of batches: the items of some pictures, in the order in which the pictures first come."""
+    groups: dict[tuple, list[Item]] = {}
+    for item, picture in shown.items():
+        groups.setdefault(picture if picture[1] is not None else (*picture, item.id), []).append(item)
+    pictures = list(groups.items())
+    for first in range(0, len(pictures), batch_pictures):
+        batch = [
+            {"source": source, "image": image, "ids": [i.id for i in asked], "prompts": [i.prompt for i in asked]}
+            for (source, image, *_), asked in pictures[first : first + batch_pictures]
+        ]
+        name = hashlib.sha256(json.dumps([(one["image"], one["ids"]) for one in batch]).encode()).hexdigest()[:24]
+        yield {"mode": mode, "file": str(folder / "parts" / f"{mode}-{name}.jsonl"), "pictures": batch}
+
+
+class _Worker:
+    """What one process answers with: the model and the places of the pictures, opened once."""
+
+    def __init__(self, setup: str):
+        from workflows.evaluate.answer import Answerer  # torch, which the driver does without
+
+        content = json.loads(setup)
+        self._stores = [open_store(store) for store in content["stores"]]
+        self._answerer = Answerer(
+            content["model"],
+            content["max_new_tokens"],
+            content["threads"],
+            content["choices"] and tuple(content["choices"]),
+            content["batch_questions"],
+        )
+
+    def __call__(self, row: dict) -> dict:
+        """Answers one batch and writes it, whole or not at all. A picture that cannot be used is no answer."""
+        task = json.loads(row["task"])
+        lines: list[dict] = []
+        loaded = [(one, data) for one in task["pictures"] if (data := self._load(one, lines)) is not _BAD]
+        try:
+            groups = self._reply(loaded)
+        except PictureError:  # rare, so pictures are decoded once more only to find which
+            loaded = [(one, data) for one, data in loaded if _is_picture(one, data, lines)]
+            groups = self._reply(loaded)
+        for (one, _), group in zip(loaded, groups, strict=True):
+            lines += [_line(one, key, **asdict(reply)) for key, reply in zip(one["ids"], group, strict=True)]
+        text = "".join(json.dumps({"mode": task["mode"], **line}, ensure_ascii=False) + "\n" for line in lines)
+        write_atomic(Path(task["file"]), text)
+        return {"answered": len(lines)}
+
+    def _load(self, one: dict, lines: list[dict]) -> bytes | None:
+        """The picture's file; None for text alone, _BAD when it cannot be read, which goes to `lines`."""
+        try:
+            return None if one["image"] is None else self._stores[one["source"]].read(one["image"])
+        except (OSError, ValueError) as error:
+            lines += _unread(one, error)
+            return _BAD
+
+    def _reply(self, loaded: list[tuple[dict, bytes | None]]) -> list:
+        from workflows.evaluate.answer import Asked
+
+        return self._answerer.reply([Asked(data, one["prompts"]) for one, data in loaded]) if loaded else []
+
+
+def _answer_part(row: dict) -> dict:
+    """Ray Data task: answers one batch."""
+    return _open_worker(row["setup"])(row)
+
+
+@lru_cache(maxsize=1)
+def _open_worker(setup: str) -> _Worker:
+    """This process's worker, made by its first task."""
+    return _Worker(setup)
+
+
+_BAD = b"cannot be read"
+
+
+def _is_picture(one: dict, data: bytes | None, lines: list[dict]) -> bool:
+    """Whether the data decode; if not, that goes to `lines`."""
+    try:
+        if data is not None:
+            open_picture(data)
+    except PictureError as error:
+        lines += _unread(one, error)
+        return False
+    return True
+
+
+def _unread(one: dict, error: Exception) -> list[dict]:
+    return [_line(one, key, error=f"picture {one['image']}: {error}") for key in one["ids"]]
+
+
+def _line(one: dict, key: str, **reply) -> dict:
+    return {"id": key, "source": one["source"], "image": one["image"], **reply}

@@ -1,0 +1,154 @@
+"""Intervals of an evaluation's scores, whatever the benchmark.
+
+All scores come from the benchmark's own `measure`, given how often each item was drawn, so F1, an area under a curve or
+a mean over splits has an interval as an accuracy has. Most scores are plain means of a part of the items. Those are
+recognised, by trying: a mean that agrees with `measure` under random weights is that score. Where all are means,
+thousands of draws are one matrix product; else `measure` is called for every draw, and there are fewer draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from workflows.evaluate.results import Answered, columns, measure
+from workflows.evaluate.score import MARGIN, OVERALL
+from workflows.evaluate.statistics import RESAMPLES, SEED, Interval, Statistic, bootstrap, number, ratios
+
+_TRIALS = 3  # random weightings under which a mean must agree
+SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Intervals by the names of the scores; `blind` and `margins` are empty where nothing was asked blind."""
+
+    scores: dict[str, Interval]
+    blind: dict[str, Interval]
+    margins: dict[str, Interval]
+    """Of score - blind, in pairs. That of "overall" is also in `scores`, as margin_over_blind."""
+
+    def flat(self) -> dict[str, float]:
+        """The ends as a gate and MLflow name them: "overall/low", "overall/high", "margin_over_blind/low", ...
+
+        Without those of scores that have none.
+        """
+        return {
+            f"{name}/{end}": getattr(interval, end)
+            for name, interval in self.scores.items()
+            for end in ("low", "high")
+            if not np.isnan(getattr(interval, end))
+        }
+
+
+def find_intervals(scores: dict, rows: Sequence[Answered], resamples: int | None = None, seed: int = SEED) -> Intervals:
+    """95% intervals of every score of an evaluation, blind ones and the margin over blind included.
+
+    The model's answers and its blind answers are drawn together: the interval of the margin is a paired one.
+
+    Args:
+        scores: content of scores.json; only `benchmark` is read.
+        rows: the answered items.
+        resamples: draws; by default 2000 where all scores are means, else 1000.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no answers to find intervals of")
+    seeing = columns(rows)
+    tables = [seeing] if any(row.blind_score is None for row in rows) else [seeing, columns(rows, blind=True)]
+    drawn = Draws(scores["benchmark"], tables, rows)
+    count = len(drawn.names)
+
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        values = drawn.statistic(counts)
+        return values if len(tables) == 1 else np.hstack([values, values[:, :count] - values[:, count:]])
+
+    kinds = [SHARE] if len(tables) == 1 else [SHARE, SHARE, DIFFERENCE]
+    found = bootstrap(
+        statistic,
+        drawn.pictures,
+        counted=drawn.counted * len(kinds),
+        bounds=[bounds for bounds in kinds for _ in range(count)],
+        resamples=resamples or drawn.resamples,
+        seed=seed,
+    )
+    own, *others = (dict(zip(drawn.names, found[i * count :], strict=False)) for i in range(len(kinds)))
+    if not others:
+        return Intervals(own, {}, {})
+    blind, margins = others
+    return Intervals(own | {MARGIN: margins[OVERALL]}, blind, margins)
+
+
+class Draws:
+    """The scores of one or several tables over the same items, as a function of how often each picture is drawn.
+
+    Attributes:
+        names: of the scores of one table, as `measure` gives them.
+        statistic: counts (r, k) -> (r, tables x names), one table after the other.
+        pictures: how many there are (k).
+        counted: for each name, how many pictures it rests on: those of its type of question (colour, f1/colour),
+            all for what is of no type.
+        resamples: how many draws are worth their time.
+    """
+
+    def __init__(self, benchmark: str, tables: list[dict[str, np.ndarray]], rows: Sequence[Answered]):
+        self.names = list(measure(benchmark, tables[0]))
+        index = number(clusters(rows))
+        self.pictures = int(index.max()) + 1
+        types = tables[0]["type"]
+        by_type = {str(kind): len(np.unique(index[types == kind])) for kind in np.unique(types)}
+        self.counted = [
+            next((count for kind, count in by_type.items() if name == kind or name.endswith(f"/{kind}")), self.pictures)
+            for name in self.names
+        ]
+        found = _as_means(benchmark, tables, self.names)
+        self.resamples = RESAMPLES if found else RESAMPLES // 2
+        if found:
+            weights = np.column_stack([found[name][1] for name in self.names])
+            values = [np.column_stack([table[found[name][0]] for name in self.names]) for table in tables]
+            above = np.column_stack([np.where(weights > 0, value, 0.0) for value in values])
+            self.statistic = ratios(above, np.tile(weights, len(tables)), index)
+        else:
+            self.statistic = self._one_by_one(benchmark, tables, index)
+
+    def _one_by_one(self, benchmark: str, tables: list[dict[str, np.ndarray]], index: np.ndarray) -> Statistic:
+        def statistic(counts: np.ndarray) -> np.ndarray:
+            values = np.empty((len(counts), len(tables) * len(self.names)))
+            for row, drawn in enumerate(counts):
+                measured = [measure(benchmark, table, drawn[index]) for table in tables]
+                values[row] = [scores.get(name, np.nan) for scores in measured for name in self.names]
+            return values
+
+        return statistic
+
+
+def clusters(rows: Sequence[Answered]) -> list[tuple]:
+    """The picture of every row; a row without one stands alone."""
+    return [(row.source, row.image) if row.image is not None else (row.id,) for row in rows]
+
+
+def _as_means(
+    benchmark: str, tables: Sequence[dict[str, np.ndarray]], names: Sequence[str]
+) -> dict[str, tuple[str, np.ndarray]] | None:
+    """For each score the column and the items (0 or 1) that it is the mean of; None if one of them is no mean."""
+    types, rng = tables[0]["type"], np.random.default_rng(0)
+    parts = {OVERALL: np.ones(len(types))} | {str(kind): (types == kind) * 1.0 for kind in np.unique(types)}
+    trials = [(table, rng.random(len(types))) for table in tables for _ in range(_TRIALS)]
+    measured = [(table, weights, measure(benchmark, table, weights)) for table, weights in trials]
+
+    def agrees(name: str, column: str, part: np.ndarray) -> bool:
+        return all(
+            np.isclose(np.average(table[column][part > 0], weights=weights[part > 0]), scores[name], rtol=1e-9)
+            for table, weights, scores in measured
+        )
+
+    found = {}
+    for name in names:
+        likely = [parts[name]] if name in parts else parts.values()
+        options = ((column, part) for column in ("score", "text_score") for part in likely)
+        found[name] = next((option for option in options if agrees(name, *option)), None)
+        if found[name] is None:
+            return None
+    return found

@@ -1,0 +1,141 @@
+"""Bootstrap intervals of scores, with whole pictures as the unit.
+
+Questions about one picture share that picture: when a model misreads it, several answers fall together. Resampling
+single questions would call such a score surer than it is, so pictures (clusters) are drawn, with all their questions.
+A resample is a vector of counts, how often each picture was drawn, and a score is a function of those counts.
+
+The interval is BCa, bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"): scores near 0
+or 1 have skewed errors, which the percentile interval does not follow. Where (nearly)
+all draws give the same score, the bootstrap says nothing; then the interval is what that many equal draws still leave
+possible (for a share of 0 or 1: Clopper and Pearson 1934). Seeded, so the same answers give the same interval.
+With fewer than some 30 pictures every bootstrap interval is too narrow; `Interval.pictures` says how many there were.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+RESAMPLES, SEED, LEVEL = 2000, 7, 0.95
+_CHUNK_NUMBERS = 4_000_000  # counts held at once
+_GROUPS = 200  # of pictures left out together, for the acceleration
+_EQUAL = 1e-12
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""Counts of pictures (r, k) -> scores (r, T); NaN where a count leaves a score undefined."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score, its interval, and how many pictures it rests on."""
+
+    value: float
+    low: float
+    high: float
+    pictures: int
+
+
+def bootstrap(
+    statistic: Statistic,
+    pictures: int,
+    *,
+    counted: Sequence[int] | None = None,
+    bounds: Sequence[tuple[float, float]] | None = None,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> list[Interval]:
+    """Intervals of the T scores that `statistic` makes.
+
+    Args:
+        statistic: see `Statistic`.
+        pictures: how many pictures there are (k).
+        counted: how many of them each score rests on; all, by default.
+        bounds: for each score the least and greatest value that one picture may give it; 0 and 1, by default.
+        level: share of repetitions of the whole study whose interval holds the true value.
+        resamples: draws of k pictures.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+    if pictures < 1:
+        raise ValueError("a bootstrap needs at least one picture")
+    values = statistic(np.ones((1, pictures)))[0]
+    draws, left_out = _resample(statistic, pictures, resamples, seed), _leave_out(statistic, pictures)
+    counted = [pictures] * len(values) if counted is None else counted
+    bounds = [(0.0, 1.0)] * len(values) if bounds is None else bounds
+    intervals = []
+    for i, value in enumerate(values):
+        low, high = _ends(value, draws[:, i], left_out[:, i], level, max(1, counted[i]), bounds[i])
+        intervals.append(Interval(float(value), low, high, counted[i]))
+    return intervals
+
+
+def ratios(above: np.ndarray, below: np.ndarray, index: np.ndarray) -> Statistic:
+    """The statistic of scores that are a ratio of two sums over items: accuracies, differences of them, F1, rates.
+
+    Args:
+        above, below: (n, T), what is summed up over n items for each of T scores, and what that is divided by.
+        index: (n,) picture of every item, from `number`.
+    """
+    sums = np.zeros((2, int(index.max()) + 1, above.shape[1]))
+    np.add.at(sums[0], index, above)
+    np.add.at(sums[1], index, below)
+
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        divisor = counts @ sums[1]
+        return np.divide(counts @ sums[0], divisor, out=np.full_like(divisor, np.nan), where=divisor != 0)
+
+    return statistic
+
+
+def number(clusters: Sequence[Hashable]) -> np.ndarray:
+    """(n,) clusters numbered in the order of their first item, so that intervals do not depend on their names."""
+    seen: dict[Hashable, int] = {}
+    return np.array([seen.setdefault(cluster, len(seen)) for cluster in clusters], dtype=np.int64)
+
+
+def _resample(statistic: Statistic, pictures: int, resamples: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    step, values = max(1, _CHUNK_NUMBERS // pictures), []
+    for first in range(0, resamples, step):
+        rows = min(step, resamples - first)
+        drawn = rng.integers(pictures, size=(rows, pictures)) + pictures * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * pictures).reshape(rows, pictures)
+        values.append(statistic(counts.astype(np.float64)))
+    return np.concatenate(values)
+
+
+def _leave_out(statistic: Statistic, pictures: int) -> np.ndarray:
+    """Jackknife: the scores without one picture, or where there are many, without one of `_GROUPS` groups of them."""
+    groups = np.arange(pictures) % min(pictures, _GROUPS)
+    return statistic((groups[None, :] != np.arange(groups.max() + 1)[:, None]).astype(np.float64))
+
+
+def _ends(
+    value: float, draws: np.ndarray, left_out: np.ndarray, level: float, count: int, bounds: tuple[float, float]
+) -> tuple[float, float]:
+    draws, left_out = draws[~np.isnan(draws)], left_out[~np.isnan(left_out)]
+    if np.isnan(value) or not len(draws):
+        return float("nan"), float("nan")
+    tail, low, high = (1 - level) / 2, value, value
+    if len(left_out) and np.ptp(draws) > _EQUAL:
+        low, high = np.quantile(draws, _bca(value, draws, left_out, tail))
+    if high - low < _EQUAL:
+        unseen = 1 - tail ** (1 / count)
+        low, high = value - unseen * (value - bounds[0]), value + unseen * (bounds[1] - value)
+    return float(low), float(high)
+
+
+def _bca(value: float, draws: np.ndarray, left_out: np.ndarray, tail: float) -> list[float]:
+    """The shares of the draws that lie below the interval's ends, corrected for bias and skew (Efron 1987)."""
+    normal, near = NormalDist(), 1 / len(draws)
+    equal = np.abs(draws - value) < _EQUAL
+    below = (np.sum((draws < value) & ~equal) + 0.5 * np.sum(equal)) / len(draws)
+    bias = normal.inv_cdf(min(max(below, near), 1 - near))
+    away = left_out.mean() - left_out
+    spread = np.sum(away**2)
+    acceleration = np.sum(away**3) / (6 * spread**1.5) if spread > _EQUAL**2 else 0.0
+    ends = (bias + normal.inv_cdf(tail), bias + normal.inv_cdf(1 - tail))
+    return [normal.cdf(bias + z / max(1 - acceleration * z, _EQUAL)) for z in ends]
