@@ -123,13 +123,3 @@ def _round_up(number: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50, 100, ..."""
     power = 10 ** (len(str(int(number))) - 1)
     return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
-
-
-def _by_number(numbers: np.ndarray) -> dict[str, int]:
-    return {str(number): int((numbers == number).sum()) for number in np.unique(numbers)}
-
-
-def _round_up(number: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, 100, ..."""
-    power = 10 ** (len(str(int(number))) - 1)
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
