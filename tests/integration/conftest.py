@@ -3,6 +3,8 @@
 import pytest
 import ray
 
+from tests.integration.toy_training import Workers, make_toy
+
 
 @pytest.fixture(scope="module")
 def two_cpus():
@@ -11,3 +13,30 @@ def two_cpus():
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A prepared data set and an untrained model, both tiny (tests/integration/toy_training.py)."""
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Two training workers joined by gloo."""
+    group = Workers(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(toy, workers, tmp_path_factory):
+    """Function from a ZeRO stage to the outcome of the toy's stage when nothing happens to it; made once each."""
+    made = {}
+
+    def get(zero_stage: int):
+        if zero_stage not in made:
+            made[zero_stage] = workers.train(toy.job(tmp_path_factory.mktemp("undisturbed"), zero_stage=zero_stage))
+        return made[zero_stage]
+
+    return get

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from workflows.configs.train import StageRecipe, TrainRecipe
-from workflows.train.loop import deepspeed_config
+from workflows.train.engine import ClippedAdamW, deepspeed_config
 from workflows.train.stage import describe, freeze, parameter_groups, schedule, total_steps
 
 
@@ -41,11 +41,36 @@ def test_a_later_stage_thaws_what_an_earlier_one_froze():
 def test_biases_norms_and_state_space_parameters_are_never_decayed():
     model = Model()
     freeze(model, stage(trains=["connector", "language_model"]))
-    decayed, plain = parameter_groups(model, 0.1)
-    assert {id(p) for p in decayed["params"]} == {id(model.connector[0].weight), id(model.language_model.weight)}
-    assert decayed["weight_decay"] == 0.1
-    assert plain["weight_decay"] == 0.0
-    assert len(plain["params"]) == 5
+    groups = parameter_groups(model, stage(trains=["connector", "language_model"], weight_decay=0.1))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(model.connector[0].weight), id(model.language_model.weight)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert sum(len(group["params"]) for group in groups) == 7
+
+
+def test_every_part_can_have_a_learning_rate_of_its_own():
+    model, recipe = Model(), stage(trains=["vision", "connector"], learning_rates={"vision": 0.01})
+    freeze(model, recipe)
+    rates = {group["part"]: group["lr"] for group in parameter_groups(model, recipe)}
+    assert rates == {"vision": 0.01, "connector": 1.0}
+    optimizer = torch.optim.SGD(parameter_groups(model, recipe))
+    schedule(recipe, optimizer, 100)
+    now = {group["part"]: group["lr"] for group in optimizer.param_groups}
+    assert now["vision"] == pytest.approx(now["connector"] * 0.01)
+
+
+def test_plain_data_parallel_training_clips_measures_and_refuses_as_zero_does():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = ClippedAdamW([{"params": [weight]}], clip=1.0, lr=0.1)
+    weight.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert float(optimizer._global_grad_norm) == pytest.approx(5.0)
+    assert weight.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
+    before = weight.detach().clone()
+    weight.grad = torch.tensor([float("nan"), 1.0])
+    optimizer.step()
+    assert optimizer.overflow
+    assert torch.equal(weight, before)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -70,3 +95,9 @@ def test_steps_come_from_steps_or_epochs(length, expected):
 def test_accumulation_fills_the_batch():
     train = TrainRecipe(workers=2, stages=[stage(batch_rows=12, micro_batch_rows=2)])
     assert deepspeed_config(train.stages[0], train)["gradient_accumulation_steps"] == 3
+
+
+@pytest.mark.parametrize(("offload", "zero_stage"), [("optimizer", 0), ("parameters", 2)])
+def test_offload_needs_a_zero_stage_that_shards_what_it_moves(offload, zero_stage):
+    with pytest.raises(ValueError, match=f"offload = {offload} needs zero_stage"):
+        TrainRecipe(workers=1, offload=offload, zero_stage=zero_stage, stages=[stage()])

@@ -6,7 +6,21 @@ from pydantic import Field, model_validator
 
 from pipelines.config import DataConfig, StrictModel
 
+Part = Literal["vision", "connector", "language_model"]
 PARTS = ("vision", "connector", "language_model")
+
+
+class LoraRecipe(StrictModel):
+    """Low-rank adapters on the language model in place of its own weights; merged into them when the stage ends."""
+
+    rank: int = Field(16, gt=0)
+    """Rank of the adapters."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale: an adapter counts alpha / rank times."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapter."""
+    targets: str = r".*\.(in_proj|out_proj)"
+    """Regular expression that the full name of an adapted linear layer within the language model matches."""
 
 
 class StageRecipe(StrictModel):
@@ -15,14 +29,18 @@ class StageRecipe(StrictModel):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
     """Name in folders, logs and --stage."""
-    trains: list[Literal["vision", "connector", "language_model"]] = Field(min_length=1)
+    trains: list[Part]
     """The parts that train."""
+    lora: LoraRecipe | None = None
+    """Train the language model through low-rank adapters; it must be among the parts that train."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the rows; or give steps."""
     steps: int | None = Field(None, gt=0)
     """Optimizer steps; or give epochs."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate; cosine to zero after the warm-up."""
+    learning_rates: dict[Part, float] = Field(default_factory=dict)
+    """Peak learning rates of single parts, as {vision: 2.0e-6}; the others have learning_rate."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay; never on biases, norms, A_log, dt_bias and D."""
     warmup: float = Field(0.03, ge=0, lt=1)
@@ -43,6 +61,19 @@ class StageRecipe(StrictModel):
             raise ValueError("give either epochs or steps")
         return self
 
+    @model_validator(mode="after")
+    def _trains_something(self):
+        if not self.trains:
+            raise ValueError(f"the stage trains nothing: name parts in trains ({', '.join(PARTS)}), or drop the stage")
+        for part, rate in self.learning_rates.items():
+            if part not in self.trains:
+                raise ValueError(f"learning_rates.{part} is given, but trains does not name {part}")
+            if rate <= 0:
+                raise ValueError(f"learning_rates.{part} = {rate}: give more than 0, or take {part} out of trains")
+        if self.lora and "language_model" not in self.trains:
+            raise ValueError("lora adapts the language model: add language_model to trains, or drop lora")
+        return self
+
 
 class TrainRecipe(StrictModel):
     """How the stages run."""
@@ -53,16 +84,33 @@ class TrainRecipe(StrictModel):
     """CPU cores, and torch threads, of one worker."""
     gpus_per_worker: Literal[0, 1] = 0
     """1 on a GPU cluster."""
-    zero_stage: Literal[1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: 0 is plain data parallel; 1 shards the optimizer, 2 gradients too, 3 weights too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Keep the optimizer in the CPU's memory, and with ZeRO-3 the parameters too: slower, for larger models."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type. A_log, dt_bias, D and the recurrent state stay float32."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     save_every: int = Field(100, gt=0)
     """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """Checkpoints that an unfinished stage keeps; one goes when a newer one is whole."""
     log_every: int = Field(10, gt=0)
     """Optimizer steps between logged metrics."""
+    validate_every: int | None = Field(None, gt=0)
+    """Optimizer steps between measurements of the loss on the validation split; absent: none."""
+    validate_rows: int = Field(64, gt=0)
+    """Packed rows of the validation split that are measured, the first ones."""
+    sample_every: int | None = Field(None, gt=0)
+    """Optimizer steps between sample answers to questions of the validation split; absent: none."""
+    samples: int = Field(4, gt=0)
+    """Questions that are answered."""
+    sample_tokens: int = Field(16, gt=0)
+    """Longest sample answer in tokens."""
+    max_loss_rise: float | None = Field(3.0, gt=0)
+    """The stage stops as diverged when the mean loss between two logs is this much, in nats per token, over the lowest
+    such mean so far (3 nats: 20 times less likely answers); absent: only what is not finite stops it."""
     max_failures: int = Field(2, ge=0)
     """How often a stage is restarted from its last checkpoint when a worker dies."""
     stages: list[StageRecipe] = Field(min_length=1)
@@ -74,6 +122,9 @@ class TrainRecipe(StrictModel):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two stages are called {twice[0]!r}")
+        needs = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needs:
+            raise ValueError(f"offload = {self.offload} needs zero_stage {needs} or more, not {self.zero_stage}")
         for stage in self.stages:
             per_pass = self.workers * stage.micro_batch_rows
             if stage.batch_rows % per_pass:
@@ -82,3 +133,9 @@ class TrainRecipe(StrictModel):
                     f"workers x micro_batch_rows = {self.workers} x {stage.micro_batch_rows} = {per_pass}"
                 )
         return self
+
+
+DECIDES_WEIGHTS = {"zero_stage", "precision", "stages"}
+"""Fields of TrainRecipe that what comes out of the training depends on."""
+HOW_IT_RUNS = set(TrainRecipe.model_fields) - DECIDES_WEIGHTS
+"""The others: another number of workers, for one, changes sums in their last bits only."""

@@ -1,1 +1,2 @@
-"""Training: what a stage trains (stage), the worker's loop (loop), Ray Train around it (trainer)."""
+"""Training: what a stage trains (stage), the worker's loop (loop), its checkpoints (checkpoint, saver, restore), and
+Ray Train around it (trainer)."""

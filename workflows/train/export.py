@@ -1,57 +1,90 @@
 """The finished stage as a model folder: every tensor of the model, whatever was frozen and however it was sharded."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from workflows.train.lora import adapted_layers, merge, plain_name
 
 
 def export_model(engine, start_from: Path, out: Path, rank: int) -> None:
-    """Write the trained model beside and rename; a collective call under ZeRO-3.
+    """Write the trained model beside and rename; a collective call under ZeRO-3, and rank 0 writes.
 
     Config and processor are those of `start_from`: a stage changes values, not shapes. The tensor names must be exactly
     those of `start_from` (ZeRO-1's own consolidation, for one, silently drops frozen tensors).
 
     Raises:
         RuntimeError: a tensor is missing, extra or of another shape.
+        OSError: the folder cannot be written.
     """
-    state = _gather(engine)
-    if rank == 0:
-        with safe_open(start_from / "model.safetensors", framework="pt") as source:
-            expected = {name: source.get_slice(name).get_shape() for name in source.keys()}  # noqa: SIM118
-        tensors = {name: value for name, value in state.items() if name in expected}
-        got = {name: list(value.shape) for name, value in tensors.items()}
-        if got != expected:
-            raise RuntimeError(f"the export does not hold the model: {_differences(expected, got)[:5]}")
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+    state = gather(engine)
+    if rank:
+        return
+    with safe_open(start_from / "model.safetensors", framework="pt") as source:
+        expected = {name: source.get_slice(name).get_shape() for name in source.keys()}  # noqa: SIM118
+    tied = {name for name in state if name not in expected and _is_copy(state, name, expected)}
+    tensors = {name: value for name, value in state.items() if name not in tied}
+    got = {name: list(value.shape) for name, value in tensors.items()}
+    if got != expected:
+        raise RuntimeError(f"the export does not hold the model: {_differences(expected, got)[:5]}")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    for left in out.parent.glob(f".{out.name}.*.partial"):  # of a run that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
+    try:
         partial.mkdir(parents=True)
         for file in start_from.iterdir():
-            if file.name != "model.safetensors":
+            if file.name not in ("model.safetensors", "stage.json"):
                 shutil.copy2(file, partial / file.name)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could mark it finished
-        partial.replace(out)
-    dist.barrier()
+    except SafetensorError as error:  # its words for a disk that is full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(str(error)) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could mark it finished
+    partial.replace(out)
 
 
-def _gather(engine) -> dict[str, torch.Tensor]:
-    """State dict on the CPU, in float32, whole on every rank (ZeRO-3 gathers one parameter at a time)."""
-    module = engine.module
+def gather(engine) -> dict[str, torch.Tensor]:
+    """State dict of the plain model on the CPU, in float32, whole on rank 0 (ZeRO-3 gathers a parameter at a time).
+
+    Adapters are merged into the weights that they adapt. Empty on the other ranks.
+    """
+    module, rank = engine.module, engine.global_rank
     sharded = engine.zero_optimization_stage() == 3
+    adapted = adapted_layers(module)
     state = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        gathered = deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext()
-        with gathered:
-            state[name] = parameter.detach().float().cpu().clone()
-    for name, buffer in module.named_buffers():
-        state[name] = buffer.detach().cpu().clone()
+        plain = plain_name(name)
+        if plain is None:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext():
+            value = parameter.detach().float().cpu().clone() if sharded or rank == 0 else None
+        layer = adapted.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None and name.endswith(".base_layer.weight"):
+            value = merge(layer, value, sharded) if value is not None else None
+        if rank == 0:
+            state[plain] = value
+    if rank == 0:
+        persistent = module.state_dict().keys()  # some buffers are made when the model is built, and not saved
+        state |= {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in persistent}
     return state
+
+
+def _is_copy(state: dict[str, torch.Tensor], name: str, expected: dict) -> bool:
+    """Whether a tensor that the file does not hold is another name of one that it does (tied embeddings)."""
+    return any(
+        state[other].shape == state[name].shape and torch.equal(state[other], state[name])
+        for other in expected
+        if other in state
+    )
 
 
 def _differences(expected: dict, got: dict) -> list[str]:

@@ -1,14 +1,16 @@
 """What crosses from the driver to the workers. Light on imports, so that Ray Train's controller stays so."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class StageJob:
     """Everything a worker needs to run one stage.
 
-    `stage` and `train` are a StageRecipe and a TrainRecipe as plain data; `data`, `start_from` and `export_to` are
-    folders that every node sees; `threads` is torch's.
+    `stage` and `train` are a StageRecipe and a TrainRecipe as plain data; `data`,
+    `start_from`, `export_to` and `checkpoints` are folders that every node sees; `threads` is torch's; `events` is the
+    handle of the EventLog.
     """
 
     stage: dict
@@ -17,14 +19,20 @@ class StageJob:
     data: str
     start_from: str
     export_to: str
+    checkpoints: str
     threads: int
+    events: Any = None
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def run_job(config: dict) -> None:
+class StageError(RuntimeError):
+    """A stage cannot run, for a reason that every worker finds alike and that trying again does not change."""
+
+
+def run_job(config: dict) -> dict:
     """Entry point of a Ray Train worker; torch, DeepSpeed and the model are imported here and not in the controller."""
     from workflows.train.loop import train_stage
 
-    train_stage(StageJob(**config))
+    return train_stage(StageJob(**config))

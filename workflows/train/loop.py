@@ -1,197 +1,180 @@
 """What every training worker does: load, freeze, step, report, checkpoint, export.
 
-The loop is exact to resume: the data order is a function of (seed, step), the optimizer and schedule come back from the
-DeepSpeed checkpoint, and a checkpoint is reported only when all ranks have written their part.
+The loop is exact to resume: rows and dropout are functions of (seed, step), weights, optimizer and schedule come back
+from a checkpoint that all ranks wrote wholly, and rank 0 chooses for all which one that is.
 """
 
-import gc
-import os
-import resource
-import tempfile
-import time
+import uuid
 from pathlib import Path
 
-import deepspeed
-import deepspeed.ops
-import ray.train
 import torch
 import torch.distributed as dist
 
-from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.modeling import MLMambaForConditionalGeneration
-from pipelines.reader import PackedDataset, collate, prefetch, step_indices
+from pipelines.reader import PackedDataset, prefetch, step_indices
 from workflows.configs.train import StageRecipe, TrainRecipe
+from workflows.train import restore
+from workflows.train.engine import start_engine
 from workflows.train.export import export_model
-from workflows.train.job import StageJob
-from workflows.train.stage import describe, freeze, parameter_groups, schedule, total_steps
+from workflows.train.heldout import HeldOut
+from workflows.train.job import StageError, StageJob
+from workflows.train.meter import LossWatch, Meter, grad_norm
+from workflows.train.samples import Samples
+from workflows.train.saver import Saver
+from workflows.train.stage import describe, freeze, total_steps
+from workflows.train.step import batch_maker, seed_step, take_step
 
-# DeepSpeed would compile this extension on first use on a CPU: a minute, a compiler, and it serves only inference.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+def train_stage(job: StageJob) -> dict:
+    """Run one stage on this worker; every worker of the group does.
 
-def train_stage(job: StageJob) -> None:
-    """Run one stage on this worker; every worker of the group does."""
-    stage, train = StageRecipe(**job.stage), TrainRecipe(**job.train)
+    Returns:
+        {"exported": True}, or {"stopped": why} when going on or trying again is of no use: the stage has diverged, or
+        its storage takes no checkpoint or no model.
+    """
+    import ray.train
+
     torch.set_num_threads(job.threads)
-    torch.manual_seed(job.seed)
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-
-    model = MLMambaForConditionalGeneration.from_pretrained(job.start_from, dtype=torch.float32)
-    sizes = freeze(model, stage)
-    if train.activation_checkpointing:
-        model.gradient_checkpointing_enable()
-    dataset = PackedDataset(job.data)
-    steps = total_steps(stage, len(dataset))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, stage.weight_decay), lr=stage.learning_rate, betas=(0.9, 0.98), eps=1e-8
-    )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=schedule(stage, optimizer, steps),
-        config=deepspeed_config(stage, train),
-    )
-    done = _restore(engine)
-    if rank == 0:
-        ray.train.report({"event": "start", "text": describe(stage, sizes), "step": done, "steps": steps})
-    else:
-        ray.train.report({})
-
-    accumulation = stage.batch_rows // (world * stage.micro_batch_rows)
-    per_rank = stage.micro_batch_rows * accumulation
-    max_tokens, image_size = dataset.manifest.max_tokens, model.config.vision_config.image_size
-    pad = model.config.text_config.pad_token_id
-
-    def read(rows) -> list[dict]:
-        parts = [rows[i : i + stage.micro_batch_rows] for i in range(0, len(rows), stage.micro_batch_rows)]
-        return [collate(dataset.rows(part), max_tokens, pad, image_size) for part in parts]
-
-    meter = Meter(world * per_rank * max_tokens)
-    model.train()
-    stream = prefetch(read, step_indices(dataset, job.seed, per_rank, rank, world, done), job.threads)
-    for step, micro_batches in zip(range(done + 1, steps + 1), stream, strict=False):
-        loss, tokens = _step(engine, micro_batches, world)
-        meter.add(loss, tokens)
-        save = step % train.save_every == 0 and step < steps
-        if save or step % train.log_every == 0 or step == steps:
-            metrics = meter.read(engine, step, steps)
-            _check_finite(metrics, stage, step)
-            _report(engine, metrics, step, save)
-    stream.close()
-    export_model(engine, Path(job.start_from), Path(job.export_to), rank)
-    ray.train.report({"event": "exported"} if rank == 0 else {})
+    try:
+        worker = Worker(job, context.get_world_rank(), context.get_world_size())
+    except StageError as error:
+        return {"stopped": str(error)}
+    try:
+        why = worker.train()
+    finally:
+        worker.flush()
+    return {"stopped": why} if why else {"exported": True}
 
 
-def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
-    """DeepSpeed's JSON for a stage. The optimizer is ours, so that its parameter groups are.
+class Worker:
+    """One worker's part of a stage."""
 
-    bf16 means autocast over float32 weights: DeepSpeed's own bf16 mode would also round A_log, dt_bias and D.
-    """
-    accumulation = stage.batch_rows // (train.workers * stage.micro_batch_rows)
-    return {
-        "train_micro_batch_size_per_gpu": stage.micro_batch_rows,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": stage.clip,
-        "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
+    def __init__(self, job: StageJob, rank: int, world: int):
+        self.job, self.rank, self.world = job, rank, world
+        self.stage, self.config = StageRecipe(**job.stage), TrainRecipe(**job.train)
+        self._sent: list = []
+        torch.manual_seed(job.seed)
+        model = MLMambaForConditionalGeneration.from_pretrained(job.start_from, dtype=torch.float32)
+        sizes = freeze(model, self.stage)
+        if self.config.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.digest = restore.model_digest(model)
+        self.dataset = PackedDataset(job.data)
+        self.steps = total_steps(self.stage, len(self.dataset))
+        found = restore.find(Path(job.checkpoints), rank)
+        if found:
+            restore.check(found, self.config.zero_stage, self.digest)
+            restore.before_engine(found, model, world)
+        self.engine = start_engine(model, self.stage, self.config, self.steps)
+        if found:
+            restore.into_engine(found, self.engine, world)
+        self.done = found.step if found else 0
+        self.watch = LossWatch(self.config.max_loss_rise, found.lowest_loss if found else None)
+        attempt = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(attempt)
+        self.saver = Saver(Path(job.checkpoints), attempt[0], rank, world, self.config.keep_checkpoints, self._saved)
+        pad, size = model.config.text_config.pad_token_id, model.config.vision_config.image_size
+        self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, pad, size)
+        if self.config.validate_every:
+            self.heldout = HeldOut(job.data, self.config.validate_rows, self.stage.micro_batch_rows, pad, size)
+        if self.config.sample_every:
+            count, tokens = self.config.samples, self.config.sample_tokens
+            self.samples = Samples(job.data, job.start_from, count, tokens, model.config.image_token_id, size)
+        made_by = found.workers if found and restore.reshards(found, world) else None
+        text = describe(self.stage, sizes)
+        self.tell({"event": "start", "text": text, "step": self.done, "steps": self.steps, "resharded_from": made_by})
 
+    def train(self) -> str:
+        """All steps that are left, and the export. Returns why the stage stopped, or "" when it is finished."""
+        per_rank = self.stage.batch_rows // self.world
+        meter = Meter(self.stage.batch_rows * self.dataset.manifest.max_tokens)
+        self.engine.train()
+        order = step_indices(self.dataset, self.job.seed, per_rank, self.rank, self.world, self.done)
+        stream = prefetch(self._make, order, self.job.threads)
+        try:
+            for step, micro_batches in zip(range(self.done + 1, self.steps + 1), stream, strict=False):
+                seed_step(self.job.seed, step, self.rank)
+                loss, tokens = take_step(self.engine, micro_batches, self.world)
+                meter.add(loss, tokens)
+                if why := self._after_step(step, meter):
+                    return why
+        finally:
+            stream.close()
+        self.saver.settle()  # a checkpoint that could not be written matters no more
+        return self._export()
 
-class Meter:
-    """Sums what happened since the last report."""
+    def _after_step(self, step: int, meter: Meter) -> str:
+        """Report, validate, save as the recipe says. Returns why the stage must stop, or ""."""
+        config, last = self.config, step == self.steps
+        applied = self.engine.was_step_applied()  # False on all ranks alike: the gradient's norm is not finite
+        save = step % config.save_every == 0 and not last
+        if applied and not (save or last or step % config.log_every == 0):
+            self._look_aside(step, meter)
+            return ""
+        metrics = meter.read(self.engine, step, self.steps)
+        wrong = self.watch.diverged(metrics["loss"]) or ("" if applied else "the gradient norm is not finite")
+        if wrong:
+            return self._diverged(wrong, step, metrics["loss"])
+        self.tell(metrics)
+        if save:
+            if problems := self.saver.settle():
+                return self._cannot_save(problems)
+            about = {"zero_stage": config.zero_stage, "model": self.digest, "lowest_loss": self.watch.lowest}
+            self.saver.save(self.engine, step, about)
+        self._look_aside(step, meter)
+        return ""
 
-    def __init__(self, positions_per_step: int):
-        self._positions = positions_per_step
-        self._reset()
+    def _look_aside(self, step: int, meter: Meter) -> None:
+        """Validation and samples, when they are due."""
+        config, last = self.config, step == self.steps
+        with meter.aside():
+            if config.validate_every and (last or step % config.validate_every == 0):
+                loss = self.heldout.loss(self.engine, self.rank, self.world)
+                self.tell({"event": "validation", "step": step, "loss": loss})
+            if config.sample_every and (last or step % config.sample_every == 0):
+                self.tell({"event": "samples", "step": step, "rows": self.samples.answers(self.engine)})
 
-    def _reset(self) -> None:
-        self._losses: list[torch.Tensor] = []
-        self._tokens = 0
-        self._start = time.perf_counter()
-
-    def add(self, loss: torch.Tensor, tokens: int) -> None:
-        self._losses.append(loss)
-        self._tokens += tokens
-
-    def read(self, engine, step: int, steps: int) -> dict:
-        """Metrics since the last read; a collective call, because losses are summed over ranks."""
-        local = torch.stack([torch.stack(self._losses).sum(), torch.tensor(float(self._tokens))])
-        local = local.to(engine.device)
-        dist.all_reduce(local)
-        seconds, count = time.perf_counter() - self._start, len(self._losses)
-        tokens = local[1].item()
-        metrics = {
-            "event": "metrics",
-            "step": step,
-            "steps": steps,
-            "loss": local[0].item() / count,
-            "learning_rate": engine.get_lr()[0],
-            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-            "tokens_per_second": tokens / seconds,
-            "seconds_per_step": seconds / count,
-            "useful_token_share": tokens / (count * self._positions),
-            "worker_peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        }
-        self._reset()
-        return metrics
-
-
-def _step(engine, micro_batches: list[dict], world: int) -> tuple[torch.Tensor, int]:
-    """One optimizer step. Returns this rank's share of the step's mean loss, and its tokens that are no padding.
-
-    Every loss token of the step weighs the same, whatever rank and micro batch it is in: each micro loss is a sum
-    divided by the mean number of loss tokens per micro batch, and DeepSpeed averages over ranks and accumulation.
-    """
-    labels = torch.tensor(float(sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)))
-    labels = labels.to(engine.device)
-    dist.all_reduce(labels)
-    mean_count = labels / (world * len(micro_batches))
-    total, tokens = torch.zeros((), device=engine.device), 0
-    for batch in micro_batches:
-        tokens += int(batch.pop("attention_mask").sum())  # padding is a sequence of its own in seq_idx
-        batch = {name: value.to(engine.device, non_blocking=True) for name, value in batch.items()}
-        loss = engine(**batch, num_items_in_batch=mean_count, logits_to_keep=1, use_cache=False).loss
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / (world * len(micro_batches))
-    return total, tokens
-
-
-def _check_finite(metrics: dict, stage: StageRecipe, step: int) -> None:
-    if not torch.isfinite(torch.tensor(metrics["loss"])):
-        raise FloatingPointError(
-            f"stage {stage.name}: the loss is {metrics['loss']} by step {step}; the last checkpoint is from before. "
-            f"Lower the stage's learning_rate (now {stage.learning_rate}) or raise its warmup ({stage.warmup})"
+    def _diverged(self, wrong: str, step: int, loss: float) -> str:
+        self.saver.settle()
+        safe = restore.newest(Path(self.job.checkpoints))
+        kept = f"its checkpoint of step {safe.step} is kept" if safe else "it had no checkpoint yet"
+        return (
+            f"stage {self.stage.name} diverged at step {step} of {self.steps}: {wrong} (mean loss since the last log "
+            f"{loss:.4g}, gradient norm {grad_norm(self.engine):.4g}); {kept}. Lower the stage's learning_rate (now "
+            f"{self.stage.learning_rate:g}), raise its warmup (now {self.stage.warmup:g}), or look at the data of the "
+            f"last {self.config.log_every} steps"
         )
 
+    def _cannot_save(self, problems: list[str]) -> str:
+        safe = restore.newest(Path(self.job.checkpoints))
+        kept = f"the one of step {safe.step} is whole" if safe else "there is none before it"
+        return (
+            f"stage {self.stage.name}: {problems[0]}; {kept}. Make room there, or lower "
+            "train.keep_checkpoints, and run again: it goes on from what is whole"
+        )
 
-def _report(engine, metrics: dict, step: int, save: bool) -> None:
-    """Report to the controller, with a checkpoint when `save`. Every rank calls this equally often."""
-    rank = dist.get_rank()
-    visible = metrics if rank == 0 else {}
-    if not save:
-        ray.train.report(visible)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag="zero", client_state={"step": step}, exclude_frozen_parameters=True)
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(visible, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:08d}")
-    gc.collect()
+    def _export(self) -> str:
+        problem = [""]
+        try:
+            export_model(self.engine, Path(self.job.start_from), Path(self.job.export_to), self.rank)
+        except OSError as error:
+            problem = [f"stage {self.stage.name}: its model could not be written to {self.job.export_to}: {error}"]
+        dist.broadcast_object_list(problem)
+        return problem[0]
 
+    def _saved(self, step: int, seconds: float) -> None:
+        self.tell({"event": "checkpoint", "step": step, "seconds": seconds})
 
-def _restore(engine) -> int:
-    """Load the last complete checkpoint of this stage, if any. Returns the number of steps it had done."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        path, state = engine.load_checkpoint(folder, tag="zero", load_module_strict=False)
-        if path is None:
-            raise RuntimeError(f"checkpoint {os.path.basename(folder)} cannot be loaded; delete it to go on without it")
-        dist.barrier()  # inside the block: no rank deletes the folder while another reads it
-    return int(state["step"])
+    def tell(self, event: dict) -> None:
+        """Send an event to the driver, from rank 0, without waiting: Ray Train's report would wait for its controller,
+        which looks every two seconds."""
+        if self.rank == 0 and self.job.events is not None:
+            self._sent = [*self._sent[-20:], self.job.events.add.remote(event)]
+
+    def flush(self) -> None:
+        """Until the driver's log has every event."""
+        if self._sent:
+            import ray
+
+            ray.wait(self._sent, num_returns=len(self._sent), timeout=10)

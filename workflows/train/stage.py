@@ -18,35 +18,59 @@ class PartSize:
     name: str
     parameters: int
     trains: bool
+    adapters: int = 0
+    """Parameters of low-rank adapters, which then train in place of the part's own."""
 
 
 def freeze(model: nn.Module, stage: StageRecipe) -> list[PartSize]:
-    """Set requires_grad of every parameter by the stage's `trains`, and say what came of it."""
+    """Set requires_grad of every parameter by the stage's `trains`, and say what came of it.
+
+    With `lora` the language model gets its adapters here (workflows/train/lora.py).
+    """
     sizes = []
     for name in PARTS:
         part = getattr(model, name)
         trains = name in stage.trains
         part.requires_grad_(trains)
-        sizes.append(PartSize(name, sum(p.numel() for p in part.parameters()), trains))
+        parameters, adapters = sum(p.numel() for p in part.parameters()), 0
+        if trains and stage.lora and name == "language_model":
+            from workflows.train.lora import adapt  # peft is needed by such stages alone
+
+            adapters = adapt(part, stage.lora)
+        sizes.append(PartSize(name, parameters, trains, adapters))
     return sizes
 
 
 def describe(stage: StageRecipe, sizes: list[PartSize]) -> str:
     """One line: stage connector: trains connector (275,990); frozen vision (..), language_model (..); saves all."""
-    trained = ", ".join(f"{s.name} ({s.parameters:,})" for s in sizes if s.trains)
+    trained = ", ".join(
+        f"{s.name} ({s.adapters:,} in adapters on {s.parameters:,})" if s.adapters else f"{s.name} ({s.parameters:,})"
+        for s in sizes
+        if s.trains
+    )
     frozen = ", ".join(f"{s.name} ({s.parameters:,})" for s in sizes if not s.trains) or "nothing"
     return f"stage {stage.name}: trains {trained}; frozen: {frozen}; saves the whole model"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups: decay on matrices only, none on biases, norms, A_log, dt_bias and D."""
-    decayed, plain = [], []
+def parameter_groups(model: nn.Module, stage: StageRecipe) -> list[dict]:
+    """AdamW groups, up to two for each part that trains: with its learning rate, and decay on matrices only.
+
+    None on biases, norms, A_log, dt_bias and D. The key `part` says whose group it is.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             exempt = parameter.ndim < 2 or name.endswith(NO_DECAY_SUFFIXES)
-            (plain if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((name.split(".")[0], exempt), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": stage.learning_rates.get(part, stage.learning_rate),
+            "weight_decay": 0.0 if exempt else stage.weight_decay,
+            "part": part,
+        }
+        for (part, exempt), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
 
 
 def total_steps(stage: StageRecipe, rows: int) -> int:
@@ -55,7 +79,7 @@ def total_steps(stage: StageRecipe, rows: int) -> int:
 
 
 def schedule(stage: StageRecipe, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up, then cosine to zero, of every group's own peak."""
     warm = math.ceil(stage.warmup * steps)
 
     def factor(step: int) -> float:

@@ -1,0 +1,116 @@
+"""A stage that was stopped and goes on is the stage that was never stopped, to the last bit, on any ZeRO stage."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.toy_training import Workers, difference, same
+from workflows.train.checkpoint import COMPLETE, newest, whole_checkpoints
+
+SLOW = pytest.mark.slow
+ALL_STAGES = [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)]
+
+
+@pytest.mark.parametrize("zero_stage", ALL_STAGES)
+def test_stopped_and_resumed_it_is_the_same_to_the_last_bit(toy, workers, undisturbed, tmp_path, zero_stage):
+    job = toy.job(tmp_path, zero_stage=zero_stage, save_every=2)
+    first = workers.train(job, stop_after=5)
+    assert first.result == "stopped"
+    second = workers.train(job)
+    assert second.of("start")[0]["step"] == 4
+    whole = undisturbed(zero_stage)
+    assert first.losses[:4] + second.losses == whole.losses
+    assert [event["learning_rate"] for event in second.of("metrics")] == [
+        event["learning_rate"] for event in whole.of("metrics")[4:]
+    ]
+    assert same(second.weights, whole.weights)
+
+
+@SLOW
+def test_every_zero_stage_gives_the_same_losses(undisturbed):
+    for zero_stage in (1, 2, 3):
+        assert undisturbed(zero_stage).losses == pytest.approx(undisturbed(0).losses, abs=1e-5)
+
+
+@SLOW
+def test_every_export_holds_every_tensor(toy, undisturbed):
+    before = load_file(toy.initial / "model.safetensors")
+    for zero_stage in range(4):
+        after = undisturbed(zero_stage).weights
+        assert {name: value.shape for name, value in after.items()} == {n: v.shape for n, v in before.items()}
+        moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {"connector", "language_model"}
+
+
+@SLOW
+def test_dropout_resumes_exactly_too(toy, workers, tmp_path):
+    stage = {"lora": {"rank": 2, "dropout": 0.5}}
+    whole = workers.train(toy.job(tmp_path / "whole", stage))
+    job = toy.job(tmp_path / "stopped", stage, save_every=3)
+    workers.train(job, stop_after=4)
+    assert same(workers.train(job).weights, whole.weights)
+
+
+def test_half_written_and_damaged_checkpoints_are_passed_over(toy, workers, undisturbed, tmp_path):
+    job = toy.job(tmp_path, save_every=2)
+    workers.train(job, stop_after=6)
+    root = tmp_path / "checkpoints"
+    assert [checkpoint.step for checkpoint in whole_checkpoints(root)] == [4, 6]
+    damaged = newest(root).folder
+    (file, *_) = damaged.glob("*optim_states.pt")
+    file.write_bytes(file.read_bytes()[:100])
+    unfinished = root / ".step-00000007.dead"
+    shutil.copytree(root / "step-00000004", unfinished)
+    (unfinished / COMPLETE).unlink()
+    resumed = workers.train(job)
+    assert resumed.of("start")[0]["step"] == 4
+    assert same(resumed.weights, undisturbed(2).weights)
+    assert not unfinished.exists()
+
+
+@SLOW
+def test_only_so_many_checkpoints_are_kept(toy, workers, tmp_path):
+    workers.train(toy.job(tmp_path, save_every=1, keep_checkpoints=3), stop_after=6)
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000005",
+        "step-00000006",
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """One worker by itself."""
+    group = Workers(1)
+    yield group
+    group.close()
+
+
+@SLOW
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_another_number_of_workers_goes_on_with_the_optimizer_as_it_was(
+    toy, workers, alone, undisturbed, tmp_path, zero_stage
+):
+    """Two workers, then one, then two again. Sums are taken in another order, so it is the same but for rounding;
+    with a fresh optimizer the weights would differ by about the learning rate."""
+    two = toy.job(tmp_path, zero_stage=zero_stage, save_every=2)
+    one = toy.job(tmp_path, zero_stage=zero_stage, save_every=2, workers=1)
+    workers.train(two, stop_after=2)
+    middle = alone.train(one, stop_after=4)
+    assert middle.of("start")[0]["step"] == 2
+    assert middle.of("start")[0]["resharded_from"] == (2 if zero_stage else None)
+    last = workers.train(two)
+    assert last.of("start")[0]["step"] == 4
+    assert middle.losses + last.losses == pytest.approx(undisturbed(zero_stage).losses[2:], abs=1e-5)
+    assert difference(last.weights, undisturbed(zero_stage).weights) < 2e-4
+
+
+def test_a_checkpoint_of_another_model_is_refused(toy, workers, tmp_path):
+    workers.train(toy.job(tmp_path, save_every=2), stop_after=2)
+    said = workers.train(toy.job(tmp_path, {"trains": ["connector"]})).result
+    assert "step-00000002 is of another model" in said
+    assert f"delete {tmp_path / 'checkpoints'}" in said
+    assert json.loads((tmp_path / "checkpoints" / "step-00000002" / COMPLETE).read_text())["step"] == 2
