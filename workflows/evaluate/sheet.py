@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from mlmamba.conversation import clean
 from mlmamba.pictures import open_picture
 from pipelines.sources import open_source
 from workflows.config import Recipe
@@ -20,7 +21,7 @@ def save_example(recipe: Recipe, folder: Path) -> dict[str, str]:
     data = open_source(recipe.data.test[picture.source]).read_image(picture.location)
     file = folder / f"example{Path(picture.location).suffix}"
     write_atomic(file, data)
-    return {"image": str(file), "question": picture.questions[0]}
+    return {"image": str(file), "question": clean(picture.questions[0])}
 
 
 def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: int = 4, rows: int = 3) -> None:
@@ -48,7 +49,7 @@ def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: 
             axis.text(
                 0.0,
                 -0.06 - 0.085 * line,
-                f"{question} {verdict}",
+                f"{clean(question)} {verdict}",
                 transform=axis.transAxes,
                 fontsize=7.5,
                 va="top",

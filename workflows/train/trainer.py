@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workflows.config import Recipe, digest
 from workflows.configs.train import DECIDES_WEIGHTS, StageRecipe
@@ -63,7 +64,8 @@ def run_stage(
     out, key = layout.stage(stage.name), stage_digest(recipe, index, data_digests)
     checkpoints, ray_storage = checkpoint_folder(layout, stage.name, key), layout.checkpoints / ".ray"
     ray_storage.mkdir(parents=True, exist_ok=True)
-    log = EventLog.remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as we do
+    log = EventLog.options(scheduling_strategy=here).remote()
     pump = Pump(log, on_event)
     job = StageJob(
         stage=stage.model_dump(mode="json"),
