@@ -60,7 +60,12 @@ def find(page: str, file: str) -> Block:
     return next(block for block in blocks(ROOT / page) if block.file == file)
 
 
-@pytest.mark.parametrize("page", MARKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def _case(page: Path):
+    marks = [pytest.mark.slow] if page.name == "own-corpus.md" else []
+    return pytest.param(page, marks=marks, id=page.relative_to(ROOT).as_posix())
+
+
+@pytest.mark.parametrize("page", map(_case, MARKED))
 def test_what_a_page_marks_is_run(page, tmp_path):
     if page.name == "CONTRIBUTING.md":
         shutil.copytree(ROOT / "tests" / "benchmarks", tmp_path / "tests" / "benchmarks")

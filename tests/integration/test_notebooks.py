@@ -51,6 +51,7 @@ def test_a_notebook_opens_with_what_it_is_about_and_is_in_the_list(notebook):
     assert f"({notebook.name})" in (FOLDER / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_scan_connector(tmp_path, monkeypatch):
     outputs = execute(FOLDER / "02-scan-connector.ipynb", tmp_path / "notebooks", monkeypatch)
     assert pictures(outputs) == 8

@@ -104,6 +104,7 @@ print("\\n".join(repr(answer) for answer in model.predict(frame)))
 """
 
 
+@pytest.mark.slow
 def test_pyfunc_predicts_on_pictures_and_questions_in_a_fresh_process(server, client, folders, tmp_path):
     buffer = io.BytesIO()
     Image.linear_gradient("L").save(buffer, "PNG")

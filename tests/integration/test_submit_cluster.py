@@ -85,6 +85,7 @@ def test_a_job_runs_on_the_cluster_and_comes_back_like_a_local_run(cluster, file
     assert f"knows no job no-such-job; the latest are: {job}" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_why_and_gives_code_1(cluster, file, tmp_path):
     done = cluster.submitted(
         *(file, "--storage", tmp_path / "storage", "--verb", "prepare"),
@@ -96,6 +97,7 @@ def test_a_job_that_fails_says_why_and_gives_code_1(cluster, file, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_token_and_a_wrong_python_are_told(cluster, file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "not-the-token-of-this-cluster-at-all")
     assert main(["submit", str(file), "--address", cluster.address, "--storage", str(tmp_path)]) == 1

@@ -132,6 +132,7 @@ def test_data_is_an_input_of_the_run_once_and_leaves_it_running(opened, tmp_path
     assert tracker.client.list_artifacts(tracker.run_id, "data/tiny-0")[0].path == "data/tiny-0/manifest.json"
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_the_server_is_away(content, tmp_path, monkeypatch):
     server = Server(tmp_path)
     monkeypatch.setattr(tracking, "SERVER", server.uri)

@@ -5,6 +5,7 @@ One run is shared by the tests that look at it; another is killed in the middle 
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -110,7 +111,13 @@ def test_the_model_folder_opens_by_itself(finished):
 
 
 def test_killed_in_training_it_goes_on_and_ends_in_the_same_weights(finished, recipe_file, tmp_path):
-    """SIGKILL to the whole process group in the last stage as soon as it has a checkpoint, then the same command."""
+    """SIGKILL to the whole process group in the last stage as soon as it has a checkpoint, then the same command.
+
+    What comes before the last stage is taken from the undisturbed run.
+    """
+    run = Path(finished["model"]["folder"]).parents[1]
+    for done in (Path(finished["storage"]) / "data", run / "initial", run / "stages" / "connector"):
+        shutil.copytree(done, tmp_path / done.relative_to(finished["storage"]))
     killed = start("run", recipe_file, "--storage", tmp_path)
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob("runs/*/checkpoints/full-*/step-*")) and time.monotonic() < deadline:
