@@ -118,4 +118,6 @@ class MLMambaGenerationMixin(GenerationMixin):
                 "use_cache": True,
                 "logits_to_keep": 1,
             }
-        return {"input_ids": input_ids[:, -1:], "cache_params": cache_params, "use_cache": True, "logits_to_keep": 1}
+        # From the second step on the state is one that `generate` made itself.
+        own = cache_params.in_place()
+        return {"input_ids": input_ids[:, -1:], "cache_params": own, "use_cache": True, "logits_to_keep": 1}

@@ -5,6 +5,7 @@ constant in size and passes between calls as `cache_params`, so a prompt may be 
 many continuations. Shapes: b batch, l length, n pictures, N tokens per picture, d width.
 """
 
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from mlmamba.generation import MLMambaGenerationMixin
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.state import MambaState
 from mlmamba.vision import VisionEncoder
+
+# While it loads, transformers replaces methods of its classes and of torch; two loads at once can leave them replaced,
+# and from then on no model of the process has its tied weights.
+_LOADING = threading.RLock()
 
 
 @dataclass
@@ -71,7 +76,8 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         """
         source = pretrained_model_name_or_path
         kwargs["ignore_mismatched_sizes"] = True  # so that the error below can name them
-        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        with _LOADING:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         problems = []
         if missing := sorted(info["missing_keys"]):
             problems.append(f"lacks {len(missing)} tensors of the model, first {missing[:3]}")

@@ -92,10 +92,10 @@ class SelectiveScan(nn.Module):
             dt = dt.clamp(*self.dt_limit)
 
         if state is not None and xBC.shape[1] == 1 and mask is None:
-            out, conv = ops.causal_conv1d_step(xBC[:, 0], weight, bias, state.conv)
+            out, conv = ops.causal_conv1d_step(xBC[:, 0], weight, bias, state.conv, state.in_place)
             x, B, C = self._split(out)
-            y, ssm = ops.ssd_step(x, dt[:, 0], A, B, C, D, state.ssm)
-            return y.flatten(1)[:, None], LayerState(conv, ssm)
+            y, ssm = ops.ssd_step(x, dt[:, 0], A, B, C, D, state.ssm, state.in_place)
+            return y.flatten(1)[:, None], LayerState(conv, ssm, state.in_place)
 
         if mask is not None:
             xBC, dt = xBC * mask[..., None], dt * mask[..., None]

@@ -12,6 +12,7 @@ class LayerState:
 
     conv: Tensor
     ssm: Tensor
+    in_place: bool = False
 
 
 class MambaState:
@@ -25,6 +26,13 @@ class MambaState:
     def select(self, rows: Tensor) -> "MambaState":
         """State of the given rows (k,), in that order. Rows may repeat: one prefix can start many continuations."""
         return MambaState([LayerState(s.conv.index_select(0, rows), s.ssm.index_select(0, rows)) for s in self.layers])
+
+    def in_place(self) -> "MambaState":
+        """The same tensors, for decoding without a copy: a step of one token writes the new state over the old one.
+
+        For a state that nobody else goes on from. Reading several tokens makes a new state all the same.
+        """
+        return MambaState([LayerState(s.conv, s.ssm, in_place=True) for s in self.layers])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In-place `select`, under the name that beam search calls."""

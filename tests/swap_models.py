@@ -1,5 +1,6 @@
 """Tiny models that answer differently, registered for tests and benchmarks of serving, and how each one answers."""
 
+import io
 import shutil
 from pathlib import Path
 from urllib.parse import urlparse
@@ -12,7 +13,9 @@ from tests.registry_server import add_model, add_version
 from tests.tiny import tiny_model, tiny_tokenizer
 from workflows.build import save
 from workflows.evaluate.answer import Answerer, Asked
+from workflows.registry.example import Example
 from workflows.registry.package import open_package
+from workflows.serve.smoke import drawn_picture
 
 TOKENS = 12
 QUESTION = "what is shown?"
@@ -28,6 +31,13 @@ def write_model(folder: Path, number: int) -> Path:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std())
     save(model, tiny_tokenizer(), folder)
     return folder
+
+
+def drawn_example(answer: str) -> Example:
+    """A stored example with the drawn picture of the smoke test, and what is said to have been answered."""
+    buffer = io.BytesIO()
+    drawn_picture().save(buffer, "PNG")
+    return Example(buffer.getvalue(), QUESTION, answer, max_tokens=8)
 
 
 def write_spoiled(folder: Path, model: Path, how: str) -> Path:

@@ -8,6 +8,7 @@ from mlflow.types.schema import ColSpec, Schema
 
 from workflows.evaluate.answer import Answerer, Asked
 
+ROWS = 32  # answered together, so that the memory taken does not grow with the frame
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("binary", "image", required=False), ColSpec("string", "question")]),
     outputs=Schema([ColSpec("string")]),
@@ -22,7 +23,8 @@ class MLMambaPyfunc(PythonModel):
 
     def predict(self, context, model_input: pd.DataFrame, params=None) -> list[str]:
         asked = [Asked(row.image, [row.question]) for row in model_input.itertuples()]
-        return [answers[0] for answers in self._answerer.answer(asked)]
+        pieces = (asked[first : first + ROWS] for first in range(0, len(asked), ROWS))
+        return [answers[0] for piece in pieces for answers in self._answerer.answer(piece)]
 
 
 mlflow.models.set_model(MLMambaPyfunc())

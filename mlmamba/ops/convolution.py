@@ -77,10 +77,12 @@ def _masked(t: Tensor, keep: Tensor | None) -> Tensor:
     return t if keep is None else t * keep[..., None]
 
 
-def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One position of the convolution: x (b, d), state (b, w-1, d)."""
+def causal_conv1d_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One position of the convolution: x (b, d), state (b, w-1, d). With `in_place` the state is written over."""
     window = torch.cat([state.to(x.dtype), x[:, None]], dim=1)
     y = (window * weight.to(x.dtype).T).sum(1)
     if bias is not None:
         y = y + bias.to(x.dtype)
-    return F.silu(y), window[:, 1:]
+    return F.silu(y), state.copy_(window[:, 1:]) if in_place else window[:, 1:]

@@ -108,6 +108,7 @@ def test_generation_goes_on_from_a_state(model, options):
     assert torch.equal(out, torch.cat(expected))
     single = model.generate(questions[0], cache_params=state, **options)[:, 5:]
     assert torch.equal(single, expected[0])
+    assert torch.equal(model.generate(questions[1], cache_params=state, **options)[:, 1:], expected[1])
     assert all(torch.equal(layer.ssm, old) for layer, old in zip(state.layers, before, strict=True))
 
 

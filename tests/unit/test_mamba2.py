@@ -165,6 +165,25 @@ def test_a_state_can_start_many_continuations(backbone):
     assert all(torch.equal(layer.ssm, old) for layer, old in zip(start.layers, before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_in_place_give_the_same_in_the_same_memory(backbone, dtype):
+    model = Mamba2Backbone(Mamba2Config(**{**TEXT, "n_groups": 2})).eval()
+    model.load_state_dict(backbone.state_dict())
+    model.to(dtype)
+    _, state = read(model, torch.cat([prompt(5, seed=s) for s in range(2)]))
+    own = state.select(torch.tensor([0, 1])).in_place()
+    memory = [(layer.conv.data_ptr(), layer.ssm.data_ptr()) for layer in own.layers]
+    for step in range(3):
+        token = torch.cat([prompt(1, seed=step), prompt(1, seed=9 + step)])
+        expected, state = read(model, token, state)
+        hidden, own = read(model, token, own)
+        assert torch.equal(hidden, expected)
+        assert_same_state(own, state, 0.0)
+    assert [(layer.conv.data_ptr(), layer.ssm.data_ptr()) for layer in own.layers] == memory
+    read(model, prompt(2).expand(2, -1), own)  # several tokens: a new state
+    assert_same_state(own, state, 0.0)
+
+
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
 def test_casts_leave_the_scan_parameters_in_float32(cast):
     scan = SelectiveScan(8, 2, 4, 1, 4, 4)

@@ -1,13 +1,14 @@
 """Saving and loading: bit for bit in safetensors, whole or sharded, in every dtype and to every device map."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from closeness import assert_close
 from safetensors import safe_open
 from tiny import pictures, prompt, tiny_config, tiny_model
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from mlmamba.loading import load_model
 from mlmamba.modeling import MLMambaForConditionalGeneration
@@ -51,6 +52,20 @@ def test_a_sharded_model_loads_bit_for_bit(tmp_path):
     loaded = MLMambaForConditionalGeneration.from_pretrained(tmp_path)
     assert_equal_weights(loaded, model)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_models_that_are_loaded_at_once_have_their_tied_weights(tmp_path):
+    """A service loads the next version in a thread; transformers' own loading is not made for two at a time."""
+    tiny_model({"tie_word_embeddings": True}).save_pretrained(tmp_path)
+    tie = PreTrainedModel.tie_weights
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            loads = [pool.submit(MLMambaForConditionalGeneration.from_pretrained, tmp_path) for _ in range(12)]
+            models = [load.result() for load in loads]
+        assert PreTrainedModel.tie_weights is tie
+    finally:
+        PreTrainedModel.tie_weights = tie
+    assert all(model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in models)
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -12,12 +12,11 @@ import weakref
 import pytest
 import torch
 
-from tests.swap_models import QUESTION, TOKENS, answer_of, write_model, write_spoiled
+from tests.swap_models import QUESTION, TOKENS, answer_of, drawn_example, write_model, write_spoiled
 from workflows.registry import ResolvedModel
 from workflows.serve.limits import Limits
 from workflows.serve.loader import load
 from workflows.serve.service import Service
-from workflows.serve.smoke import drawn_example
 from workflows.serve.swap import Refused, SwapOptions, Swapper
 
 LIMITS = Limits(max_batch=4)

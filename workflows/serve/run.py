@@ -92,7 +92,7 @@ def serve_model(
     need_keys = not no_api_keys and not _only_here(host)
     check_keys(host, access, need_keys)
     source = resolve_model(reference, storage)
-    reference = reference if reference.startswith(PREFIX) else str(Path(reference).absolute())
+    reference = reference if reference.startswith(PREFIX) else str(source.folder.absolute())
     _say(f"loading {source.label} ...")
     import ray
 

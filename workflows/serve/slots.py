@@ -23,14 +23,8 @@ class StatePool:
         return MambaState(self._layers).nbytes
 
     def view(self) -> MambaState:
-        """The states in use, not copied."""
-        return MambaState([LayerState(s.conv[: self.used], s.ssm[: self.used]) for s in self._layers])
-
-    def write(self, state: MambaState) -> None:
-        """Put the states after a step in place of those before it."""
-        for own, new in zip(self._layers, state.layers, strict=True):
-            own.conv[: self.used].copy_(new.conv)
-            own.ssm[: self.used].copy_(new.ssm)
+        """The states in use, not copied: a step of one token for each of them leaves its new states in the slots."""
+        return MambaState([LayerState(s.conv[: self.used], s.ssm[: self.used]) for s in self._layers]).in_place()
 
     def append(self, state: MambaState, row: int) -> int:
         """Take a slot for row `row` of a state, and return its number.

@@ -5,7 +5,6 @@ about a drawn picture. Every logit must be finite, and the engine must give an a
 stored one is the caller's choice: another precision or another machine may rightly give another.
 """
 
-import io
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,10 +80,3 @@ def drawn_picture() -> Image.Image:
     draw.rectangle((6, 8, 28, 38), fill=(200, 30, 40))
     draw.ellipse((34, 12, 58, 36), fill=(30, 60, 210))
     return picture
-
-
-def drawn_example(answer: str, max_tokens: int = _TOKENS) -> Example:
-    """An example of the drawn picture, for a model that has no test set."""
-    buffer = io.BytesIO()
-    drawn_picture().save(buffer, "PNG")
-    return Example(buffer.getvalue(), _QUESTION, answer, max_tokens)
