@@ -81,7 +81,10 @@ def ssd_step(
     added = (dtf[..., None] * xf).reshape(b, g, -1, 1)
     state = state.mul_(decay) if in_place else state * decay
     state.view(b, g, -1, n).addcmul_(added, B.to(work)[:, :, None])
-    y = (state.view(b * g, -1, n) @ C.to(work).reshape(b * g, n, 1)).view(b, h, p)
+    if torch.compiler.is_compiling():  # one pass over the state for update and product, which eager torch cannot fuse
+        y = (state.view(b, g, -1, n) * C.to(work)[:, :, None]).sum(-1).view(b, h, p)
+    else:
+        y = (state.view(b * g, -1, n) @ C.to(work).reshape(b * g, n, 1)).view(b, h, p)
     if D is not None:
         y = torch.addcmul(y, xf, D.to(work)[:, None])
     return y.to(x.dtype), state

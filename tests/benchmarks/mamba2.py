@@ -111,6 +111,7 @@ def main() -> None:
         x = torch.randn(1, 1, WIDTH, device=device)
         their_state = theirs(inputs_embeds=x, use_cache=True).cache_params
         _, our_state = ours(x)
+        our_state = our_state.in_place()  # as `generate` decodes, and as transformers does
         weights = sum(p.nbytes for p in ours.layers.parameters())
 
         def decode() -> tuple[float, float, float]:

@@ -217,18 +217,23 @@ def test_the_norm_of_groups_is_the_norm_of_each():
 
 @pytest.mark.slow  # compiling takes a quarter of a minute
 def test_compiled_decoding_equals_decoding():
+    """Blocks are compiled in groups: six are one whole group and a rest. One row and several take different ways."""
     torch.manual_seed(0)
-    backbone = Mamba2Backbone(Mamba2Config(**TEXT)).eval()
-    x = torch.randn(1, 9, TEXT["hidden_size"])
-    with torch.no_grad():
-        _, state = backbone(x[:, :5])
-        expected = backbone(x[:, 5:], state)[0]
-        assert backbone.compile_decoding()
-        steps = []
-        for t in range(5, 9):
-            step, state = backbone(x[:, t : t + 1], state)
-            steps.append(step)
-    assert_close(torch.cat(steps, dim=1), expected, 1e-5)
+    backbone = Mamba2Backbone(Mamba2Config(**TEXT | {"num_hidden_layers": 6})).eval()
+    assert backbone.compile_decoding()
+    for rows, in_place in ((1, False), (1, True), (3, True)):
+        x = torch.randn(rows, 9, TEXT["hidden_size"])
+        with torch.no_grad():
+            _, state = backbone(x[:, :5])
+            expected, end = backbone(x[:, 5:], state)
+            state = state.in_place() if in_place else state
+            memory, steps = state.layers[-1].ssm.data_ptr(), []
+            for t in range(5, 9):
+                step, state = backbone(x[:, t : t + 1], state)
+                steps.append(step)
+        assert_close(torch.cat(steps, dim=1), expected, 1e-5)
+        assert_same_state(state, end)
+        assert (state.layers[-1].ssm.data_ptr() == memory) is in_place
 
 
 @pytest.mark.slow
