@@ -17,6 +17,7 @@ from mlmamba.vision_weights import load_tower_weights
 from workflows.config import Recipe
 from workflows.configs.model import ModelRecipe
 from workflows.errors import UsageError
+from workflows.storage import is_remote, is_whole, place
 
 # Of a language model: what the recipe says and the checkpoint must have, and what the checkpoint alone says.
 SIZES = ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "n_groups")
@@ -126,6 +127,12 @@ def build_initial(recipe: Recipe, data: Path, out: Path) -> None:
                 "so that there are enough rows"
             ) from error
     save(model, tokenizer, out)
+
+
+def built(folder: Path) -> bool:
+    """Whether a model folder, or its place in the object store, is there."""
+    where = place(folder)
+    return is_whole(where) if is_remote(where) else (folder / "config.json").exists()
 
 
 def save(model: MLMambaForConditionalGeneration, tokenizer, out: Path) -> None:

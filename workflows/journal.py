@@ -20,6 +20,8 @@ _PAUSES = (1.0, 60.0)
 """Seconds between attempts while the server does not answer: the first, and the longest after doubling."""
 _AT_ONCE = 100
 """Entries that are sent together."""
+FILES = ("tracking.jsonl", "tracking-sent.json")
+"""In the run folder: the entries, and how many of them were sent to which run."""
 
 
 class Refused(Exception):
@@ -36,12 +38,12 @@ class Journal:
     def __init__(self, folder: Path, run_id: str, send: Callable[[list[dict]], None], note: Callable[[str], None]):
         """
         Args:
-            folder: run folder; holds tracking.jsonl and tracking-sent.json.
+            folder: run folder; holds FILES.
             run_id: MLflow run. For another run than before, all is sent once more.
             send: sends entries; raises Refused for what cannot be sent, anything else to be called again.
             note: told when the server goes away and comes back.
         """
-        self._file, self._mark = folder / "tracking.jsonl", folder / "tracking-sent.json"
+        self._file, self._mark = (folder / name for name in FILES)
         self._run_id, self._send, self._note = run_id, send, note
         self.entries = self._read()
         self._sent = self._read_mark()

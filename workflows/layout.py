@@ -5,6 +5,8 @@
     mlflow.db, mlflow/        tracking database and artifacts
 
 Digests come from the parts of the recipe that decide the content, so changing a recipe starts beside the old work.
+In an object store the same lies under its URI, but for MLflow's, which needs a server then; the paths are those of this
+machine's copies (workflows/storage.py).
 """
 
 import os
@@ -13,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import DataConfig
+from pipelines.storage import shown
 from workflows.config import Recipe, digest
 from workflows.configs.train import HOW_IT_RUNS
 from workflows.errors import UsageError
+from workflows.storage import is_remote, mount
 
 UNDECIDING = {"register_as": True, "evaluate": True, "train": HOW_IT_RUNS}
 """Fields of a recipe that the trained model does not depend on."""
@@ -49,17 +53,18 @@ class Layout:
         return self.run / "evaluation"
 
 
-def open_storage(storage: str) -> Path:
+def open_storage(storage: str, remote: bool = False) -> Path:
     """Absolute path of the storage folder, made if need be.
 
+    Args:
+        storage: a folder, or the URI of an object store.
+        remote: the caller can work with an object store; it gets the folder of this machine's copies.
+
     Raises:
-        UsageError: it is not a local path, or cannot be written.
+        UsageError: it cannot be written, or is an object store and the caller cannot work with that.
     """
-    if "://" in storage and not storage.startswith("file://"):
-        raise UsageError(
-            f"--storage {storage}: this version keeps runs in a folder that every node sees (a local disk or a "
-            "network file system); object stores are read as data sources only"
-        )
+    if is_remote(storage):
+        return _open_store(storage, remote)
     path = Path(storage.removeprefix("file://")).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -69,6 +74,19 @@ def open_storage(storage: str) -> Path:
         reason = error.strerror or error
         raise UsageError(f"--storage {storage}: cannot write to {path} ({reason}); choose another folder") from error
     return path
+
+
+def _open_store(uri: str, supported: bool) -> Path:
+    if not supported:
+        raise UsageError(
+            f"--storage {shown(uri)}: run, train, prepare and submit keep their work in object stores; this command "
+            "wants a folder for its own files (the registry is the one in MLFLOW_TRACKING_URI, whatever the folder)"
+        )
+    try:
+        return mount(uri)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--storage {shown(uri)}: cannot write there: {reason}") from error
 
 
 def layout_of(recipe: Recipe, storage: Path, tokens_per_image: int) -> Layout:

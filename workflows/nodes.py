@@ -5,16 +5,21 @@ node is asked to read a word that the driver wrote into the storage folder, and 
 """
 
 import importlib.util
-import os
 import uuid
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from workflows.errors import WorkflowError
+from pipelines.storage import delete, exists, join, read_bytes, shown, write_atomic
+from workflows.configs.evaluate import EvaluateRecipe
+from workflows.errors import UsageError, WorkflowError
+from workflows.storage import is_remote, place
 
 _NEEDED = ("torch", "transformers", "timm", "pyarrow", "deepspeed", "mlflow", "safetensors")
 _WAIT = 180.0
@@ -38,18 +43,63 @@ def check_nodes(storage: Path) -> None:
     own = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
     if workers := [node for node in nodes if node["Resources"].get("CPU", 0) > 0]:
-        _check_storage(workers, storage)
+        _check_storage(workers, place(storage))
 
 
-def _check_storage(nodes: list[dict], storage: Path) -> None:
+def check_this_node(wanted: EvaluateRecipe) -> None:
+    """See that this node can score a model by itself, as it must where storage is an object store.
+
+    Raises:
+        UsageError: it lacks CPUs or GPUs.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    (here,) = [node["Resources"] for node in ray.nodes() if node["NodeID"] == own]
+    needs = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
+    lacking = [f"{needs[name]:g} {name}s" for name in needs if here.get(name, 0) < needs[name]]
+    if lacking:
+        raise UsageError(
+            "with storage in an object store the node that runs the workflow evaluates by itself, and it has not the "
+            f"{' and '.join(lacking)} of evaluate.cpus_per_worker and gpus_per_worker: use `mlmamba train` and then "
+            "evaluate the model elsewhere, or a storage folder that all nodes share"
+        )
+
+
+@contextmanager
+def where_files_meet(storage: Path) -> Iterator[None]:
+    """Ray Data's tasks of the block run where files that they write come together: with storage in an object store on
+    the node of this process, else anywhere."""
+    if not is_remote(place(storage)):
+        yield
+        return
+    context, own = DataContext.get_current(), ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(own, soft=False)
+    before = context.scheduling_strategy, context.scheduling_strategy_large_args
+    _schedule(context, here, here)
+    try:
+        yield
+    finally:
+        _schedule(context, *before)
+
+
+def _schedule(context: DataContext, strategy, strategy_large_args) -> None:
+    with (
+        warnings.catch_warnings()
+    ):  # from 2027 on Ray wants it said at every map instead, which is not ours to say here
+        warnings.simplefilter("ignore")
+        context.scheduling_strategy = strategy
+        context.scheduling_strategy_large_args = strategy_large_args
+
+
+def _check_storage(nodes: list[dict], storage: str) -> None:
     word = uuid.uuid4().hex
-    file = storage / f".seen-{word}"
-    file.write_text(word)
+    name = f".seen-{word}"
+    file = join(storage, name)
+    write_atomic(file, word.encode())
     try:
         asked = {}
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[_look.options(scheduling_strategy=there).remote(str(file), word)] = node
+            asked[_look.options(scheduling_strategy=there).remote(storage, name, word)] = node
         ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT)
         problems = [f"{asked[each]['NodeManagerHostname']} did not answer within {_WAIT:.0f} s" for each in silent]
         for each in ready:
@@ -61,31 +111,37 @@ def _check_storage(nodes: list[dict], storage: Path) -> None:
                 continue
             if answer.problem:
                 problems.append(f"{answer.host} {answer.problem}")
-            elif not Path(f"{file}.{asked[each]['NodeID']}").exists():
-                problems.append(f"{answer.host} has another folder at {storage}: what it wrote there is not seen here")
+            elif not exists(join(storage, f"{name}.{asked[each]['NodeID']}")):
+                where = shown(storage)
+                problems.append(f"{answer.host} has another folder at {where}: what it wrote there is not seen here")
     finally:
-        for left in storage.glob(f"{file.name}*"):
+        for left in (name, *(f"{name}.{node['NodeID']}" for node in nodes)):
             with suppress(OSError):
-                left.unlink()
+                delete(join(storage, left))
     if problems:
+        wanted = (
+            "need credentials for the object store in --storage"
+            if is_remote(storage)
+            else "must share the folder in --storage, such as a network file system"
+        )
         raise WorkflowError(
-            f"{len(problems)} of {len(nodes)} other nodes cannot take part: {'; '.join(sorted(problems))}. --storage "
-            "must be a folder that all nodes share, such as a network file system, and every node needs the packages"
+            f"{len(problems)} of {len(nodes)} other nodes cannot take part: {'; '.join(sorted(problems))}. All nodes "
+            f"{wanted}, and need the packages"
         )
 
 
 @ray.remote(num_cpus=0, max_retries=1)
-def _look(file: str, word: str) -> Answer:
+def _look(storage: str, name: str, word: str) -> Answer:
     """Runs on a node: read the driver's word and leave an answer."""
-    host = ray.util.get_node_ip_address()
+    host, where = ray.util.get_node_ip_address(), shown(storage)
     try:
-        seen = Path(file).read_text()
-        Path(f"{file}.{ray.get_runtime_context().get_node_id()}").write_text(word)
+        seen = read_bytes(join(storage, name)).decode()
+        write_atomic(join(storage, f"{name}.{ray.get_runtime_context().get_node_id()}"), word.encode())
     except FileNotFoundError:
-        return Answer(host, f"does not see {os.path.dirname(file)}, or has another folder there")
+        return Answer(host, f"does not see {where}, or has another folder there")
     except OSError as error:
-        return Answer(host, f"cannot write to {os.path.dirname(file)} ({error.strerror})")
+        return Answer(host, f"cannot write to {where} ({error.strerror or error})")
     if seen != word:
-        return Answer(host, f"sees something else in {os.path.dirname(file)}")
+        return Answer(host, f"sees something else in {where}")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     return Answer(host, f"lacks the packages {', '.join(missing)}" if missing else "")

@@ -10,10 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from pipelines import storage as files
 from pipelines.config import DataConfig
-from pipelines.manifest import Manifest
+from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.prepare import PrepareError, prepare
-from workflows.build import build_initial, image_tokens
+from workflows.build import build_initial, built, image_tokens
 from workflows.config import DataRecipe, Recipe, digest
 from workflows.console import Console
 from workflows.errors import WorkflowError
@@ -22,11 +23,13 @@ from workflows.evaluate.place import evaluation_folder
 from workflows.evaluate.score import table
 from workflows.evaluate.sheet import save_example
 from workflows.evaluate.step import evaluate_recipe
-from workflows.layout import Layout, data_folder, layout_of, write_atomic
-from workflows.lease import Lease
+from workflows.layout import Layout, data_folder, layout_of
+from workflows.nodes import where_files_meet
 from workflows.registry import promote, register, rolled_back
 from workflows.registry.example import choose_example
 from workflows.session import session
+from workflows.storage import address, at_hand, is_remote, keep, kept, place
+from workflows.store_lease import lease
 from workflows.tracking import Tracker, tracking_uri
 from workflows.train.checks import check_stages
 from workflows.train.stage import total_steps
@@ -39,24 +42,25 @@ def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
     Raises:
         UsageError, WorkflowError: with a message for the person who started it.
     """
-    with session(recipe, storage, console) as (layout, tracker):
+    with session(recipe, storage, console, evaluates=True) as (layout, tracker):
         manifests = prepare_data(recipe, layout, console)
         data_digest = digest_of(manifests)
         tracker.log_data(manifests, layout)
-        model = train_stages(recipe, layout, manifests, console, tracker)
+        trained = train_stages(recipe, layout, manifests, console, tracker)
+        model = at_hand(place(trained))
         result = evaluate_model(recipe, layout, model, console, tracker)
         promotion = publish(recipe, layout, tracker, model, data_digest, result, console)
     summary = {
         "recipe": recipe.name,
         "run_id": tracker.run_id,
-        "data": {"folders": sorted(map(str, set(layout.data.values()))), "digest": data_digest},
-        "model": {"folder": str(model), **promotion},
+        "data": {"folders": sorted(map(address, set(layout.data.values()))), "digest": data_digest},
+        "model": {"folder": address(model), **promotion},
         "evaluation": result,
-        "samples": str(layout.evaluation / "samples.png"),
+        "samples": address(layout.evaluation / "samples.png"),
         "example": save_example(recipe, layout.evaluation),
-        "storage": str(storage),
+        "storage": address(storage),
     }
-    write_atomic(layout.run / "summary.json", json.dumps(summary, indent=2))
+    files.write_atomic(place(layout.run / "summary.json"), json.dumps(summary, indent=2).encode())
     return summary
 
 
@@ -70,7 +74,7 @@ def train_only(recipe: Recipe, storage: Path, console: Console, stage: str | Non
         manifests = prepare_data(recipe, layout, console)
         tracker.log_data(manifests, layout)
         model = train_stages(recipe, layout, manifests, console, tracker, stage)
-    return {"model": str(model), "run_id": tracker.run_id}
+    return {"model": address(model), "run_id": tracker.run_id}
 
 
 def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, Manifest]:
@@ -103,8 +107,9 @@ def _prepare_one(data: DataConfig, folder: Path, tokens_per_image: int, seed: in
 
         try:
             lock = folder.with_name(f".{folder.name}.lock")
-            with Lease(lock, f"preparation of {folder.name}", console.note, wait=True):
-                manifest = prepare(data, str(folder), tokens_per_image, seed, watch)
+            with lease(lock, f"preparation of {folder.name}", console.note, wait=True):
+                manifest = prepare(data, place(folder), tokens_per_image, seed, watch)
+                _bring_head(folder)
         except (PrepareError, ValueError, OSError, ModuleNotFoundError) as error:
             raise WorkflowError(f"preparation: {error}") from error
         if phases == ["finished"]:
@@ -117,6 +122,15 @@ def _prepare_one(data: DataConfig, folder: Path, tokens_per_image: int, seed: in
             + (f", {cut} cut short" if cut else "")
         )
     return manifest
+
+
+def _bring_head(folder: Path) -> None:
+    """Of a data set in an object store: what the driver reads of it, here. Workers read the shards from there."""
+    where = place(folder)
+    if is_remote(where):
+        inside = [f"tokenizer/{name}" for name in files.list_names(files.join(where, "tokenizer"))]
+        for name in (*inside, MANIFEST_FILE):
+            files.write_atomic(str(folder / name), files.read_bytes(files.join(where, *name.split("/"))))
 
 
 def digest_of(manifests: dict[str, Manifest]) -> str:
@@ -139,9 +153,11 @@ def train_stages(
         WorkflowError: a stage cannot be trained on its data, or `only` needs an earlier stage that is not finished.
     """
     check_stages(recipe, manifests)
-    if not (layout.initial / "config.json").exists():
+    if not built(layout.initial):
         layout.initial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(layout.initial, ignore_errors=True)  # a copy that did not reach the object store
         build_initial(recipe, layout.data[recipe.train.stages[0].name], layout.initial)
+        keep(layout.initial)
     digests = {name: manifest.digest for name, manifest in manifests.items()}
     offset, model = 0, layout.initial
     for index, stage in enumerate(recipe.train.stages):
@@ -191,7 +207,7 @@ def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
 
 def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console, tracker: Tracker) -> dict:
     """Scores on the test sources and the benchmarks, beside the baselines; reports, and the sheet of samples."""
-    with console.step("evaluate"):
+    with console.step("evaluate"), kept(layout.evaluation), where_files_meet(layout.storage):
         return evaluate_recipe(recipe, layout.evaluation, model, console, tracker)
 
 
@@ -233,7 +249,9 @@ def summary_text(summary: dict) -> str:
     model, example = summary["model"], summary["example"]
     state = f"is {model['alias']}" if model["promoted"] else "not promoted (see the gate above)"
     reference = f"models:/{model['name']}@{model['alias']}" if model["promoted"] else _short(model["folder"])
-    common = f"{reference} --storage {_short(summary['storage'])}"
+    remote = is_remote(summary["storage"])
+    common = reference + ("" if remote else f" --storage {_short(summary['storage'])}")
+    uri = tracking_uri(Path(summary["storage"]))
     return "\n".join(
         [
             "",
@@ -249,7 +267,7 @@ def summary_text(summary: dict) -> str:
             f"  {_command('mlmamba')} chat {common} \\",
             f"      --image {_short(example['image'])} --question '{example['question']}'",
             f"  {_command('mlmamba')} serve {common}",
-            f"  {_command('mlflow')} ui --backend-store-uri {tracking_uri(Path(summary['storage']))}",
+            *([] if remote else [f"  {_command('mlflow')} ui --backend-store-uri {uri}"]),
         ]
     )
 

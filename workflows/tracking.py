@@ -30,9 +30,10 @@ from mlflow.tracking import MlflowClient
 from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.storage import shown
 from workflows.config import Recipe
-from workflows.errors import WorkflowError
+from workflows.errors import UsageError, WorkflowError
 from workflows.journal import Journal, Refused, short_reason
 from workflows.layout import Layout
+from workflows.storage import address, is_remote, place
 
 WORKFLOW_TAG = "mlmamba.workflow"
 SAMPLES = "samples.json"
@@ -45,6 +46,15 @@ SERVER = os.environ.get("MLFLOW_TRACKING_URI")  # read once: mlflow.set_tracking
 def tracking_uri(storage: Path) -> str:
     """MLFLOW_TRACKING_URI when it was set by the user, else an SQLite database in the storage folder."""
     return SERVER or f"sqlite:///{storage / 'mlflow.db'}"
+
+
+def check_registry(storage: Path) -> None:
+    """Raise UsageError when the database would have to lie in an object store."""
+    if SERVER is None and is_remote(place(storage)):
+        raise UsageError(
+            f"--storage {address(storage)}: an object store cannot hold MLflow's database; name an MLflow server in "
+            "MLFLOW_TRACKING_URI, or choose a folder"
+        )
 
 
 def connect(storage: Path) -> MlflowClient:
@@ -122,7 +132,8 @@ class Tracker:
         for stage, manifest in manifests.items():
             short, folder = manifest.digest.removeprefix("sha256:")[:36], layout.data[stage]
             if short not in known:
-                dataset = MetaDataset(HTTPDatasetSource(folder.as_uri()), name=folder.name, digest=short)
+                where = address(folder) if is_remote(place(folder)) else folder.as_uri()
+                dataset = MetaDataset(HTTPDatasetSource(where), name=folder.name, digest=short)
                 context = [InputTag("mlflow.data.context", "training")]
                 self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), context)])
                 self.log_file(folder / MANIFEST_FILE, f"data/{folder.name}")

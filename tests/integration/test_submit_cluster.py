@@ -16,7 +16,10 @@ from mlflow.tracking import MlflowClient
 
 from tests.integration.ray_cluster import RayCluster
 from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
+from tests.registry_server import mlflow_server
+from tests.s3 import KEYS, running_s3
 from workflows.cli import main
+from workflows.registry.find import resolve_model
 
 SUMMARY = {"recipe", "run_id", "data", "model", "evaluation", "samples", "example", "storage"}
 
@@ -202,3 +205,23 @@ def test_a_worker_node_is_lost_in_training_and_the_job_finishes(cluster, file, t
     assert client.returncode == 0, err
     assert "going on from the checkpoint of step" in err
     assert json.loads(out).keys() == SUMMARY
+
+
+@pytest.mark.slow
+def test_storage_in_an_object_store_needs_no_common_folder(cluster, file, tmp_path, monkeypatch, capsys):
+    """Its URI has characters that mean something to a shell. The head, which has no CPU here, cannot evaluate."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
+    monkeypatch.setenv("MLMAMBA_CACHE", str(tmp_path / "cache"))
+    sent = [word for name in (*KEYS, "MLMAMBA_CACHE") for word in ("--env", name)]
+    with running_s3() as s3, mlflow_server(tmp_path / "mlflow") as (server, _):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+        uri = s3.uri("lab")
+        command = ["submit", str(file), "--address", cluster.address, "--storage", uri, *sent]
+        assert main(command) == 1
+        assert "evaluates by itself, and it has not the 1 CPUs" in capsys.readouterr().err
+        assert s3.names("lab/data") == []
+        assert main([*command, "--verb", "train", "--json", "--set", "train.stages.1.steps=12"]) == 0
+        model = json.loads(capsys.readouterr().out)["model"]
+        assert model.startswith("s3://bucket/lab/runs/")
+        assert (resolve_model(model, tmp_path).folder / "model.safetensors").exists()
+        assert not [name for name in s3.names("lab") if "lock" in name]

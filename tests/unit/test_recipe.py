@@ -86,5 +86,7 @@ def test_a_storage_that_cannot_be_written_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="choose another folder"):
         open_storage(str(tmp_path / "file" / "below"))
-    with pytest.raises(UsageError, match="s3://bucket"):
-        open_storage("s3://bucket/x")
+    with pytest.raises(UsageError, match=r"s3://bucket/x: run, train, prepare and submit keep their work in object"):
+        open_storage("s3://user:hidden@bucket/x")
+    with pytest.raises(UsageError, match=r"cannot write there: .*use a local path, s3:// or gs://"):
+        open_storage("wrong://bucket/x", remote=True)

@@ -42,6 +42,15 @@ def test_overrides_and_named_data_travel_within_the_recipe(file):
     assert shipment.submission.run == run_name(load_recipe(str(file), ["train.stages.1.steps=7"]))
 
 
+def test_storage_may_be_an_object_store_but_not_with_a_password(file):
+    uri = "s3://bucket/lab?region=us-east-1&scheme=http"
+    assert ship(file, storage=uri).arguments[-1] == uri
+    assert ship(file, storage=uri).submission.prefix != ship(file).submission.prefix
+    with pytest.raises(UsageError, match=r"s3://bucket/lab: leave the user and password out") as told:
+        ship(file, storage="s3://key:hidden@bucket/lab")
+    assert "hidden" not in str(told.value)
+
+
 def test_a_workflow_is_known_by_its_recipe_and_storage(file):
     one = ship(file).submission
     assert ship(file, "train.log_every=9").submission == one  # how it is run is not what it is

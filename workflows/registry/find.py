@@ -10,10 +10,13 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipelines.storage import shown
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry.errors import absent, reachable, registry_address
 from workflows.registry.moves import history
 from workflows.registry.package import fetch, open_package
+from workflows.storage import bring as bring_folder
+from workflows.storage import is_remote
 from workflows.tracking import connect
 
 PREFIX = "models:/"
@@ -58,11 +61,17 @@ def parse_reference(text: str) -> Reference:
 
 
 def resolve_model(reference: str, storage: Path) -> ResolvedModel:
-    """Find a model by folder or by models:/name@alias (or models:/name/version) and bring its folder here.
+    """Find a model by folder, by the URI of one that a workflow left in an object store, or by models:/name@alias (or
+    models:/name/version), and bring its folder here.
 
     Raises:
         WorkflowError: there is no such folder, model, version or alias.
     """
+    if is_remote(reference):
+        try:
+            return ResolvedModel(bring_folder(reference))
+        except (OSError, ValueError) as error:
+            raise WorkflowError(f"{shown(reference)} is not a model folder that can be read: {error}") from error
     if not reference.startswith(PREFIX):
         folder = Path(reference)
         if not (folder / "config.json").is_file():

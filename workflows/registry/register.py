@@ -16,6 +16,7 @@ from workflows.errors import WorkflowError
 from workflows.layout import Layout
 from workflows.registry.example import Example
 from workflows.registry.find import versions_of
+from workflows.storage import address
 from workflows.tracking import Tracker, git_revision
 
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # results go there, in JSON perhaps
@@ -88,7 +89,7 @@ def describe_data(folders: dict[str, Path]) -> list[dict]:
         described.append(
             {
                 "name": folder.name,
-                "folder": str(folder),
+                "folder": address(folder),
                 "digest": manifest.digest,
                 "stages": [stage for stage, used in folders.items() if used == folder],
                 "rows": train.rows,

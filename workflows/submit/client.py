@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Cluster:
         with _clear(self.address):
             try:
                 return self.jobs.submit_job(
-                    entrypoint=f"exec {python} {JOB_FOLDER}/start.py {' '.join(arguments)}",
+                    entrypoint=f"exec {python} {JOB_FOLDER}/start.py {shlex.join(arguments)}",
                     submission_id=name,
                     runtime_env={
                         "working_dir": str(package),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from workflows.submit.client import Cluster
 from workflows.submit.job import RESULT
 
 _STARTED = "Running entrypoint for job "
-"""Begins the log's line that Ray writes when the job itself starts; what is before is about its environment."""
+"""Begins the log's line that Ray writes when the job itself starts. Ray flushes it after it has started the job's
+process, so what a quick process says may stand before it."""
+_RAYS = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+[A-Z]+ \w+\.py:\d+ -- ")
+"""Begins Ray's own lines about the job's environment, which come before."""
 _POLL = 1.0
 _POLL_ALL = 5.0
 """Seconds between looks at the whole log, where it cannot be streamed."""
@@ -57,7 +61,7 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None]) -> End:
             if info.status.is_terminal():
                 reader.feed(cluster.log(job_id)[given:])
                 reader.close()
-                return End(str(info.status), reader.result, info.message or "")
+                return End(str(info.status), reader.result, _reason(info.message))
         except WorkflowError as error:
             if time.monotonic() - last > _GIVE_UP:
                 raise WorkflowError(f"no answer from {cluster.address} for {_GIVE_UP:.0f} s: {error}") from error
@@ -69,14 +73,23 @@ def read_end(cluster: Cluster, job_id: str) -> End:
     info, reader = cluster.info(job_id), Reader(lambda line: None)
     reader.feed(cluster.log(job_id))
     reader.close()
-    return End(str(info.status), reader.result, info.message or "")
+    return End(str(info.status), reader.result, _reason(info.message))
+
+
+def _reason(message: str | None) -> str:
+    """Ray's word on a job, which ends with the last lines of its log, without the line about its start."""
+    return "\n".join(line for line in (message or "").splitlines() if not line.startswith(_STARTED))
 
 
 class Reader:
-    """Turns pieces of a log into lines of progress, and keeps the result apart."""
+    """Turns pieces of a log into lines of progress, and keeps the result apart.
+
+    What comes before the job's start is held back until then, and Ray's lines in it are left out.
+    """
 
     def __init__(self, show: Callable[[str], None]):
-        self._show, self._rest, self._started = show, "", False
+        self._show, self._rest = show, ""
+        self._before: list[str] | None = []
         self.result: dict | None = None
 
     def feed(self, text: str) -> None:
@@ -85,17 +98,27 @@ class Reader:
             self._line(line)
 
     def close(self) -> None:
+        """Take what is left as the log's end."""
         if self._rest:
             self._line(self._rest)
         self._rest = ""
+        self._begin()
 
     def _line(self, line: str) -> None:
         if line.startswith(_STARTED):
-            self._started = True
+            self._begin()
         elif line.startswith(RESULT):
             self.result = json.loads(line.removeprefix(RESULT))
-        elif self._started:
+        elif self._before is not None:
+            self._before.append(line)
+        else:
             self._show(line)
+
+    def _begin(self) -> None:
+        for line in self._before or ():
+            if not _RAYS.match(line):
+                self._show(line)
+        self._before = None
 
 
 def _tail(cluster: Cluster, job_id: str, given: int) -> Iterator[str]:

@@ -14,13 +14,14 @@ from urllib.parse import urlsplit
 import yaml
 
 from pipelines.config import DataConfig
-from pipelines.storage import join
+from pipelines.storage import join, shown
 from workflows.build import image_tokens
 from workflows.config import DataRecipe, Recipe
 from workflows.doctor import REQUIRED
 from workflows.errors import UsageError
 from workflows.layout import data_folder, run_name
 from workflows.recipe import load_any, load_recipe
+from workflows.storage import is_remote
 from workflows.submit.client import Submission
 from workflows.submit.package import JOB_FOLDER
 from workflows.tracking import git_revision
@@ -50,7 +51,7 @@ def make_shipment(
 
     Args:
         recipe, overrides: as `load_recipe` takes them.
-        storage: absolute path that every node of the cluster sees.
+        storage: absolute path that every node of the cluster sees, or the URI of an object store.
         verb: run, train or prepare.
         data_root: folder or URI on the cluster that relative paths of the recipe lie in.
         env: names of environment variables that the job gets too.
@@ -58,11 +59,7 @@ def make_shipment(
     Raises:
         UsageError: with the field and what to do about it.
     """
-    if not PurePosixPath(storage.removeprefix("file://")).is_absolute():
-        raise UsageError(
-            f"--storage {storage}: give an absolute path that every node of the cluster sees, such as a network file "
-            "system; a relative one would lie in the job's own folder, which goes with the job"
-        )
+    _check_storage(storage)
     loaded = load_any(recipe, overrides) if verb == "prepare" else load_recipe(recipe, overrides)
     loaded = _place(loaded, data_root)
     if isinstance(loaded, Recipe):
@@ -77,6 +74,22 @@ def make_shipment(
         _environment(env),
         {"mlmamba.recipe": recipe, "mlmamba.from": f"{getpass.getuser()}@{socket.gethostname()}"},
     )
+
+
+def _check_storage(storage: str) -> None:
+    """Raise UsageError when the cluster's nodes cannot share it, or all could read a password in it."""
+    if is_remote(storage):
+        if shown(storage) != storage:
+            raise UsageError(
+                f"--storage {shown(storage)}: leave the user and password out, for a job's command can be read on the "
+                "cluster's dashboard; the nodes' environment (AWS_ACCESS_KEY_ID, ...) or role should hold them"
+            )
+    elif not PurePosixPath(storage.removeprefix("file://")).is_absolute():
+        raise UsageError(
+            f"--storage {storage}: give an absolute path that every node of the cluster sees, such as a network file "
+            "system, or the URI of an object store; a relative path would lie in the job's own folder, which goes with "
+            "the job"
+        )
 
 
 def local_paths(recipe: Recipe | DataRecipe) -> Iterator[tuple[str, str]]:

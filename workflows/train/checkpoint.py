@@ -9,12 +9,13 @@ So a folder called step-* is whole; that its files still have their sizes is che
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from workflows.layout import write_atomic
 
 COMPLETE = "complete.json"
+_WHERE = ("folder", "address")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class Checkpoint:
     """Lowest mean loss between two logs so far, which divergence is measured against."""
     files: dict[str, int]
     """Size in bytes by name."""
+    address: str = ""
+    """What to call it where `folder` is a copy: the URI in the object store."""
+
+    def __str__(self) -> str:
+        return self.address or str(self.folder)
+
+    @property
+    def among(self) -> str:
+        """What to call the folder of all checkpoints of the stage, for people."""
+        return str(self).rpartition("/")[0]
 
 
 def folder_name(step: int) -> str:
@@ -84,9 +95,7 @@ def complete(partial: Path, checkpoint: Checkpoint, keep: int) -> None:
     files: dict[str, int] = {}
     for rank in range(checkpoint.workers):
         files |= json.loads(_listing(partial, rank).read_text())
-    content = {**asdict(checkpoint), "files": files}
-    del content["folder"]
-    write_atomic(partial / COMPLETE, json.dumps(content, indent=1))
+    write_atomic(partial / COMPLETE, described(replace(checkpoint, files=files)))
     if _read(checkpoint.folder) is None:
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
         partial.rename(checkpoint.folder)
@@ -94,6 +103,11 @@ def complete(partial: Path, checkpoint: Checkpoint, keep: int) -> None:
         shutil.rmtree(partial)
     for old in whole_checkpoints(checkpoint.folder.parent)[:-keep]:
         _remove(old.folder)
+
+
+def described(checkpoint: Checkpoint) -> str:
+    """The text of its complete.json: all but where it is."""
+    return json.dumps({name: value for name, value in asdict(checkpoint).items() if name not in _WHERE}, indent=1)
 
 
 def sweep(root: Path) -> None:

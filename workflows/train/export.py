@@ -10,14 +10,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from workflows.train.job import MARK
 from workflows.train.lora import adapted_layers, merge, plain_name
 
 
-def export_model(engine, start_from: Path, out: Path, rank: int) -> None:
+def export_model(engine, start_from: Path, out: Path, rank: int, mark: str = "") -> None:
     """Write the trained model beside and rename; a collective call under ZeRO-3, and rank 0 writes.
 
     Config and processor are those of `start_from`: a stage changes values, not shapes. The tensor names must be exactly
     those of `start_from` (ZeRO-1's own consolidation, for one, silently drops frozen tensors).
+
+    Args:
+        mark: text of its stage.json, if it is to have one.
 
     Raises:
         RuntimeError: a tensor is missing, extra or of another shape.
@@ -39,8 +43,10 @@ def export_model(engine, start_from: Path, out: Path, rank: int) -> None:
     try:
         partial.mkdir(parents=True)
         for file in start_from.iterdir():
-            if file.name not in ("model.safetensors", "stage.json"):
+            if file.name not in ("model.safetensors", MARK):
                 shutil.copy2(file, partial / file.name)
+        if mark:
+            (partial / MARK).write_text(mark)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # its words for a disk that is full
         shutil.rmtree(partial, ignore_errors=True)
@@ -48,7 +54,7 @@ def export_model(engine, start_from: Path, out: Path, rank: int) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could mark it finished
+    shutil.rmtree(out, ignore_errors=True)  # of other data, or of a run whose end nobody heard of
     partial.replace(out)
 
 

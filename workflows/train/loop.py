@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from pipelines.reader import PackedDataset, prefetch, step_indices
+from pipelines.storage import shown
 from workflows.configs.train import StageRecipe, TrainRecipe
+from workflows.storage import at_hand, cached, forget, is_remote, upload_folder
 from workflows.train import restore
 from workflows.train.engine import start_engine
 from workflows.train.export import export_model
@@ -23,6 +25,7 @@ from workflows.train.samples import Samples
 from workflows.train.saver import Saver
 from workflows.train.stage import describe, freeze, total_steps
 from workflows.train.step import batch_maker, seed_step, take_step
+from workflows.train.store import open_store
 
 
 def train_stage(job: StageJob) -> dict:
@@ -55,32 +58,36 @@ class Worker:
         self.stage, self.config = StageRecipe(**job.stage), TrainRecipe(**job.train)
         self._sent: list = []
         torch.manual_seed(job.seed)
-        model = MLMambaForConditionalGeneration.from_pretrained(job.start_from, dtype=torch.float32)
+        self.start_from = at_hand(job.start_from)
+        model = MLMambaForConditionalGeneration.from_pretrained(self.start_from, dtype=torch.float32)
         sizes = freeze(model, self.stage)
         if self.config.activation_checkpointing:
             model.gradient_checkpointing_enable()
         self.digest = restore.model_digest(model)
         self.dataset = PackedDataset(job.data)
         self.steps = total_steps(self.stage, len(self.dataset))
-        found = restore.find(Path(job.checkpoints), rank)
+        self.store = open_store(job.checkpoints)
+        found = restore.find(self.store, rank)
         if found:
             restore.check(found, self.config.zero_stage, self.digest)
+            found = self.store.bring(found, rank, everything=restore.reshards(found, world))
             restore.before_engine(found, model, world)
         self.engine = start_engine(model, self.stage, self.config, self.steps)
         if found:
             restore.into_engine(found, self.engine, world)
+            self.store.release(found)
         self.done = found.step if found else 0
         self.watch = LossWatch(self.config.max_loss_rise, found.lowest_loss if found else None)
         attempt = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(attempt)
-        self.saver = Saver(Path(job.checkpoints), attempt[0], rank, world, self.config.keep_checkpoints, self._saved)
+        self.saver = Saver(self.store, attempt[0], rank, world, self.config.keep_checkpoints, self._saved)
         pad, size = model.config.text_config.pad_token_id, model.config.vision_config.image_size
         self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, pad, size)
         if self.config.validate_every:
             self.heldout = HeldOut(job.data, self.config.validate_rows, self.stage.micro_batch_rows, pad, size)
         if self.config.sample_every:
             count, tokens = self.config.samples, self.config.sample_tokens
-            self.samples = Samples(job.data, job.start_from, count, tokens, model.config.image_token_id, size)
+            self.samples = Samples(job.data, str(self.start_from), count, tokens, model.config.image_token_id, size)
         made_by = found.workers if found and restore.reshards(found, world) else None
         text = describe(self.stage, sizes)
         self.tell({"event": "start", "text": text, "step": self.done, "steps": self.steps, "resharded_from": made_by})
@@ -137,7 +144,7 @@ class Worker:
 
     def _diverged(self, wrong: str, step: int, loss: float) -> str:
         self.saver.settle()
-        safe = restore.newest(Path(self.job.checkpoints))
+        safe = self.store.newest()
         kept = f"its checkpoint of step {safe.step} is kept" if safe else "it had no checkpoint yet"
         return (
             f"stage {self.stage.name} diverged at step {step} of {self.steps}: {wrong} (mean loss since the last log "
@@ -147,7 +154,7 @@ class Worker:
         )
 
     def _cannot_save(self, problems: list[str]) -> str:
-        safe = restore.newest(Path(self.job.checkpoints))
+        safe = self.store.newest()
         kept = f"the one of step {safe.step} is whole" if safe else "there is none before it"
         return (
             f"stage {self.stage.name}: {problems[0]}; {kept}. Make room there, or lower "
@@ -157,11 +164,22 @@ class Worker:
     def _export(self) -> str:
         problem = [""]
         try:
-            export_model(self.engine, Path(self.job.start_from), Path(self.job.export_to), self.rank)
+            self._write_export()
         except OSError as error:
-            problem = [f"stage {self.stage.name}: its model could not be written to {self.job.export_to}: {error}"]
+            place = shown(self.job.export_to)
+            problem = [f"stage {self.stage.name}: its model could not be written to {place}: {error}"]
         dist.broadcast_object_list(problem)
         return problem[0]
+
+    def _write_export(self) -> None:
+        """Into its folder, or into a copy that is then uploaded."""
+        place = self.job.export_to
+        out = cached(place) if is_remote(place) else Path(place)
+        if is_remote(place) and self.rank == 0:
+            forget(out)
+        export_model(self.engine, self.start_from, out, self.rank, self.job.mark)
+        if is_remote(place) and self.rank == 0:
+            upload_folder(out, place)
 
     def _saved(self, step: int, seconds: float) -> None:
         self.tell({"event": "checkpoint", "step": step, "seconds": seconds})

@@ -1,14 +1,13 @@
 """Going on from the newest whole checkpoint: all ranks from the same one, or none."""
 
-from pathlib import Path
-
 import torch.distributed as dist
 from torch import nn
 
 from workflows.config import digest
-from workflows.train.checkpoint import Checkpoint, newest, sweep
+from workflows.train.checkpoint import Checkpoint
 from workflows.train.job import StageError
 from workflows.train.reshard import load_moments, load_weights
+from workflows.train.store import FolderStore, ObjectStore
 
 
 def model_digest(model: nn.Module) -> str:
@@ -16,27 +15,26 @@ def model_digest(model: nn.Module) -> str:
     return digest([(name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad])
 
 
-def find(root: Path, rank: int) -> Checkpoint | None:
+def find(store: FolderStore | ObjectStore, rank: int) -> Checkpoint | None:
     """The checkpoint to go on from, chosen by rank 0 for all; a collective call. Sweeps up what cannot be used."""
     chosen: list[Checkpoint | None] = [None]
+    store.sweep_here()
     if rank == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        sweep(root)
-        chosen = [newest(root)]
+        store.sweep()
+        chosen = [store.newest()]
     dist.broadcast_object_list(chosen)
+    dist.barrier()  # no rank fetches, where it keeps copies, while another of its machine still sweeps
     return chosen[0]
 
 
 def check(found: Checkpoint, zero_stage: int, model: str) -> None:
     """Raise StageError when a checkpoint is of another model or kind."""
-    remedy = f"delete {found.folder.parent} to train the stage from its start"
+    remedy = f"delete {found.among} to train the stage from its start"
     if found.model != model:
-        raise StageError(
-            f"the checkpoint {found.folder} is of another model: names or shapes of what trains differ; {remedy}"
-        )
+        raise StageError(f"the checkpoint {found} is of another model: names or shapes of what trains differ; {remedy}")
     if found.zero_stage != zero_stage:
         raise StageError(
-            f"the checkpoint {found.folder} was made with zero_stage {found.zero_stage}, not {zero_stage}; {remedy}"
+            f"the checkpoint {found} was made with zero_stage {found.zero_stage}, not {zero_stage}; {remedy}"
         )
 
 
@@ -59,7 +57,7 @@ def into_engine(found: Checkpoint, engine, workers: int) -> None:
     else:
         path, _ = engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name, load_module_strict=False)
         if path is None:
-            raise StageError(f"the checkpoint {found.folder} cannot be loaded; delete it to go on without it")
+            raise StageError(f"the checkpoint {found} cannot be loaded; delete it to go on without it")
     dist.barrier()  # no rank goes on, and prunes, while another reads
 
 

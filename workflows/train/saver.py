@@ -1,9 +1,9 @@
 """Saving without stopping the training: the state is copied to memory, and a thread writes it.
 
-The pause of a save is the copy of this rank's share of the state into the CPU's memory; writing, waiting for the other
-ranks and pruning go on beside the next steps. DeepSpeed decides what belongs into a checkpoint and in which files; in
-place of its writer it gets one that keeps what it is given. The price is memory for one more copy of the share. A save
-that comes while the one before is still being written waits for it.
+The pause of a save is the copy of this rank's share of the state into the CPU's memory; writing, uploading to an object
+store, waiting for the other ranks and pruning go on beside the next steps. DeepSpeed decides what belongs into a
+checkpoint and in which files; in place of its writer it gets one that keeps what it is given. The price is memory for
+one more copy of the share. A save that comes while the one before is still being written waits for it.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from workflows.train.checkpoint import Checkpoint, all_listed, complete, folder_name, list_files, partial_folder
+from workflows.train.checkpoint import Checkpoint
+from workflows.train.store import FolderStore, ObjectStore
 
 ATTEMPTS = 3
 """How often writing is tried; a hiccup of a network file system should not end a training of days."""
@@ -68,7 +69,7 @@ class Saver:
     """Writes a rank's checkpoints in the background.
 
     Args:
-        root: folder of the stage's checkpoints, the same on all ranks.
+        store: the stage's checkpoints, the same on all ranks.
         attempt: the same on all ranks, and of this start of the workers alone.
         rank, workers: this rank, and how many there are.
         keep: checkpoints that stay.
@@ -76,12 +77,18 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, attempt: str, rank: int, workers: int, keep: int, on_done: Callable[[int, float], None]
+        self,
+        store: FolderStore | ObjectStore,
+        attempt: str,
+        rank: int,
+        workers: int,
+        keep: int,
+        on_done: Callable[[int, float], None],
     ):
-        self._root, self._attempt, self._rank, self._workers, self._keep = root, attempt, rank, workers, keep
+        self._store, self._attempt, self._rank, self._workers, self._keep = store, attempt, rank, workers, keep
         self._on_done = on_done
         self._thread: threading.Thread | None = None
-        self._partial: Path | None = None
+        self._staging: Path | None = None
         self._written, self._gave_up = threading.Event(), threading.Event()
         self.problem = ""
         """Why this rank could not write a checkpoint, for people; "" when all is well."""
@@ -95,9 +102,8 @@ class Saver:
         engine.checkpoint_engine.files = {}
         engine.save_checkpoint("memory", tag="state", save_latest=False, exclude_frozen_parameters=True)
         files, engine.checkpoint_engine.files = engine.checkpoint_engine.files, {}
-        target = self._root / folder_name(step)
-        checkpoint = Checkpoint(folder=target, step=step, workers=self._workers, files={}, **about)
-        self._partial = partial_folder(self._root, step, self._attempt)
+        self._staging = self._store.staging(step, self._attempt)
+        checkpoint = Checkpoint(folder=self._staging, step=step, workers=self._workers, files={}, **about)
         self._written.clear()
         self._thread = threading.Thread(target=self._write, args=(files, checkpoint), name="checkpoint", daemon=True)
         self._thread.start()
@@ -117,51 +123,52 @@ class Saver:
         completing = [self.problem]
         dist.broadcast_object_list(completing)
         problems = [problem for problem in dict.fromkeys([*mine, *completing]) if problem]
-        if problems and self._rank == 0 and self._partial is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        if problems and self._rank == 0 and self._staging is not None:
+            with contextlib.suppress(OSError):
+                self._store.discard(self._staging)
         return problems
 
     def _write(self, files: dict[str, dict], checkpoint: Checkpoint) -> None:
-        start, partial = time.monotonic(), self._partial
+        start, staging = time.monotonic(), self._staging
         try:
-            self._write_or_try_again(files, checkpoint.step, partial)
+            self._write_or_try_again(files, checkpoint.step, staging)
         finally:
             self._written.set()
         files.clear()
         if self.problem or self._rank:
             return
-        while not all_listed(partial, self._workers):
-            if self._gave_up.wait(0.05):
-                return
         try:
-            complete(partial, checkpoint, self._keep)
+            while not self._store.all_listed(staging, self._workers):
+                if self._gave_up.wait(self._store.poll):
+                    return
+            self._store.complete(staging, checkpoint, self._keep)
         except OSError as error:
-            self.problem = _describe(error, checkpoint.step, self._root)
+            self.problem = _describe(error, checkpoint.step, self._store)
             return
         self._on_done(checkpoint.step, time.monotonic() - start)
 
-    def _write_or_try_again(self, files: dict[str, dict], step: int, partial: Path) -> None:
+    def _write_or_try_again(self, files: dict[str, dict], step: int, staging: Path) -> None:
         for attempt in range(ATTEMPTS):
             time.sleep(_PAUSE if attempt else 0)
             try:
-                self._write_files(files, partial)
+                self._write_files(files, staging)
             except Exception as error:  # torch wraps an OSError into errors of its own
                 for name in files:
                     with contextlib.suppress(OSError):
-                        (partial / name).unlink()
-                self.problem = _describe(error, step, self._root)
+                        (staging / name).unlink()
+                self.problem = _describe(error, step, self._store)
             else:
                 self.problem = ""
                 return
 
-    def _write_files(self, files: dict[str, dict], partial: Path) -> None:
-        partial.mkdir(parents=True, exist_ok=True)
+    def _write_files(self, files: dict[str, dict], staging: Path) -> None:
+        staging.mkdir(parents=True, exist_ok=True)
         for name, state in files.items():
-            with open(partial / name, "wb") as file:
+            with open(staging / name, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        list_files(partial, self._rank, list(files))
+        self._store.hand_over(staging, self._rank, list(files))
 
 
 def load_plain(path: str | Path, map_location: str | torch.device | None = "cpu", mapped: bool = True) -> dict:
@@ -185,13 +192,14 @@ def _copy(state):
     return clone_tensors_for_torch_save(state)
 
 
-def _describe(error: Exception, step: int, root: Path) -> str:
+def _describe(error: Exception, step: int, store: FolderStore | ObjectStore) -> str:
     cause = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    reason = cause.strerror or str(cause) if cause is not None else str(error).strip().splitlines()[0]
+    text = str(error if cause is None else cause).strip().splitlines() or [type(error).__name__]
+    reason = (cause.strerror if cause is not None else None) or text[0]
     try:
-        free = f"{shutil.disk_usage(root).free / 2**30:.1f} GiB free there"
+        free = f"{shutil.disk_usage(store.disk).free / 2**30:.1f} GiB free at {store.disk}"
     except OSError:
-        free = "the folder cannot be read"
-    return f"the checkpoint of step {step} could not be written to {root}: {reason} ({free})"
+        free = f"the folder {store.disk} cannot be read"
+    return f"the checkpoint of step {step} could not be written to {store.address}: {reason} ({free})"

@@ -7,8 +7,8 @@ the folders (checkpoint.py), not from Ray Train's records, which a kill may leav
 import json
 import logging
 import os
-import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -16,17 +16,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines import storage
 from workflows.config import Recipe, digest
 from workflows.configs.train import DECIDES_WEIGHTS, StageRecipe
 from workflows.errors import WorkflowError
-from workflows.layout import Layout, write_atomic
+from workflows.layout import Layout
+from workflows.storage import is_remote, is_whole, place
 from workflows.train.checks import check_cluster
 from workflows.train.events import EventLog, Failures, OnEvent, Pump
-from workflows.train.job import StageJob, run_job
+from workflows.train.job import MARK, StageJob, run_job
 
 __all__ = ["check_cluster", "finished", "run_stage", "stage_digest"]
-
-DONE = "stage.json"
 
 
 def stage_digest(recipe: Recipe, index: int, data_digests: dict[str, str]) -> str:
@@ -39,10 +39,13 @@ def stage_digest(recipe: Recipe, index: int, data_digests: dict[str, str]) -> st
 
 
 def finished(folder: Path, expected: str) -> bool:
-    """Whether a stage's folder holds its finished model."""
+    """Whether a stage's folder, or its place in the object store, holds its finished model."""
+    where = place(folder)
+    if is_remote(where) and not is_whole(where):
+        return False
     try:
-        return json.loads((folder / DONE).read_text())["digest"] == expected
-    except (OSError, ValueError, KeyError):
+        return json.loads(storage.read_bytes(storage.join(where, MARK)))["digest"] == expected
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return False
 
 
@@ -54,7 +57,8 @@ def checkpoint_folder(layout: Layout, stage: str, key: str) -> Path:
 def run_stage(
     recipe: Recipe, stage: StageRecipe, layout: Layout, data_digests: dict[str, str], on_event: OnEvent
 ) -> Path:
-    """Train one stage from the model before it, or go on from its last checkpoint. Returns the trained model's folder.
+    """Train one stage from the model before it, or go on from its last checkpoint. Returns the trained model's folder;
+    where storage is an object store it is there (`at_hand` brings it).
 
     Raises:
         WorkflowError: training failed more often than the recipe allows, diverged, or its storage takes no checkpoint.
@@ -62,8 +66,7 @@ def run_stage(
     index = [s.name for s in recipe.train.stages].index(stage.name)
     start_from = layout.stage(recipe.train.stages[index - 1].name) if index else layout.initial
     out, key = layout.stage(stage.name), stage_digest(recipe, index, data_digests)
-    checkpoints, ray_storage = checkpoint_folder(layout, stage.name, key), layout.checkpoints / ".ray"
-    ray_storage.mkdir(parents=True, exist_ok=True)
+    checkpoints, ray_storage = place(checkpoint_folder(layout, stage.name, key)), place(layout.checkpoints / ".ray")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as we do
     log = EventLog.options(scheduling_strategy=here).remote()
     pump = Pump(log, on_event)
@@ -71,10 +74,11 @@ def run_stage(
         stage=stage.model_dump(mode="json"),
         train=recipe.train.model_dump(mode="json"),
         seed=recipe.seed,
-        data=str(layout.data[stage.name]),
-        start_from=str(start_from),
-        export_to=str(out),
-        checkpoints=str(checkpoints),
+        data=place(layout.data[stage.name]),
+        start_from=place(start_from),
+        export_to=place(out),
+        checkpoints=checkpoints,
+        mark=json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2),
         threads=recipe.train.cpus_per_worker,
         events=log,
     )
@@ -88,17 +92,19 @@ def run_stage(
     finally:
         pump.stop()
         ray.kill(log)
-        shutil.rmtree(ray_storage, ignore_errors=True)
+        with suppress(OSError):
+            storage.delete_folder(ray_storage)
     if "stopped" in outcome:
         raise WorkflowError(outcome["stopped"])
-    text = json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2)
-    write_atomic(out / DONE, text)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # only an unfinished stage needs them
+    with suppress(OSError):
+        storage.delete_folder(checkpoints)  # only an unfinished stage needs them
     return out
 
 
-def _trainer(recipe: Recipe, job: StageJob, name: str, storage: Path) -> TorchTrainer:
+def _trainer(recipe: Recipe, job: StageJob, name: str, ray_storage: str) -> TorchTrainer:
     train = recipe.train
+    filesystem, path = storage.open_fs(ray_storage)
+    filesystem.create_dir(path)
     return TorchTrainer(
         run_job,
         train_loop_config=job.as_dict(),
@@ -109,7 +115,8 @@ def _trainer(recipe: Recipe, job: StageJob, name: str, storage: Path) -> TorchTr
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(storage),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=train.max_failures),
             callbacks=[Failures(job.events)],
             worker_runtime_env={"env_vars": _worker_environment(recipe)},

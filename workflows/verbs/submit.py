@@ -126,7 +126,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("RAY_API_SERVER_ADDRESS"),
         help="dashboard of the cluster's head node, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)",
     )
-    parser.add_argument("--storage", help="folder of everything that is made: absolute, seen by every node")
+    parser.add_argument("--storage", help="absolute folder that every node sees, or s3://bucket/folder")
     parser.add_argument("--follow", metavar="JOB", help="show a job from its beginning to its end")
     parser.add_argument("--status", metavar="JOB", nargs="?", const="all", help="how a job stands; without JOB: all")
     parser.add_argument("--stop", metavar="JOB", help="end a job; what is done stays, submitting again goes on")

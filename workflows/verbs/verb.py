@@ -28,9 +28,10 @@ def set_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change the recipe")
 
 
-def storage_option(parser: argparse.ArgumentParser) -> None:
-    """--storage URI."""
-    parser.add_argument("--storage", default="storage", help="folder of everything that is made (default: storage)")
+def storage_option(parser: argparse.ArgumentParser, remote: bool = False) -> None:
+    """--storage, which `remote` lets be an object store."""
+    kinds = "folder, or s3://bucket/folder," if remote else "folder"
+    parser.add_argument("--storage", default="storage", help=f"{kinds} of everything that is made (default: storage)")
 
 
 def recipe_and_storage(a: argparse.Namespace):
@@ -38,7 +39,7 @@ def recipe_and_storage(a: argparse.Namespace):
     from workflows.layout import open_storage
     from workflows.recipe import load_recipe
 
-    return load_recipe(a.recipe, a.set), open_storage(a.storage)
+    return load_recipe(a.recipe, a.set), open_storage(a.storage, remote=True)
 
 
 def open_console():

@@ -25,20 +25,23 @@ def prepare(a: argparse.Namespace) -> dict:
     from workflows.layout import open_storage
     from workflows.recipe import load_any
 
-    recipe, storage = load_any(a.recipe, a.set), open_storage(a.storage)
+    recipe, storage = load_any(a.recipe, a.set), open_storage(a.storage, remote=True)
+    from pipelines.storage import join, shown
     from pipelines.verify import verify
     from workflows.run import prepare_sets
+    from workflows.storage import place
 
     console = open_console()
     sets, texts = {}, []
     for folder, manifest in prepare_sets(recipe, storage, console).items():
-        problems = verify(str(folder), console.preparation) if a.verify else []
-        sets[str(folder)] = {**json.loads(manifest.model_dump_json()), "problems": problems}
-        texts += [str(folder), f"digest {manifest.digest}", *problems]
+        where = place(folder)
+        problems = verify(where, console.preparation) if a.verify else []
+        sets[shown(where)] = {**json.loads(manifest.model_dump_json()), "problems": problems}
+        texts += [shown(where), f"digest {manifest.digest}", *problems]
         if a.verify and not problems:
             texts.append("verified: every shard is as the manifest says")
         if problems:
-            texts.append(f"to make it again: delete {folder / 'manifest.json'} and run mlmamba prepare")
+            texts.append(f"to make it again: delete {shown(join(where, 'manifest.json'))} and run mlmamba prepare")
     failed = any(content["problems"] for content in sets.values())
     return {"data": sets, "phases": console.phases, "failed": failed, "text": "\n".join(texts)}
 
@@ -59,8 +62,6 @@ def train(a: argparse.Namespace) -> dict:
 
 def _plan(a: argparse.Namespace, training: bool = True) -> dict:
     """What it would take; nothing is written, started or fetched."""
-    from pathlib import Path
-
     from workflows.config import Recipe
     from workflows.plan.data import plan_data
     from workflows.plan.rows import parse_records
@@ -69,17 +70,26 @@ def _plan(a: argparse.Namespace, training: bool = True) -> dict:
     from workflows.recipe import load_any, load_recipe
 
     recipe = load_recipe(a.recipe, a.set) if training else load_any(a.recipe, a.set)
-    storage, given = Path(a.storage.removeprefix("file://")).expanduser().absolute(), parse_records(a.records)
+    storage, given = _planned(a.storage), parse_records(a.records)
     if not training or not isinstance(recipe, Recipe):
-        plan = plan_data(recipe, storage, given)
+        plan = plan_data(recipe, storage, given, a.node_cpus)
         return {**plan, "text": data_text(plan)}
     plan = plan_training(recipe, storage, given, machine_of(recipe, a.peak_tflops, a.mfu, a.gpu_memory))
     return {**plan, "text": training_text(plan)}
 
 
+def _planned(storage: str):
+    """The storage folder of a plan, which is not made; of an object store this machine's copies."""
+    from pathlib import Path
+
+    from workflows.storage import cached, is_remote
+
+    return cached(storage) if is_remote(storage) else Path(storage.removeprefix("file://")).expanduser().absolute()
+
+
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_argument(parser)
-    storage_option(parser)
+    storage_option(parser, remote=True)
     parser.add_argument("--dry-run", action="store_true", help="print what it would take, and start nothing")
     plan = parser.add_argument_group("with --dry-run")
     plan.add_argument(
@@ -91,6 +101,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--peak-tflops", type=float, help="peak of one worker's device (default with GPUs: 312, A100)")
     plan.add_argument("--mfu", type=float, default=0.3, help="share of the peak that is reached (default: 0.3)")
+    plan.add_argument("--node-cpus", type=int, default=16, help="CPUs of a node that prepares (default: 16)")
     plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU (default with GPUs: 80)")
 
 
