@@ -23,7 +23,8 @@ _FENCE = re.compile(
 _INDENTED = re.compile(r"(?:^|\n\n)((?:    .*(?:\n|$)|\n(?=    ))+)")
 _LINK = re.compile(r"\[[^\]]*\]\(\s*([^)\s]+)\s*\)")
 _COMMAND = re.compile(
-    r"^(\.venv/bin/)?(mlmamba|make|python|pip|pytest|mlflow|ray|export|pre-commit|curl|docker|kubectl) "
+    r"^(\.venv/bin/)?(mlmamba|make|python|pip|pytest|mlflow|ray|export|pre-commit|curl|docker|kubectl|"
+    r"cluster/docker/build\.sh) "
 )
 
 
@@ -94,3 +95,44 @@ def links(page: Path) -> list[str]:
     """The targets of a page's links, those within code left out."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     return _LINK.findall(re.sub(r"`[^`\n]*`", "", text))
+
+
+STORY = ("docs/tutorial.md", "README.md", "docs/how-to/resume.md", "docs/how-to/roll-back.md")
+"""Pages whose commands tests/integration/test_docs_story.py runs first, in this order, on one storage."""
+NOT_RUN = {
+    "make quickstart": "makes an environment of 7 GB; the story runs its last line, `mlmamba run quickstart`",
+    "make": "what runs these tests, and the lines of the Makefile that make their environment",
+    "pip install": "tests/integration/test_cluster_install.py installs the package in an environment of its own",
+    "pytest": "these tests",
+    "python -m tests.benchmarks": "figures for people, minutes long; tests run their parts small",
+    "python -m workflows.reference": "writes into this folder; tests/unit/test_docs_reference.py runs it on another",
+    "mlmamba submit": "tests/integration/test_submit_cluster.py runs it on a cluster of its own",
+    "export RAY_ADDRESS": "would join whatever cluster runs on the machine; the line after it is run without",
+    "cluster/docker/build.sh": "no container engine; tests/unit/test_cluster_images.py runs it up to the engine",
+    "kubectl": "no cluster; tests/unit/test_cluster_kubernetes.py builds the folders and checks the labels",
+}
+"""Commands that no test runs as they stand on a page, by how they begin, and what is tested in their place."""
+
+
+def lines(block: Block) -> list[str]:
+    """The lines of a shell block that are commands, as they stand there."""
+    every = (line.strip() for line in block.text.replace("\\\n", " ").splitlines())
+    return [line.removeprefix(".venv/bin/") for line in every if line and not line.startswith("#")]
+
+
+def not_run(line: str) -> str | None:
+    """Why no test runs a command, or None when one does."""
+    return next((reason for start, reason in NOT_RUN.items() if line.startswith(start)), None)
+
+
+def story() -> list[tuple[Block, str]]:
+    """Every command that the story runs, in its order, with its block."""
+    first = [ROOT / page for page in STORY]
+    return [
+        (block, line)
+        for page in [*first, *(page for page in pages() if page not in first)]
+        for block in blocks(page)
+        if block.language == "sh" and not block.run
+        for line in lines(block)
+        if not_run(line) is None
+    ]

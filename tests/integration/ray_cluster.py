@@ -53,10 +53,10 @@ class RayCluster:
         self.head = self._start("--head", *ports, "--include-dashboard=true", "--num-cpus=0", name="head")
         self.wait_for(1)
         for number in range(self._workers):  # one after the other: each start takes a core for seconds
-            self._add_surely(number + 2)
+            self.add_surely(number + 2)
         return self
 
-    def _add_surely(self, nodes: int) -> None:
+    def add_surely(self, nodes: int) -> None:
         """Add a worker, again if it does not come up: Ray gives up on a node that a busy machine starts too slowly."""
         for _ in range(4):
             node = self.add()
@@ -108,7 +108,7 @@ class RayCluster:
             text=True,
             start_new_session=True,
             env=environment | {"RAY_AUTH_TOKEN": self.token},
-            preexec_fn=_listen_to_interrupts,
+            preexec_fn=listen_to_interrupts,
         )
 
     def submitted(self, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -181,7 +181,7 @@ def _kill_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _listen_to_interrupts() -> None:
+def listen_to_interrupts() -> None:
     """Ctrl-C counts also where these tests themselves run in the background of a shell, which ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

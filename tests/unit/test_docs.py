@@ -7,12 +7,28 @@ import re
 import shutil
 import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 import pytest
 import yaml
 
-from tests.documents import LANGUAGES, ROOT, Block, blocks, commands, headings, links, pages
+from pipelines.config import DataConfig
+from tests.documents import (
+    LANGUAGES,
+    NOT_RUN,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    headings,
+    lines,
+    links,
+    not_run,
+    pages,
+    story,
+)
+from tests.manifests import objects
 from workflows.cli import parse
 from workflows.errors import UsageError
 from workflows.recipe import load_any
@@ -25,7 +41,7 @@ COMMANDS = [
     if block.language == "sh"
     for words in commands(block)
 ]
-ELSEWHERE = {"curl", "docker", "helm", "kubectl"}
+ELSEWHERE = {"curl", "docker", "helm"}
 """Tools that this project does not install: there is nothing to check their arguments with."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -57,6 +73,24 @@ def test_a_block_is_what_it_says(block):
         compile(block.text, block.id, "exec")
     if block.language == "yaml":
         assert yaml.safe_load(block.text)
+
+
+def test_every_command_is_run_by_a_test_or_has_a_reason_not_to_be():
+    told = {line for _, line in story()}
+    every = [line for block in BLOCKS if block.language == "sh" and not block.run for line in lines(block)]
+    assert not [line for line in every if line not in told and not_run(line) is None]
+    assert not [start for start in NOT_RUN if not any(line.startswith(start) for line in every)], "reasons left over"
+    for reason in NOT_RUN.values():
+        assert not [name for name in re.findall(r"tests/\S+?\.py", reason) if not (ROOT / name).exists()]
+
+
+def test_the_readmes_sources_are_ones_that_there_are():
+    """Its YAML is the data part of a recipe, less what its text is not about."""
+    (block,) = [block for block in blocks(ROOT / "README.md") if block.language == "yaml"]
+    content = yaml.safe_load(block.text)["data"] | {"tokenizer": {"name": "x"}, "max_tokens": 4096}
+    config = DataConfig.model_validate(content)
+    text = (ROOT / "README.md").read_text()
+    assert {source.type for source in (*config.train, *config.test)} <= set(re.findall(r"^\| `(\w+)` \|", text, re.M))
 
 
 @pytest.mark.parametrize(("block", "words"), COMMANDS)
@@ -145,7 +179,23 @@ def _export(words: list[str]) -> None:
     assert all(re.fullmatch(r"[A-Z_]+=.*", word) for word in words)
 
 
+def _build(words: list[str]) -> None:
+    assert [word for word in words if (ROOT / "cluster" / "docker" / f"Dockerfile.{word}").exists()] == words
+
+
+def _kubectl(words: list[str]) -> None:
+    if words[0] != "apply":
+        return
+    folder = Path(words[words.index("-k") + 1])
+    made = objects(str(folder.relative_to("cluster")))
+    if "-l" in words:
+        key, _, value = words[words.index("-l") + 1].partition("=")
+        assert [o for o in made if o["metadata"].get("labels", {}).get(key) == value], "nothing has this label"
+
+
 _CHECKS = {
+    "cluster/docker/build.sh": _build,
+    "kubectl": _kubectl,
     "mlmamba": _mlmamba,
     "make": _make,
     "python": _python,
@@ -171,6 +221,8 @@ _CHECKS = {
         ("mlflow", ["ui", "--backend-store", "x"], click.UsageError),
         ("ray", ["strat"], click.UsageError),
         ("export", ["path"], AssertionError),
+        ("cluster/docker/build.sh", ["tpu"], AssertionError),
+        ("kubectl", ["apply", "-k", "cluster/kuberay", "-l", "app.kubernetes.io/component=trian"], AssertionError),
     ],
 )
 def test_a_wrong_command_is_found(name, words, error, tmp_path, monkeypatch):

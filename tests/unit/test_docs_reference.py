@@ -8,6 +8,7 @@ from pydantic import Field
 
 from pipelines.config import StrictModel
 from workflows.cli import VERBS, parse
+from workflows.cli import main as run_command
 from workflows.config import Recipe
 from workflows.reference.__main__ import FOLDER, PAGES, main, out_of_date
 from workflows.reference.markdown import anchor, table
@@ -57,6 +58,14 @@ def test_every_option_of_the_help_is_on_the_page(verb, capsys):
     text = (FOLDER / "cli.md").read_text()
     own = text.split(f"\n## mlmamba {verb}\n")[1]
     assert not [option for option in options if option not in own]
+
+
+def test_the_sizing_page_has_what_the_commands_print(capsys):
+    """The page calls the verbs; here the command line is run as a person would."""
+    text = (FOLDER / "sizing.md").read_text()
+    command = re.search(r"^mlmamba (prepare paper --dry-run --storage /storage)$", text, re.M)[1]
+    assert run_command(command.split()) == 0
+    assert f"```text\n{capsys.readouterr().out}```" in text
 
 
 class _Part(StrictModel):

@@ -8,7 +8,10 @@ import pytest
 
 from pipelines.manifest import Manifest, SplitInfo
 from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
+from tests.manifests import find
 from workflows.cli import main
+from workflows.plan.nodes import DRIVER_SECONDS, plan_nodes
+from workflows.plan.rows import Rows
 from workflows.recipe import load_recipe
 
 
@@ -122,7 +125,8 @@ def test_unknown_data_leaves_the_rows_open_until_they_are_given(plan, tmp_path):
     del content["train"]["stages"][1]["steps"]
     file = write_recipe(tmp_path / "recipe.yaml", content)
     text = plan("train", file)
-    assert "unknown (nothing is known of llava: --records llava=COUNT" in text
+    assert "rows        unknown (nothing is known of llava: --records llava=COUNT" in text
+    assert text.rstrip().endswith("in all      unknown")
     result = json.loads(plan("train", file, "--records", "llava=1000x100", "--json"))
     stage = result["stages"][1]
     assert stage["rows"]["samples"] == 1000
@@ -158,11 +162,13 @@ def test_prepared_data_is_counted_and_not_estimated(tmp_path, capsys):
         (("--records", "llava"), "write SOURCE=COUNT"),
         (("--records", "llava=0"), "write SOURCE=COUNT"),
         (("--mfu", "2"), "--mfu 2.0 must be above 0 and at most 1"),
+        (("--node-cpus", "0"), "--node-cpus 0 must be 1 or more"),
     ],
 )
 def test_a_wrong_option_is_bad_usage(option, message, plan, tmp_path):
     file = write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
-    assert message in plan("train", file, *option, code=2)
+    verb = "prepare" if "--node-cpus" in option else "train"
+    assert message in plan(verb, file, *option, code=2)
 
 
 def test_the_plan_of_a_preparation_has_shards_bytes_and_memory(plan):
@@ -170,3 +176,45 @@ def test_the_plan_of_a_preparation_has_shards_bytes_and_memory(plan):
     assert data["shards"] == -(-data["rows"]["rows"] // 256)
     assert data["rows"]["bytes"] > 558_128 * 48_000
     assert data["task_bytes"] == pytest.approx(data["rows"]["bytes"] / data["shards"], rel=0.01)
+    assert data["disk"] == {
+        "shards": data["rows"]["bytes"],
+        "work": data["rows"]["bytes"],
+        "total": 2 * data["rows"]["bytes"],
+    }
+
+
+def test_more_nodes_shorten_what_the_workers_do_and_not_what_the_driver_does(plan):
+    (data,) = json.loads(plan("prepare", "data/llava-665k", "--json"))["data"]
+    (wider,) = json.loads(plan("prepare", "data/llava-665k", "--node-cpus", 32, "--json"))["data"]
+    one, two, *_, last = data["nodes"]
+    alone = DRIVER_SECONDS * 665_298 / 3600
+    assert one["hours"] - alone == pytest.approx(2 * (two["hours"] - alone))
+    assert alone < last["hours"] < one["hours"]
+    assert wider["nodes"][0]["hours"] == pytest.approx(two["hours"])  # as many CPUs
+    assert wider["nodes"][0]["node_memory"] == 2 * one["node_memory"]
+    # Pictures are read and written twice in the time that it takes.
+    assert one["bytes_per_second"] == pytest.approx(4 * data["rows"]["bytes"] / (3600 * one["hours"]))
+
+
+def test_two_cpus_do_as_many_records_per_second_as_were_measured():
+    """672, of 46 KiB a picture, by tests/benchmarks/prepare_throughput.py on two idle cores."""
+    rows = Rows(**dict.fromkeys(("rows", "images", "tokens", "loss_tokens"), 0), samples=1000, bytes=1000 * 46 * 1024,
+                estimated=False, how="")  # fmt: skip
+    assert 1000 / (3600 * plan_nodes(rows, 0, 2)[0]["hours"]) == pytest.approx(672, rel=0.05)
+
+
+def test_larger_pictures_take_longer(plan):
+    """As many records in both sets, with pictures of 48 and of 150 KB."""
+    small, large = (
+        json.loads(plan("prepare", f"data/{name}", "--records", f"{name}=500000", "--json"))["data"][0]["nodes"][0]
+        for name in ("llava-558k", "llava-665k")
+    )
+    assert large["hours"] > 1.2 * small["hours"]
+
+
+def test_a_node_of_the_cpu_pool_holds_the_papers_preparation(plan):
+    pool = find("kuberay", "RayCluster")["spec"]["workerGroupSpecs"][0]
+    limits = pool["template"]["spec"]["containers"][0]["resources"]["limits"]
+    for data in json.loads(plan("prepare", "paper", "--node-cpus", limits["cpu"], "--json"))["data"]:
+        assert data["nodes"][0]["node_memory"] < int(limits["memory"].removesuffix("Gi")) << 30
+        assert data["nodes"][-1]["nodes"] == pool["maxReplicas"]

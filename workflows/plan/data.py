@@ -1,4 +1,4 @@
-"""The plan of a preparation: samples, rows, shards, bytes, and the memory of its largest tasks."""
+"""The plan of a preparation: samples, rows, shards, bytes, and hours and memory by the number of nodes."""
 
 import math
 from pathlib import Path
@@ -6,16 +6,26 @@ from pathlib import Path
 from pipelines.config import DataConfig
 from workflows.build import image_tokens
 from workflows.config import DataRecipe, Recipe
+from workflows.errors import UsageError
 from workflows.layout import data_folder, layout_of
+from workflows.plan.nodes import plan_nodes
 from workflows.plan.rows import check_labels, count_rows
 
 
-def plan_data(recipe: Recipe | DataRecipe, storage: Path, given: dict[str, tuple[int, int | None]]) -> dict:
+def plan_data(
+    recipe: Recipe | DataRecipe, storage: Path, given: dict[str, tuple[int, int | None]], node_cpus: int
+) -> dict:
     """One entry per data set, as JSON-able data.
 
     Args:
         given: counts by source, see `count_rows`.
+        node_cpus: CPUs of one node.
+
+    Raises:
+        UsageError: a number makes no sense.
     """
+    if node_cpus < 1:
+        raise UsageError(f"--node-cpus {node_cpus} must be 1 or more")
     if isinstance(recipe, DataRecipe):
         tokens = recipe.tokens_per_image
         sets = {data_folder(storage, recipe.data, recipe.name, tokens, recipe.seed): recipe.data}
@@ -24,14 +34,19 @@ def plan_data(recipe: Recipe | DataRecipe, storage: Path, given: dict[str, tuple
         layout = layout_of(recipe, storage, tokens)
         sets = {layout.data[stage.name]: recipe.data_of(stage) for stage in recipe.train.stages}
     check_labels(given, list(sets.values()))
-    return {"data": [_plan_one(folder, data, tokens, given) for folder, data in sets.items()]}
+    return {"data": [_plan_one(folder, data, tokens, given, node_cpus) for folder, data in sets.items()]}
 
 
-def _plan_one(folder: Path, data: DataConfig, tokens: int, given: dict[str, tuple[int, int | None]]) -> dict:
+def _plan_one(
+    folder: Path, data: DataConfig, tokens: int, given: dict[str, tuple[int, int | None]], node_cpus: int
+) -> dict:
     rows = count_rows(data, folder, tokens, given)
     plan = {"folder": str(folder), "rows": rows.as_dict(), "max_tokens": data.max_tokens, "shards": None}
     if rows.rows is not None:
-        shards = math.ceil(rows.rows / data.shard_rows)
         # A packing task holds the rows of one shard, pictures included (DataConfig.shard_rows).
-        plan |= {"shards": shards, "task_bytes": rows.bytes // rows.rows * min(data.shard_rows, rows.rows)}
+        task = rows.bytes // rows.rows * min(data.shard_rows, rows.rows)
+        plan |= {"shards": math.ceil(rows.rows / data.shard_rows), "task_bytes": task}
+        # The tokenized records lie in the work folder, with their pictures, until the shards are whole.
+        plan |= {"disk": {"shards": rows.bytes, "work": rows.bytes, "total": 2 * rows.bytes}}
+        plan |= {"node_cpus": node_cpus, "nodes": plan_nodes(rows, task, node_cpus)}
     return plan

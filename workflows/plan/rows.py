@@ -121,7 +121,7 @@ def _published(source: SourceBase, given: tuple[int, int | None] | None) -> Publ
         return known
     base = known or Published(0, 1.0, 100, 60)
     text = given[1] or base.text
-    return Published(given[0], base.images, text, round(base.loss * text / base.text))
+    return Published(given[0], base.images, text, round(base.loss * text / base.text), base.bytes)
 
 
 def _known(source: SourceBase) -> Published | None:

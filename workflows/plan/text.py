@@ -18,7 +18,7 @@ def training_text(plan: dict) -> str:
         lines += ["", *_stage_lines(stage, plan["zero_stage"])]
     disk = plan["disk"]
     parts = ", ".join(f"{name} {_gib(disk[name])}" for name in ("data", "models", "checkpoints", "registered"))
-    lines += ["", f"storage     {_gib(disk['total'])}: {parts}", f"in all      {_hours(plan['hours'])}"]
+    lines += ["", f"storage     {_gib(disk['total'])}: {parts}", f"in all      {_hours_of_all(plan)}"]
     return "\n".join(lines)
 
 
@@ -30,20 +30,27 @@ def data_text(plan: dict) -> str:
         about = "~" if rows["estimated"] else ""
         lines.append(f"{data['folder']}  ({rows['how']})")
         if rows["rows"] is not None:
+            disk = data["disk"]
             lines += [
                 f"  samples   {about}{rows['samples']:,} with {about}{rows['images']:,} pictures, "
                 f"{about}{rows['tokens']:,} tokens",
                 f"  rows      {about}{rows['rows']:,} of {data['max_tokens']:,} tokens in {about}{data['shards']:,} "
-                f"shards, {about}{_gib(rows['bytes'])}; as much again on the disk while it works",
-                f"  memory    {about}{_gib(data['task_bytes'])} for the pictures of a packing task, one per CPU "
-                f"of a node (16 CPUs: {about}{_gib(16 * data['task_bytes'])})",
+                "shards",
+                f"  storage   {about}{_gib(disk['total'])} while it works, {about}{_gib(disk['shards'])} afterwards",
+                f"  nodes of {data['node_cpus']} CPUs   time           memory of each   read and written",
+                *(_node_line(node, about) for node in data["nodes"]),
             ]
     return "\n".join(lines)
 
 
+def _node_line(node: dict, about: str) -> str:
+    time, memory = about + duration(3600 * node["hours"]), about + _gib(node["node_memory"])
+    return f"  {node['nodes']:>16}   {time:<13}  {memory:<15}  {about}{node['bytes_per_second'] / 1e6:,.0f} MB/s"
+
+
 def _stage_lines(stage: dict, chosen: int) -> list[str]:
     rows = stage["rows"]
-    about = "~" if rows["estimated"] else ""
+    about = "~" if rows["estimated"] and rows["rows"] is not None else ""
     lines = [
         f"== {stage['stage']}: trains {', '.join(stage['trains'])} ({_millions(stage['trained'])}; frozen "
         f"{_millions(stage['frozen'])}), lr {stage['learning_rate']:g}, weight decay {stage['weight_decay']:g}",
@@ -88,6 +95,12 @@ def _gib(size: float | None) -> str:
     if size is None:
         return "unknown"
     return f"{size / _GIB:,.1f} GiB" if size >= _GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def _hours_of_all(plan: dict) -> str:
+    if any(stage["positions"] is None for stage in plan["stages"]):
+        return "unknown"
+    return _hours(plan["hours"])
 
 
 def _hours(hours: float | None) -> str:

@@ -13,9 +13,15 @@ from workflows.layout import write_atomic
 from workflows.reference.command import command_page
 from workflows.reference.http import http_page
 from workflows.reference.recipe import recipe_page
+from workflows.reference.sizing import sizing_page
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
-PAGES: dict[str, Callable[[], str]] = {"recipe.md": recipe_page, "cli.md": command_page, "http.md": http_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "recipe.md": recipe_page,
+    "cli.md": command_page,
+    "http.md": http_page,
+    "sizing.md": sizing_page,
+}
 
 
 def out_of_date(folder: Path = FOLDER) -> list[str]:
