@@ -1,4 +1,4 @@
-"""How fast a CPU reads a weight matrix for few rows: torch's linear layer against the transposed product of ours.
+"""How fast a CPU reads a weight matrix for few rows: torch's linear layer against ours, as it is and compiled.
 
     python -m tests.benchmarks.linear_rows [--threads 2]
 
@@ -27,13 +27,15 @@ def main() -> None:
     size = sum(w.nbytes for w in weights)
     memory = torch.ones(2**26)
     print(f"reading memory {memory.nbytes / _median([memory.sum])[0] / 1e9:.1f} GB/s")
-    print(f"{'rows':>4} {'torch':>10} {'mlmamba':>10}")
+    compiled = torch.compile(linear, dynamic=False)
+    print(f"{'rows':>4} {'torch':>10} {'mlmamba':>10} {'compiled':>10}")
     for rows in range(1, 9):
         x = torch.randn(rows, 768)
-        calls = [lambda f=f, x=x: [f(x, w) for w in weights] for f in (F.linear, linear)]
+        calls = [lambda f=f, x=x: [f(x, w) for w in weights] for f in (F.linear, linear, compiled)]
         with torch.no_grad():
-            theirs, ours = (size / seconds / 1e9 for seconds in _median(calls))
-        print(f"{rows:>4} {theirs:>5.1f} GB/s {ours:>5.1f} GB/s")
+            compiled(x, weights[0])
+            rates = [size / seconds / 1e9 for seconds in _median(calls)]
+        print(f"{rows:>4} " + " ".join(f"{rate:>5.1f} GB/s" for rate in rates))
 
 
 def _median(calls: list[Callable]) -> list[float]:

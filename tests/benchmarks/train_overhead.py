@@ -37,8 +37,9 @@ def bare(job: dict, warm: int) -> float:
 
     torch.set_num_threads(job["threads"])
     stage = StageRecipe(**job["stage"])
-    model = MLMambaForConditionalGeneration.from_pretrained(job["start_from"], dtype=torch.float32).train()
+    model = MLMambaForConditionalGeneration.from_pretrained(job["start_from"], dtype=torch.float32)
     freeze(model, stage)
+    model.train()  # after freezing: a frozen encoder stays in evaluation mode
     optimizer = torch.optim.AdamW(parameter_groups(model, stage), betas=(0.9, 0.98), eps=1e-8)
     scheduler = schedule(stage, optimizer, stage.steps)
     dataset = PackedDataset(job["data"])

@@ -132,6 +132,23 @@ def test_single_steps_equal_the_sequence(dtype):
     assert torch.equal(tail, truth_tail)
 
 
+def test_a_step_in_place_is_the_same_with_large_states():
+    """Rows with large states are taken one after the other; the slice stands for a slot of a larger pool."""
+    a = {name: t if t is None else t.detach() for name, t in ssd_inputs(1, groups=2, with_state=True).items()}
+    x, dt, B, C = (a[name][:, 0] for name in ("x", "dt", "B", "C"))
+    expected, state = ops.ssd_step(x, dt, a["A"], B, C, a["D"], a["initial_state"])
+    assert len(x) > 1
+    for smallest in (0, chunked.ROW_BYTES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chunked, "ROW_BYTES", smallest)
+            pool = torch.cat([a["initial_state"]] * 2)
+            y, own = ops.ssd_step(x, dt, a["A"], B, C, a["D"], pool[: len(x)], in_place=True)
+        assert own.data_ptr() == pool.data_ptr()
+        assert_close(y, expected, 1e-6)
+        assert_close(pool[: len(x)], state, 1e-6)
+        assert torch.equal(pool[len(x) :], a["initial_state"])
+
+
 @pytest.mark.parametrize("path", ["naive", "torch"])
 def test_a_step_size_of_zero_leaves_the_state_untouched(path):
     a = ssd_inputs(2 * CHUNK + 1, with_state=True)
