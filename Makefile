@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 STORAGE ?= storage
+JOBS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
@@ -21,11 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/mlmamba run quickstart --storage $(STORAGE)
 
+# Small tests run side by side, each in one thread. Those that start Ray take the whole machine and run one by one.
 test: install lint
-	$(BIN)/pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow" tests/unit tests/parity
+	$(BIN)/pytest -q -m "not slow" tests/integration
 
 test-all: install lint
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal tests/unit tests/parity
+	$(BIN)/pytest -q tests/integration
 
 lint: install
 	$(BIN)/ruff check .
