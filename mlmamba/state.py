@@ -28,9 +28,10 @@ class MambaState:
         return MambaState([LayerState(s.conv.index_select(0, rows), s.ssm.index_select(0, rows)) for s in self.layers])
 
     def in_place(self) -> "MambaState":
-        """The same tensors, for decoding without a copy: a step of one token writes the new state over the old one.
+        """The same tensors, for decoding without a copy: a step of one token may write the new state over the old one.
 
-        For a state that nobody else goes on from. Reading several tokens makes a new state all the same.
+        For a state that nobody else goes on from. What comes back holds the new state, wherever it lies: reading
+        several tokens makes a new one all the same, and so does a compiled step.
         """
         return MambaState([LayerState(s.conv, s.ssm, in_place=True) for s in self.layers])
 

@@ -75,8 +75,10 @@ def ssd_step(
 ) -> tuple[Tensor, Tensor]:
     """One position of the recurrence, for decoding: x (b, h, p), dt (b, h), B and C (b, g, n), state (b, h, p, n).
 
-    With `in_place` the new state is written over the old one, which halves the time where states are large.
+    With `in_place` the new state may be written over the old one, which halves the time where states are large.
+    (Compiled it is not: the compiler would make the new one beside it all the same, and then copy.)
     """
+    in_place = in_place and not torch.compiler.is_compiling()
     b, h, p = x.shape
     g, n = B.shape[1:]
     work = state.dtype

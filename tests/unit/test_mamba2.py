@@ -227,13 +227,12 @@ def test_compiled_decoding_equals_decoding():
             _, state = backbone(x[:, :5])
             expected, end = backbone(x[:, 5:], state)
             state = state.in_place() if in_place else state
-            memory, steps = state.layers[-1].ssm.data_ptr(), []
+            steps = []
             for t in range(5, 9):
                 step, state = backbone(x[:, t : t + 1], state)
                 steps.append(step)
         assert_close(torch.cat(steps, dim=1), expected, 1e-5)
         assert_same_state(state, end)
-        assert (state.layers[-1].ssm.data_ptr() == memory) is in_place
 
 
 @pytest.mark.slow

@@ -166,6 +166,7 @@ class Batch:
             self._free()
             last = torch.tensor([[sequence.ids[-1]] for sequence in self.running], device=self._model.device)
             out = self._model(input_ids=last, cache_params=self.pool.view(), use_cache=True, logits_to_keep=1)
+            self.pool.write(out.cache_params)
             picked = self._pick(self.running, out.logits[:, -1])
         except Exception as error:  # what a device raises when its memory is full, for one
             logger.error("a step of %d answers failed: %s", len(self.running), without_message(error))

@@ -23,8 +23,15 @@ class StatePool:
         return MambaState(self._layers).nbytes
 
     def view(self) -> MambaState:
-        """The states in use, not copied: a step of one token for each of them leaves its new states in the slots."""
+        """The states in use, not copied: a step of one token may leave its new states in the slots."""
         return MambaState([LayerState(s.conv[: self.used], s.ssm[: self.used]) for s in self._layers]).in_place()
+
+    def write(self, state: MambaState) -> None:
+        """Put the states after a step in place of those before it, where the step has not done so."""
+        for own, new in zip(self._layers, state.layers, strict=True):
+            for slots, rows in ((own.conv, new.conv), (own.ssm, new.ssm)):
+                if rows.data_ptr() != slots.data_ptr():
+                    slots[: self.used].copy_(rows)
 
     def append(self, state: MambaState, row: int) -> int:
         """Take a slot for row `row` of a state, and return its number.
