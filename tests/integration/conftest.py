@@ -1,9 +1,28 @@
 """Fixtures that several integration tests share."""
 
+import os
+import sys
+
 import pytest
 import ray
 
 from tests.integration.toy_training import Workers, make_toy
+
+_status = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[_status] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """End at once, with pytest's own status. The native threads of Ray, Arrow and gRPC outlive their last test, and one
+    was seen to crash while the interpreter was taken down, after everything had passed."""
+    if _status in config.stash and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[_status])
 
 
 @pytest.fixture(scope="module")
