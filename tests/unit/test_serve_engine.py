@@ -12,14 +12,12 @@ from PIL import Image
 
 from mlmamba.conversation import Turn
 from mlmamba.loading import load_model
-from mlmamba.state import LayerState, MambaState
 from tests.tiny import PER_IMAGE, tiny_model, tiny_tokenizer
 from workflows.build import save
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
 from workflows.serve.generation import Prompt, Settings
 from workflows.serve.limits import Limits
 from workflows.serve.sequence import DeadlineExceeded, NoNumbers
-from workflows.serve.slots import StatePool
 
 QUESTIONS = [
     "what is shown?",
@@ -397,17 +395,3 @@ def test_marks_in_the_history(engine):
 
 def test_room_for_pictures(engine, loaded):
     assert engine.max_pictures == min(300 // PER_IMAGE, SMALL.pictures)
-
-
-def test_slots_take_a_state_that_was_made_beside_them():
-    """As a compiled step makes it; one in place is left as it is."""
-    pool = StatePool(3)
-    for value in (1.0, 2.0):
-        pool.append(MambaState([LayerState(torch.full((1, 3, 4), value), torch.full((1, 2, 2, 2), value))]), 0)
-    own = pool.view()
-    own.layers[0].ssm.add_(1)
-    pool.write(own)
-    assert [float(row.mean()) for row in pool.view().layers[0].ssm] == [2.0, 3.0]
-    pool.write(MambaState([LayerState(layer.conv + 10, layer.ssm + 10) for layer in own.layers]))
-    assert [float(row.mean()) for row in pool.view().layers[0].ssm] == [12.0, 13.0]
-    assert [float(row.mean()) for row in pool.view().layers[0].conv] == [11.0, 12.0]
