@@ -128,10 +128,11 @@ class Mamba2Backbone(nn.Module):
                 seq_idx = seq_idx.gather(1, order.gather(1, torch.arange(x.shape[1], device=x.device).minimum(last)))
         if seq_idx is not None:  # numbered through, as the operators need it: an id that comes back is a new sequence
             seq_idx = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
-        if self._compiled_step is not None and x.shape[1] == 1 and state is not None and mask is seq_idx is None:
+        known = state is not None and state.layers  # an empty state is a start
+        if known and self._compiled_step is not None and x.shape[1] == 1 and mask is seq_idx is None:
             return self._decode(x, state)
         for i, layer in enumerate(self.layers):
-            before = state.layers[i] if state is not None and state.layers else None
+            before = state.layers[i] if known else None
             if self.gradient_checkpointing and self.training:
                 x, layer_state = checkpoint(layer, x, before, mask, seq_idx, use_reentrant=False)
             else:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from tests.integration.ray_cluster import RayCluster
+from tests.integration.ray_cluster import RayCluster, lines_until
 from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
 
 WORKERS = 3
@@ -74,7 +74,7 @@ class Drill:
             moments[what] = time.monotonic() - start
 
         client = self._cluster.submit(self._recipe, "--storage", storage)
-        job = read_until(client, "   job ")[-1].split()[1]
+        job = lines_until(client, "   job ")[-1].split()[1]
         self._kill_one_at(_TASK, lambda: True, client)
         assert not list(storage.glob("data/*/manifest.json")), "the preparation had ended before the kill"
         happened("node killed at work on the preparation")
@@ -85,14 +85,14 @@ class Drill:
         happened("client killed")
 
         watcher = self._cluster.submit("--follow", job, "--json")
-        lines = read_until(watcher, "== train connector")
+        lines = lines_until(watcher, "== train connector")
         happened("preparation ended")
         self._kill_one_at(_TRAINING, lambda: bool(list(storage.glob("runs/*/checkpoints/full-*/step-*"))), watcher)
         happened("node killed at work on the training")
         self._cluster.wait_for(WORKERS - 1)
         self._cluster.add_surely(WORKERS)
         happened("another node in its place")
-        lines += read_until(watcher, "going on from the checkpoint of step")
+        lines += lines_until(watcher, "going on from the checkpoint of step")
         happened("training went on")
         out, err = watcher.communicate(timeout=_TIMEOUT)
         assert watcher.returncode == 0, "".join(lines) + err
@@ -112,16 +112,6 @@ class Drill:
                         return self._cluster.kill(node)
             time.sleep(0.05)
         raise TimeoutError(f"no node had a process {title} within {_TIMEOUT} s")
-
-
-def read_until(process: subprocess.Popen, word: str) -> list[str]:
-    """What a client shows, up to the first line with a word."""
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if word in line:
-            return lines
-    raise AssertionError(f"{word!r} never came:\n{''.join(lines)}")
 
 
 def _outcome(summary: dict, storage: Path, seconds: float, went_on=(), moments=None) -> Outcome:

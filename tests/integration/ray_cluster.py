@@ -190,3 +190,13 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def lines_until(process: subprocess.Popen, word: str) -> list[str]:
+    """What a client shows, up to the first line with a word."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if word in line:
+            return lines
+    raise AssertionError(f"{word!r} never came:\n{''.join(lines)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.integration.ray_cluster import RayCluster
+from tests.integration.ray_cluster import RayCluster, lines_until
 from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
 from tests.registry_server import mlflow_server
 from tests.s3 import KEYS, running_s3
@@ -44,16 +44,6 @@ def file(corpus, tmp_path) -> Path:
     content["train"]["stages"][1]["steps"] = 120
     content["register_as"]["name"] = "tiny"
     return write_recipe(tmp_path / "tiny.yaml", content)
-
-
-def lines_until(process: subprocess.Popen, word: str) -> list[str]:
-    """What a client shows, up to the first line with a word."""
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if word in line:
-            return lines
-    raise AssertionError(f"{word!r} never came:\n{''.join(lines)}")
 
 
 def job_of(lines: list[str]) -> str:

@@ -221,6 +221,9 @@ def test_compiled_decoding_equals_decoding():
     torch.manual_seed(0)
     backbone = Mamba2Backbone(Mamba2Config(**TEXT | {"num_hidden_layers": 6})).eval()
     assert backbone.compile_decoding()
+    with torch.no_grad():  # a first token with an empty state is a start, for which nothing is compiled
+        first = torch.randn(1, 1, TEXT["hidden_size"])
+        assert torch.equal(backbone(first, MambaState())[0], backbone(first)[0])
     for rows, in_place in ((1, False), (1, True), (3, True)):
         x = torch.randn(rows, 9, TEXT["hidden_size"])
         with torch.no_grad():
