@@ -43,7 +43,7 @@ def main() -> None:
         a.lengths,
         a.batches,
         a.rounds,
-        lambda done, total: print(f"{done}/{total} settings", file=sys.stderr, flush=True),
+        lambda done, total: print(f"{done}/{total} measurements", file=sys.stderr, flush=True),
     )
     print(text(found))
     if a.out:

@@ -91,7 +91,7 @@ def probe_scaling(
         lengths: prompt lengths in tokens, at least two.
         batches: prompts at once.
         rounds: measurements of each, of which the quickest counts.
-        on_progress: called with settings done and in total.
+        on_progress: called with measurements done and in total.
 
     Raises:
         ValueError: there are fewer than two lengths, or a number is not positive.
@@ -103,21 +103,25 @@ def probe_scaling(
     size = count_parameters(model.language_model)
     peer = same_size_transformer(config, lengths[-1] + _TOKENS, size).to(device, model.dtype)
     models = {OURS: model, PEER: peer}
-    measurements: list[Measurement] = []
     settings = [(batch, length) for batch in batches for length in lengths]
-    for done, (batch, length) in enumerate(settings):
-        on_progress(done, len(settings))
-        ids = _prompt(config.vocab_size, model.config.image_token_id, batch, length).to(device)
-        gc.collect()
-        found = {name: [] for name in models}
-        for round_number in range(rounds + 1):
+    found: dict[tuple, list[tuple]] = {}
+    # Round by round over all lengths, not length by length: a machine that is slow for a minute bends no curve.
+    for round_number in range(rounds + 1):
+        for number, (batch, length) in enumerate(settings):
+            on_progress(round_number * len(settings) + number, (rounds + 1) * len(settings))
+            ids = _prompt(config.vocab_size, model.config.image_token_id, batch, length).to(device)
+            gc.collect()
             for name, one in models.items():
                 measured = _measure(one, ids)
                 if round_number:  # the first is the warm-up
-                    found[name].append(measured)
-        for name, rows in found.items():
-            measurements += _best(name, batch, length, rows)
-    on_progress(len(settings), len(settings))
+                    found.setdefault((name, batch, length), []).append(measured)
+    on_progress((rounds + 1) * len(settings), (rounds + 1) * len(settings))
+    measurements = [
+        m
+        for batch, length in settings
+        for name in models
+        for m in _best(name, batch, length, found[name, batch, length])
+    ]
     tokens, seconds = _picture(model, rounds)
     sizes = {OURS: size, PEER: count_parameters(peer)}
     powers = fit_powers(measurements)

@@ -33,7 +33,7 @@ def probe(a: argparse.Namespace) -> dict:
                 a.lengths or LENGTHS,
                 a.batches or BATCHES,
                 a.rounds,
-                lambda done, n: console.progress(f"{done}/{n} settings", last=done == n),
+                lambda done, n: console.progress(f"{done}/{n} measurements", last=done == n),
             )
         except ValueError as error:
             raise UsageError(f"--probe {a.probe}: {error}") from error
