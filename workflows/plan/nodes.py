@@ -7,10 +7,11 @@
              written to the shards
 
 The constants are of CPU time and resident memory. With pictures of 46 KiB they give 652 records per second on two CPUs,
-where `python -m tests.benchmarks.prepare_throughput` measured 672. How the time falls into parts, by pictures of 27 to
-171 KiB, and the memory are what `python -m tests.benchmarks.prepare_cost` measures, rounded up. Assumed: that a record
-takes as long on many nodes as on one, and that the storage gives the traffic. Where it does not, the traffic over what
-it gives is the time.
+where `python -m tests.benchmarks.prepare_throughput` measured 672. How the time falls into parts is what `python -m
+tests.benchmarks.prepare_cost` fits; its runs differ: a later one had 1.6, 2.7 and 4.9 ms a record in the workers with
+pictures of 26, 46 and 169 KiB, where the constants give 2.6, 2.9 and 4.4. Memory is what it measures, rounded up.
+Assumed: that a record takes as long on many nodes as on one, and that the storage gives the traffic. Where it does not,
+the traffic over what it gives is the time.
 """
 
 from workflows.plan.rows import Rows
