@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,10 +14,31 @@ _MOST_PER_BLOCK = 4
 _BLOCKS_PER_CPU = 4  # at least, or a CPU could be left without work at the end
 
 
-def ensure_ray() -> None:
-    """Connect to Ray, or start a local one, unless the caller has. It stays up for the caller's next step."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+def ensure_ray(verbose: bool = False) -> None:
+    """Connect to Ray, or start a local one, unless the caller has. It stays up for the caller's next step.
+
+    Args:
+        verbose: show the workers' own output.
+
+    Raises:
+        ConnectionError: nothing answers at RAY_ADDRESS, or Ray does not start on this machine.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(log_to_driver=verbose, logging_level=logging.ERROR, include_dashboard=False)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"there is no Ray cluster at RAY_ADDRESS = {address}: start it, or unset it to use this machine"
+        ) from error
+    except Exception as error:  # Ray raises bare ones, as when its node takes over 30 seconds to start
+        ray.shutdown()
+        where = f"the Ray cluster at RAY_ADDRESS = {address} cannot be used" if address else "Ray did not start"
+        raise ConnectionError(
+            f"{where}: {type(error).__name__}: {error}. When the machine was busy or short of memory, run again: what "
+            "is finished is kept"
+        ) from error
 
 
 @contextmanager

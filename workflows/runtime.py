@@ -38,20 +38,20 @@ def connect_ray(verbose: bool = False) -> None:
 
     Args:
         verbose: show the workers' own output.
+
+    Raises:
+        WorkflowError: nothing answers at RAY_ADDRESS, or Ray does not start on this machine.
     """
     import ray
+
+    from pipelines.execution import ensure_ray
 
     if not ray.is_initialized():
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(
-                log_to_driver=verbose, logging_level=logging.ERROR, include_dashboard=False, configure_logging=True
-            )
+            ensure_ray(verbose)
         except ConnectionError as error:
-            address = os.environ.get("RAY_ADDRESS")
-            raise WorkflowError(
-                f"there is no Ray cluster at RAY_ADDRESS = {address}: start it, or unset it to use this machine"
-            ) from error
+            raise WorkflowError(str(error)) from error
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray puts its own there, which leaves without a word
         logging.getLogger("ray").setLevel(logging.ERROR)
