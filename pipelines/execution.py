@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,18 +28,25 @@ def ensure_ray(verbose: bool = False) -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     try:
+        _check_reachable(address)
         ray.init(log_to_driver=verbose, logging_level=logging.ERROR, include_dashboard=False)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"there is no Ray cluster at RAY_ADDRESS = {address}: start it, or unset it to use this machine"
-        ) from error
     except Exception as error:  # Ray raises bare ones, as when its node takes over 30 seconds to start
         ray.shutdown()
+        if address and isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+            problem = f"there is no Ray cluster at RAY_ADDRESS = {address} ({error}): start it, or unset it"
+            raise ConnectionError(f"{problem} to use this machine") from error
         where = f"the Ray cluster at RAY_ADDRESS = {address} cannot be used" if address else "Ray did not start"
         raise ConnectionError(
             f"{where}: {type(error).__name__}: {error}. When the machine was busy or short of memory, run again: what "
             "is finished is kept"
         ) from error
+
+
+def _check_reachable(address: str | None) -> None:
+    """Fail at once where nothing listens at HOST:PORT; Ray itself would try for a quarter of an hour."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager

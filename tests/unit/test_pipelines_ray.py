@@ -1,5 +1,7 @@
 """Ray that cannot be started or reached: an error that says so, and nothing left behind."""
 
+import socket
+
 import pytest
 import ray
 
@@ -9,6 +11,20 @@ from pipelines.execution import ensure_ray
 def test_a_ray_that_does_not_start_says_why(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null")  # no folder can be made in it
-    with pytest.raises(ConnectionError, match="Ray did not start: NotADirectoryError.*run again"):
+    with pytest.raises(ConnectionError, match=r"Ray did not start: NotADirectoryError.*run again"):
         ensure_ray()
     assert not ray.is_initialized()
+
+
+def test_an_address_where_nothing_listens_is_named_at_once(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConnectionError, match=f"no Ray cluster at RAY_ADDRESS = {address} .*refused.*unset it"):
+        ensure_ray()
+
+
+def test_a_host_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://no-such-host.invalid:10001")
+    with pytest.raises(ConnectionError, match=r"no Ray cluster at RAY_ADDRESS = ray://no-such-host.invalid:10001"):
+        ensure_ray()
