@@ -1,6 +1,6 @@
 """Does the connector's own stage earn its place, and does the scan? Connectors and stages on one small data set.
 
-    nice -n 19 python -m tests.benchmarks.ablation --out FOLDER [--steps 240] [--runs-at-once 2]
+    nice -n 19 python -m tests.benchmarks.ablation --out FOLDER [--steps 830] [--runs-at-once 2]
 
 The quickstart's data and model, shortened. Six connectors: the MLP, basic and advanced MSC with BSM and CSM scans, and
 an MLP as large as the advanced MSC. Each with the connector stage and without; without it, its steps go to the full
@@ -31,7 +31,7 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set, the runs and the table")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run, both stages together")
+    parser.add_argument("--steps", type=int, default=830, help="optimizer steps of a run, both stages together")
     parser.add_argument("--connector-steps", type=int, default=20, help="those of the connector stage")
     parser.add_argument("--batch-rows", type=int, default=2, help="packed rows of a step; one pass has 831")
     parser.add_argument("--seeds", type=int, default=3)

@@ -186,8 +186,9 @@ def test_a_storage_that_a_node_does_not_share_is_told_before_any_work(cluster, f
 
 @pytest.mark.slow
 def test_a_worker_node_is_lost_in_training_and_the_job_finishes(cluster, file, tmp_path):
-    client = cluster.submit(file, "--storage", tmp_path / "storage", "--json")
-    lines_until(client, "step 8/120")
+    client = cluster.submit(file, "--storage", tmp_path / "storage", "--json", "--set", "train.stages.1.steps=600")
+    lines_until(client, "/600  loss")
+    lines_until(client, "/600  loss")  # lines are seconds apart, by then there are checkpoints
     cluster.add()
     (victim,) = [node for node in cluster.nodes[:2] if cluster.workers_of(node, "RayTrainWorker")][:1]
     cluster.kill(victim)
