@@ -25,7 +25,7 @@ quickstart: install
 # Small tests run side by side, each in one thread. Those that start Ray take the whole machine and run one by one.
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow" tests/unit tests/parity
-	$(BIN)/pytest -q -m "not slow" tests/integration
+	$(BIN)/pytest -q --durations 10 -m "not slow" tests/integration
 
 test-all: install lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal tests/unit tests/parity
