@@ -43,7 +43,7 @@ def ensure_ray(verbose: bool = False) -> None:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Fail at once where nothing listens at HOST:PORT; Ray itself would try for a quarter of an hour."""
+    """Fail at once where nothing listens at HOST:PORT; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -38,6 +38,7 @@ from tests.benchmarks.evaluate_spatial_run import (
 from tests.spatial_pictures import DISTANCES
 from workflows.config import digest
 from workflows.evaluate.statistics import bootstrap, ratios
+from workflows.layout import write_atomic
 
 OVERALL = "overall"
 
@@ -66,8 +67,8 @@ def main() -> None:
     found = results({pair: read(series, pair) for pair in pairs}, distances)
     text = table(found)
     print(text)
-    (a.out / "spatial.json").write_text(json.dumps(found, indent=2))
-    (a.out / "spatial.txt").write_text(text + "\n")
+    write_atomic(a.out / "spatial.json", json.dumps(found, indent=2))
+    write_atomic(a.out / "spatial.txt", text + "\n")
 
 
 def prepare_series(a: argparse.Namespace) -> Series:

@@ -7,8 +7,9 @@ the same groups, schedule and clipping, the same reader, nothing else. They run 
 What is compared is the median window of 20 steps, so every window of ours has a checkpoint in it; the first window is
 left out, it warms up. Wanted: ours at most 1.10 of the loop.
 
-Each computes in one thread. Ray's own idle processes take about a sixth of a core; on a training node they have cores
-to spare, on a laptop of two they do not, and `--threads 2` shows what they then cost.
+Each computes in one thread, which leaves the second core of a laptop to Ray's own processes, as a training node has
+cores to spare; `--threads 2` leaves none. The ratio also depends on the tokens of a micro batch, as part of the cost
+is by parameter: docs/explanation/measurements.md has both.
 """
 
 import argparse
