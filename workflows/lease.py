@@ -86,10 +86,7 @@ class Lease:
     def __enter__(self) -> "Lease":
         self._file.parent.mkdir(parents=True, exist_ok=True)
         waited = False
-        while not self._claim():
-            holder = self._living_holder()
-            if holder is None:
-                continue
+        while (holder := self._take(self._file)) is not None:
             text = f"{holder.purpose} is under way already ({holder}; {self._file})"
             if not self._wait:
                 raise WorkflowError(f"{text}: wait for it, or stop it")
@@ -103,22 +100,58 @@ class Lease:
     def __exit__(self, kind, error, traceback) -> None:
         self._over.set()
         self._beats.join()
-        if self._lost:
+        if self._lost or self._taken_over():
             raise WorkflowError(
                 f"another process took over {self._file} while this one was suspended; this one has stopped"
             ) from error
+        for left in self._file.parent.glob(f"{self._file.name}.*"):  # by an heir that was killed, see _inherit
+            left.unlink(missing_ok=True)
         self._file.unlink(missing_ok=True)
 
-    def _claim(self) -> bool:
+    def _take(self, file: Path) -> Holder | None:
+        """Make a lock file ours. Returns the living process that has it, or None when it is ours."""
+        while not self._create(file):
+            beat, holder = self._read(file)
+            if holder is None:
+                time.sleep(BEAT / 4)
+                if file.exists() and self._read(file) == (None, None):
+                    raise WorkflowError(f"{file} is not a lock that this version wrote; delete it if nothing runs")
+            elif self._lives(file, beat, holder):
+                return holder
+            else:
+                other = self._take(_inheritance(file, holder))
+                if other is not None:
+                    return other
+                if self._inherit(file, holder):
+                    return None
+        return None
+
+    def _inherit(self, file: Path, dead: Holder) -> bool:
+        """Put our lock in a dead holder's place; False when another came first.
+
+        Of those that find the same holder dead, the one that holds the inheritance, a lock of its own, may replace its
+        lock. So nobody replaces the lock of somebody that lives: a dead holder's token never comes back, and who comes
+        late finds another in its place.
+        """
+        try:
+            _, still = self._read(file)
+            if still is None or still.token != dead.token:
+                return False
+            os.replace(self._write(0), file)
+            return True
+        finally:
+            _inheritance(file, dead).unlink(missing_ok=True)
+
+    def _create(self, file: Path) -> bool:
         """Put our lock there unless there is one; of several that try, one succeeds."""
         beside = self._write(0)
         try:
-            os.link(beside, self._file)
+            os.link(beside, file)
         except FileExistsError:
             return False
         except OSError:  # no hard links here: the file is there at once, and its text a moment later
-            with suppress(FileExistsError), self._file.open("x") as file:
-                file.write(beside.read_text())
+            with suppress(FileExistsError), file.open("x") as opened:
+                opened.write(beside.read_text())
                 return True
             return False
         finally:
@@ -130,57 +163,46 @@ class Lease:
         beside.write_text(json.dumps({"beat": beat, **asdict(self._holder)}, indent=2))
         return beside
 
-    def _read(self) -> tuple[int, Holder] | tuple[None, None]:
+    def _read(self, file: Path) -> tuple[int, Holder] | tuple[None, None]:
         """Number and holder of the lock that is there; (None, None) when there is none, or it is no lock of ours."""
         with suppress(OSError, ValueError, TypeError, KeyError):
-            content = json.loads(self._file.read_text())
+            content = json.loads(file.read_text())
             return content.pop("beat"), Holder(**content)
         return None, None
 
-    def _living_holder(self) -> Holder | None:
-        """Who holds the lock; None when nobody does any more, and a dead holder's lock is gone."""
-        beat, holder = self._read()
-        if holder is None:
-            time.sleep(BEAT / 4)
-            if self._file.exists() and self._read() == (None, None):
-                raise WorkflowError(f"{self._file} is not a lock that this version wrote; delete it if nothing runs")
-            return None
+    def _lives(self, file: Path, beat: int, holder: Holder) -> bool:
+        """Whether the holder of a lock is there; it is not when the lock has gone from it meanwhile."""
         alive = holder.lives_here()
         if alive is None:
             self._note(f"locked by {holder}; looking whether it still runs")
             until = time.monotonic() + PATIENCE
             while time.monotonic() < until and not alive:
                 time.sleep(BEAT / 4)
-                now, still = self._read()
+                now, still = self._read(file)
                 if still is None or still.token != holder.token:
-                    return None
+                    return False
                 alive = now != beat
-        if alive:
-            return holder
-        self._remove(holder)
-        return None
+        return bool(alive)
 
-    def _remove(self, holder: Holder) -> None:
-        """Take away a dead holder's lock, and nobody else's that came in its place meanwhile."""
-        aside = self._file.with_name(f".{self._file.name}.{self._holder.token}.old")
-        with suppress(FileNotFoundError):
-            os.rename(self._file, aside)
-            if json.loads(aside.read_text())["token"] != holder.token:
-                with suppress(FileExistsError):
-                    os.link(aside, self._file)
-            aside.unlink()
+    def _taken_over(self) -> bool:
+        _, holder = self._read(self._file)
+        return holder is not None and holder.token != self._holder.token
 
     def _beat(self) -> None:
         beat = 0
         while not self._over.wait(BEAT):
             beat += 1
             with suppress(OSError):  # a full or absent disk: the workflow itself will say so
-                _, holder = self._read()
-                if holder is not None and holder.token != self._holder.token:
+                if self._taken_over():
                     self._lost = True
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 os.replace(self._write(beat), self._file)
+
+
+def _inheritance(file: Path, dead: Holder) -> Path:
+    """The lock that whoever replaces a dead holder's lock must have."""
+    return file.with_name(f"{file.name}.{dead.token}")
 
 
 def _machine() -> str:

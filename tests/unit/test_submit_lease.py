@@ -25,6 +25,9 @@ with Lease(Path(sys.argv[1]), "recipe tiny"):
     time.sleep(600)
 """
 
+NOBODY = 2**22 + 5
+"""A number that no process has."""
+
 
 @pytest.fixture
 def lock(tmp_path):
@@ -67,25 +70,56 @@ def test_a_killed_holder_keeps_nothing(lock):
     process.communicate()
 
 
-def test_of_many_that_find_a_dead_holders_lock_one_gets_it(lock, quick):
-    write(lock, token="dead", pid=2**22 + 5)
-    got, done = [], threading.Barrier(8)
+@pytest.mark.parametrize("attempt", range(10))
+def test_of_many_that_find_a_dead_holders_lock_one_gets_it(lock, quick, attempt):
+    write(lock, token="dead", pid=NOBODY)
+    got, start, refused = [], threading.Barrier(8), threading.Semaphore(0)
 
-    def attempt():
-        done.wait()
+    def come():
+        start.wait()
         try:
             with Lease(lock, "recipe tiny"):
                 got.append(1)
-                time.sleep(1.5)
+                assert all(refused.acquire(timeout=10) for _ in range(7))
         except WorkflowError:
-            pass
+            refused.release()
 
-    threads = [threading.Thread(target=attempt) for _ in range(8)]
+    threads = [threading.Thread(target=come) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert got == [1]
+    assert list(lock.parent.iterdir()) == []
+
+
+def test_who_comes_late_to_a_dead_holders_lock_leaves_its_heir_alone(lock, monkeypatch):
+    write(lock, token="dead", pid=NOBODY)
+    heir, late = Lease(lock, "the heir"), Lease(lock, "the late one")
+    looks = late._lives
+
+    def slow(file, beat, holder):
+        alive = looks(file, beat, holder)
+        if holder.token == "dead":
+            heir.__enter__()  # while the late one still takes the lock for a dead holder's
+        return alive
+
+    monkeypatch.setattr(late, "_lives", slow)
+    with pytest.raises(WorkflowError, match="the heir is under way already"), late:
+        pass
+    assert json.loads(lock.read_text())["purpose"] == "the heir"
+    heir.__exit__(None, None, None)
+    assert list(lock.parent.iterdir()) == []
+
+
+def test_an_heir_that_was_killed_blocks_nobody(lock):
+    write(lock, token="dead", pid=NOBODY)
+    write(lock.with_name("lock.json.dead"), token="heir", pid=NOBODY)
+    with Lease(lock, "recipe tiny"):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    write(lock.with_name("lock.json.dead"), token="heir", pid=NOBODY)  # killed after it had replaced the lock
+    with Lease(lock, "recipe tiny"):
+        pass
     assert list(lock.parent.iterdir()) == []
 
 
