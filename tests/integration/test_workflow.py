@@ -91,6 +91,7 @@ def test_a_second_run_does_nothing_and_says_so(finished, recipe_file):
     assert json.loads(again.stdout) == ours
 
 
+@pytest.mark.slow
 def test_the_champion_answers_in_the_terminal_and_over_http_alike(finished):
     reference, storage, example = "models:/tiny@champion", finished["storage"], finished["example"]
     asked = ("--image", example["image"], "--question", example["question"])
