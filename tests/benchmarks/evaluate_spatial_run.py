@@ -19,7 +19,7 @@ from mlmamba.connector import build_connector
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.vision import VisionEncoder, VisionTower
 from mlmamba.vision_weights import load_tower_weights
-from tests.spatial_pictures import DISTANCES, WORDS, draw_questions
+from tests.spatial_pictures import DISTANCES, WORDS, Lesson, draw_questions
 from workflows.build import locate
 from workflows.evaluate.probe_peer import count_parameters, same_size_transformer
 
@@ -74,16 +74,18 @@ class Result:
 
 @dataclass(frozen=True)
 class Rows:
-    """Features (n, N, c), question ids (n, l), answers 0 no / 1 yes (n,), distances (n,)."""
+    """Pictures: features (n, N, c); places (n, 4, l + 1) and relations (n, 8, l + 1), lessons whose last word is the
+    answer; asked (n, l + 1), the test's question and answer; distances (n,)."""
 
     features: Tensor
-    questions: Tensor
-    answers: Tensor
+    places: Tensor
+    relations: Tensor
+    asked: Tensor
     distances: np.ndarray
 
 
 class Answerer(nn.Module):
-    """Connector and backbone: features and question in, the logit of yes against no out."""
+    """Connector and backbone: features and question in, the logits of the answer's word out."""
 
     def __init__(self, channels: int, connector: str, hidden: int, backbone: str, width: int, layers: int):
         super().__init__()
@@ -100,15 +102,13 @@ class Answerer(nn.Module):
         self.backbone = backbone
 
     def forward(self, features: Tensor, questions: Tensor) -> Tensor:
-        """(b, N, c), (b, l) -> (b,)."""
+        """(b, N, c), (b, l) -> (b, words)."""
         seen = self.connector(features, (GRID, GRID))
         if self.backbone == MAMBA:
             embeds = torch.cat([seen, self.language_model.backbone.embeddings(questions)], 1)
-            logits = self.language_model.lm_head(self.language_model.backbone(embeds)[0][:, -1])
-        else:
-            embeds = torch.cat([seen, self.language_model.get_input_embeddings()(questions)], 1)
-            logits = self.language_model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return logits[:, WORDS.index("yes")] - logits[:, WORDS.index("no")]
+            return self.language_model.lm_head(self.language_model.backbone(embeds)[0][:, -1])
+        embeds = torch.cat([seen, self.language_model.get_input_embeddings()(questions)], 1)
+        return self.language_model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
 def run(series: Series, pair: Pair) -> None:
@@ -120,7 +120,10 @@ def run(series: Series, pair: Pair) -> None:
     channels, hidden = train.features.shape[-1], series.hidden[pair.connector]
     model = Answerer(channels, pair.connector, hidden, pair.backbone, series.width, series.layers)
     loss = fit(model, train, series.steps, series.batch, series.rate, pair.seed)
-    found = {"right": answers_right(model, test), "blind": answers_right(model, _shuffled(test))}
+    found = {
+        "right": answers_right(model, test.features, test.asked),
+        "blind": answers_right(model, _shuffled(test.features), test.asked),
+    }
     about = {"parameters": count_parameters(model), "loss": loss, "seconds": time.perf_counter() - start}
     file = series.result(pair)
     beside = file.with_suffix(".part")
@@ -141,19 +144,33 @@ def _words(values: dict) -> dict[str, str]:
 
 
 def save_rows(count: int, seed: int, file: Path) -> None:
-    """Draw questions, run the frozen encoder over their pictures and write the rows."""
+    """Draw questions, run the frozen encoder over their pictures and write the rows.
+
+    Beside the encoder's channels there are two times GRID that say row and column of the cell. The paper's encoders
+    are transformers that add positions to what they see; this convolution net has none, and a connector that treats
+    each cell by itself could not tell where it is.
+    """
     made, encoder, names = draw_questions(count, seed), _encoder(), list(DISTANCES)
     pixels = torch.from_numpy(np.stack([np.asarray(one.picture).transpose(2, 0, 1) for one in made]).copy())
     with torch.inference_mode():
         features = torch.cat([encoder(part) for part in pixels.split(128)])
+    line = torch.eye(GRID)
+    where = torch.cat([line.repeat_interleave(GRID, 0), line.repeat(GRID, 1)], 1)
+    lessons = [one.lessons() for one in made]
     rows = {
-        "features": features,
-        "questions": torch.tensor([[WORDS.index(word) for word in one.question] for one in made]),
-        "answers": torch.tensor([float(one.answer == "yes") for one in made]),
+        "features": torch.cat([features, where.expand(count, -1, -1)], 2),
+        "places": torch.tensor([[_ids(lesson) for lesson in places] for places, _ in lessons]),
+        "relations": torch.tensor([[_ids(lesson) for lesson in relations] for _, relations in lessons]),
+        "asked": torch.tensor([_ids((one.question, one.answer)) for one in made]),
         "distances": torch.tensor([names.index(one.distance) for one in made]),
     }
     save_file(rows, file.with_suffix(".part"))
     file.with_suffix(".part").rename(file)
+
+
+def _ids(lesson: Lesson) -> list[int]:
+    question, answer = lesson
+    return [WORDS.index(word) for word in (*question, answer)]
 
 
 def load_rows(file: Path) -> Rows:
@@ -188,14 +205,19 @@ def matching_width(channels: int, connector: str, width: int, layers: int, size:
 
 
 def fit(model: Answerer, rows: Rows, steps: int, batch: int, rate: float, seed: int) -> float:
-    """Train with AdamW and a one-cycle rate. Returns the mean loss of the last tenth."""
+    """Train with AdamW and a one-cycle rate: places alone in the first half of the steps, then all lessons alike.
+
+    Returns the mean loss of the last tenth.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     generator, losses = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        chosen = torch.randint(len(rows.answers), (batch,), generator=generator)
-        logits = model(rows.features[chosen], rows.questions[chosen])
-        loss = F.binary_cross_entropy_with_logits(logits, rows.answers[chosen])
+    everything = torch.cat([rows.places, rows.relations], 1)
+    for step in range(steps):
+        lessons = rows.places if step < steps // 2 else everything
+        picture = torch.randint(len(lessons), (batch,), generator=generator)
+        chosen = lessons[picture, torch.randint(lessons.shape[1], (batch,), generator=generator)]
+        loss = F.cross_entropy(model(rows.features[picture], chosen[:, :-1]), chosen[:, -1])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -206,20 +228,20 @@ def fit(model: Answerer, rows: Rows, steps: int, batch: int, rate: float, seed: 
 
 
 @torch.inference_mode()
-def answers_right(model: Answerer, rows: Rows) -> np.ndarray:
-    """(n,) 1 where the answer is right."""
+def answers_right(model: Answerer, features: Tensor, asked: Tensor) -> np.ndarray:
+    """(n,) 1 where the likelier of yes and no is right."""
     model.eval()
-    parts = zip(rows.features.split(256), rows.questions.split(256), strict=True)
-    logits = torch.cat([model(features, questions) for features, questions in parts])
-    return ((logits > 0).float() == rows.answers).double().numpy()
+    parts = zip(features.split(256), asked[:, :-1].split(256), strict=True)
+    logits = torch.cat([model(*part) for part in parts])
+    yes, no = WORDS.index("yes"), WORDS.index("no")
+    return ((logits[:, yes] > logits[:, no]) == (asked[:, -1] == yes)).double().numpy()
 
 
-def _shuffled(rows: Rows) -> Rows:
-    """Every question with another question's picture."""
-    order = list(range(len(rows.answers)))
+def _shuffled(features: Tensor) -> Tensor:
+    """Every picture in another one's place."""
+    order = list(range(len(features)))
     random.Random(0).shuffle(order)
-    moved = torch.tensor(order).roll(1)[torch.tensor(order).argsort()]
-    return Rows(rows.features[moved], rows.questions, rows.answers, rows.distances)
+    return features[torch.tensor(order).roll(1)[torch.tensor(order).argsort()]]
 
 
 def _encoder() -> VisionEncoder:
