@@ -22,7 +22,10 @@ from workflows import tracking
 from workflows.errors import WorkflowError
 from workflows.registry import holder, promote, resolve_model, rollback
 
-pytestmark = pytest.mark.skipif(programs() is None, reason="PostgreSQL is not installed (Debian's package postgresql)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(programs() is None, reason="PostgreSQL is not installed (Debian's package postgresql)"),
+]
 NAME = "shapes"
 
 
@@ -120,7 +123,6 @@ def test_the_server_answers_under_its_names_alone(server):
         assert response.status == 200
 
 
-@pytest.mark.slow  # a second start takes as long as all the rest
 def test_a_restarted_server_knows_the_same(stores, client, tmp_path):
     with mlflow_on(*stores, tmp_path) as uri:  # a second one on the same stores: the bucket and the tables are there
         found = mlflow.MlflowClient(uri).get_model_version_by_alias(NAME, "champion")

@@ -21,6 +21,7 @@ from workflows.serve.client import ask
 from workflows.serve.deployment import ServeOptions, application
 from workflows.serve.limits import Limits
 
+pytestmark = pytest.mark.slow
 LIMITS = Limits(max_batch=4, max_tokens=100_000, default_tokens=8)
 
 
