@@ -71,12 +71,6 @@ def gate(loaded, monkeypatch):
     return SimpleNamespace(let=allowed.release, open=lambda: allowed.release(10_000), begun=begun, shapes=shapes)
 
 
-@pytest.fixture
-def endless(loaded, monkeypatch):
-    """No token ends an answer: a sampled one would end by chance, now and then."""
-    monkeypatch.setattr(loaded[0].generation_config, "eos_token_id", -1)
-
-
 def prompts(engine):
     """Different lengths, some with a picture or two."""
     shown = [i % 3 for i in range(len(QUESTIONS))]
@@ -242,7 +236,8 @@ def test_memory_of_the_slots_is_constant(engine):
     assert sizes.pop() > 0
 
 
-def test_cancelling_a_running_answer_frees_its_slot_within_a_step(engine, gate, endless):
+def test_cancelling_a_running_answer_frees_its_slot_within_a_step(engine, loaded, gate, monkeypatch):
+    monkeypatch.setattr(loaded[0].generation_config, "eos_token_id", -1)  # a token drawn by chance may end an answer
     futures = [engine.submit(words(engine, text), Settings(200, temperature=1.0)) for text in "abcd"]
     waiting = engine.submit(words(engine, "next"), Settings(3))
     for _ in range(8):
@@ -276,7 +271,8 @@ def test_the_queue_is_bounded_and_cancelling_frees_a_place(loaded, gate):
     engine.close()
 
 
-def test_a_deadline_ends_running_and_waiting_requests(loaded, gate, endless):
+def test_a_deadline_ends_running_and_waiting_requests(loaded, gate, monkeypatch):
+    monkeypatch.setattr(loaded[0].generation_config, "eos_token_id", -1)  # a token drawn by chance may end an answer
     engine = Engine(*loaded, Limits(max_batch=1, deadline_seconds=0.2))
     futures = [engine.submit(words(engine, text), Settings(30, temperature=1.0)) for text in "ab"]
     gate.let()
