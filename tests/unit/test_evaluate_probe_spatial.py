@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.spatial_pictures import COLOURS, DISTANCES, LINES, RELATIONS, SIDE, WORDS, draw_questions
+from tests.spatial_pictures import COLOURS, DISTANCES, LINES, SIDE, SIDES, WORDS, draw_questions
 
 COUNT = 480
 
@@ -23,12 +23,18 @@ def centre(picture, colour: str) -> np.ndarray:
     return np.array([(xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2])
 
 
+def from_the_other(picture, colour: str) -> np.ndarray:
+    """From the other shape's centre to this one's, (x, y)."""
+    (other,) = set(COLOURS) - {colour}
+    return centre(picture, colour) - centre(picture, other)
+
+
 def test_the_answer_is_what_the_pixels_say(made):
     for one in made:
-        colour, relation, colour2 = one.question[2], one.question[4], one.question[7]
-        axis, sign = RELATIONS[relation]
-        apart = (centre(one.picture, colour) - centre(one.picture, colour2))[axis]
-        assert (apart * sign > 0) == (one.answer == "yes")
+        sides = (one.question[0], one.question[2])
+        axis = SIDES.index(sides)
+        apart = from_the_other(one.picture, one.question[-1])[axis]
+        assert one.answer == sides[int(apart > 0)]
         low, high = DISTANCES[one.distance]
         assert low - 1 <= abs(apart) <= high + 1
 
@@ -36,31 +42,32 @@ def test_the_answer_is_what_the_pixels_say(made):
 def test_lessons_say_what_the_pixels_say_and_agree_with_the_question(made):
     for one in made:
         places, relations = one.lessons()
-        assert (len(places), len(relations)) == (4, 8)
+        assert (len(places), len(relations)) == (4, 4)
         assert (one.question, one.answer) in relations
         for asked, line in places:
-            x, y = centre(one.picture, asked[7])
+            x, y = centre(one.picture, asked[-1])
             where = x if "columns" in asked else y
             assert abs(where - (LINES.index(line) + 0.5) * SIDE / 4) <= SIDE / 8 + 1
+        for asked, side in relations:
+            axis = SIDES.index((asked[0], asked[2]))
+            assert side == SIDES[axis][int(from_the_other(one.picture, asked[-1])[axis] > 0)]
         assert {len(asked) for asked, _ in places + relations} == {len(one.question)}
         assert {word for asked, answer in places + relations for word in (*asked, answer)} <= set(WORDS)
 
 
-def test_no_relation_distance_or_word_gives_the_answer_away(made):
-    for key in (lambda one: (one.question[4], one.distance), lambda one: one.distance):
-        counts = Counter((key(one), one.answer) for one in made)
-        assert all(counts[group, "yes"] == counts[group, "no"] for group, _ in counts)
-    yes = np.array([one.answer == "yes" for one in made])
-    for place in (2, 4, 7):
-        for word in {one.question[place] for one in made}:
-            share = yes[[one.question[place] == word for one in made]].mean()
-            assert 0.3 < share < 0.7
+def test_no_axis_distance_or_word_gives_the_answer_away(made):
+    counts = Counter((one.distance, one.answer) for one in made)
+    assert len(set(counts.values())) == 1
+    assert len(counts) == len(DISTANCES) * 4
+    larger = np.array([one.answer in ("right", "below") for one in made])
+    for colour in COLOURS:
+        assert 0.4 < larger[[one.question[-1] == colour for one in made]].mean() < 0.6
 
 
 def test_the_two_shapes_differ_and_the_words_are_known(made):
     for one in made:
         assert one.picture.size == (SIDE, SIDE)
-        assert one.question[2] != one.question[7]
+        assert one.centres["red"] != one.centres["green"]
         assert set(one.question) | {one.answer} <= set(WORDS)
 
 

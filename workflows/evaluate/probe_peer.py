@@ -4,15 +4,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-_HEAD = 64  # widest attention head, as usual for small language models
-
 
 def same_size_transformer(config, longest: int, parameters: int) -> LlamaForCausalLM:
     """A Llama with random weights, the same vocabulary and width, and about the same number of parameters.
 
     One Transformer layer (attention and MLP) stands for two Mamba-2 layers, as Mamba's authors count (Gu and Dao 2023,
     section 3.4), and the MLP's width then makes the sizes equal; it comes out near Llama's own 8/3 of the width.
-    Attention is the fastest that transformers has on the device (sdpa).
+    Attention has heads as wide as the Mamba-2's, or the next narrower that divide the width, and is the fastest that
+    transformers has on the device (sdpa).
 
     Args:
         config: the Mamba-2 language model's config.
@@ -23,7 +22,7 @@ def same_size_transformer(config, longest: int, parameters: int) -> LlamaForCaus
         ValueError: no such Transformer has about this size.
     """
     width, layers = config.hidden_size, (config.num_hidden_layers + 1) // 2
-    head = max(d for d in range(2, min(_HEAD, width) + 1, 2) if width % d == 0)
+    head = max(d for d in range(2, min(config.head_dim, width) + 1, 2) if width % d == 0)
     tied = config.tie_word_embeddings
     fixed = config.vocab_size * width * (1 if tied else 2) + width + layers * (4 * width**2 + 2 * width)
     inner = round((parameters - fixed) / (3 * width * layers))
