@@ -22,10 +22,12 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/mlmamba run quickstart --storage $(STORAGE)
 
-# Small tests run side by side, each in one thread. Those that start Ray take the whole machine and run one by one.
+# Small tests run side by side, each in one thread. Those that start Ray spend half their time waiting for processes to
+# start, so two files run at once, the longest first. `make test-all` runs them one by one: some of the slow ones need
+# the whole machine.
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow" tests/unit tests/parity
-	$(BIN)/pytest -q --durations 10 -m "not slow" tests/integration
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 -m "not slow" tests/integration
 
 test-all: install lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal tests/unit tests/parity
