@@ -26,7 +26,9 @@ def ensure_ray(verbose: bool = False) -> None:
     """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address == "local":  # Ray's word for one of its own on this machine
+        address = ""
     try:
         _check_reachable(address)
         ray.init(log_to_driver=verbose, logging_level=logging.ERROR, include_dashboard=False)
@@ -42,9 +44,9 @@ def ensure_ray(verbose: bool = False) -> None:
         ) from error
 
 
-def _check_reachable(address: str | None) -> None:
+def _check_reachable(address: str) -> None:
     """Fail at once where nothing listens at HOST:PORT; Ray itself would try for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 

@@ -8,8 +8,9 @@ import ray
 from pipelines.execution import ensure_ray
 
 
-def test_a_ray_that_does_not_start_says_why(monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+@pytest.mark.parametrize("address", ["", "local"])
+def test_a_ray_that_does_not_start_says_why(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null")  # no folder can be made in it
     with pytest.raises(ConnectionError, match=r"Ray did not start: NotADirectoryError.*run again"):
         ensure_ray()

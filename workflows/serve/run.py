@@ -44,7 +44,8 @@ class Server:
 
         with contextlib.suppress(RayServeException):  # Ray Serve did not come up
             serve.delete(APPLICATION)
-        if not self._joined or os.environ.get("RAY_ADDRESS"):
+        started = self._joined and os.environ.get("RAY_ADDRESS", "") in ("", "local")
+        if not started:
             serve.shutdown()  # else it goes with its Ray; doing both makes Ray print a false alarm
         if self._joined:
             ray.shutdown()
