@@ -8,12 +8,13 @@ transformers, on the same rows in the same order. The backbones have the same nu
 hidden width is chosen so that all pairs have: a difference is then of the kind of the part, not of its size. The
 defaults are settings in which the MLP learns with either backbone, fixed before other connectors ran with them.
 
-Printed: accuracy by distance with 95% intervals (pictures are the unit), blind (pictures shuffled), and the paired
-interval of each part's effect, averaged over the other parts and the seeds. FOLDER keeps every finished run, so a
-killed series goes on, and the table, also as JSON.
+Printed: accuracy by distance with 95% intervals (pictures are the unit), of each seed, and blind (pictures shuffled);
+then the paired interval of what a part does beside each other part, and on average over them. FOLDER keeps every
+finished run, so a killed series goes on, and the table, also as JSON.
 """
 
 import argparse
+import itertools
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -122,30 +123,47 @@ def results(found: dict[Pair, Result], distances: np.ndarray) -> dict:
         }
         for pair in pairs
     ]
+    return {"cells": cells, "effects": _effects(runs, distances)}
+
+
+def _effects(runs: dict[tuple[str, str], list[Result]], distances: np.ndarray) -> list[dict]:
+    """What it changes to put a connector in the first one's place beside each backbone and on average, or a backbone
+    beside each connector."""
     effects = []
-    for part, place in (("connector", 0), ("backbone", 1)):
-        names = list(dict.fromkeys(pair[place] for pair in pairs))
-        averages = {name: np.mean([mean[pair] for pair in pairs if pair[place] == name], axis=0) for name in names}
-        for name in names[1:]:
-            scores = _intervals(averages[name] - averages[names[0]], distances, (-1.0, 1.0))
-            effects.append({"part": part, "from": names[0], "to": name, "scores": scores})
-    return {"cells": cells, "effects": effects}
+    for place, part in enumerate(("connector", "backbone")):
+        (first, *names), others = (list(dict.fromkeys(pair[i] for pair in runs)) for i in (place, 1 - place))
+        groups = [[other] for other in others] + ([others] if len(others) > 1 else [])
+        for name, beside in itertools.product(names, groups):
+            changes = _right(runs, place, name, beside) - _right(runs, place, first, beside)
+            scores = _intervals(changes.mean(0), distances, (-1.0, 1.0))
+            about = {"part": part, "from": first, "to": name, "beside": beside}
+            effects.append(about | {"seeds": changes.mean(1).tolist(), "scores": scores})
+    return effects
+
+
+def _right(runs: dict[tuple[str, str], list[Result]], place: int, name: str, beside: list[str]) -> np.ndarray:
+    """(seeds, n) how often the part at this place of a pair is right, averaged over the parts beside it."""
+    pairs = [(name, other) if place == 0 else (other, name) for other in beside]
+    return np.mean([[result.right for result in runs[pair]] for pair in pairs], axis=0)
 
 
 def table(found: dict) -> str:
     """The results for a person."""
     names = [OVERALL, *DISTANCES]
-    lines = ["", f"{'connector':<18}{'backbone':<13}{'size':>9}{'blind':>8}" + "".join(f"{n:>22}" for n in names)]
+    heads = "".join(f"{name:>22}" for name in names)
+    lines = ["", f"{'connector':<18}{'backbone':<13}{'size':>9}{'blind':>8}{heads}  seeds"]
     for cell in found["cells"]:
+        pair = f"{cell['connector']:<18}{cell['backbone']:<13}{cell['parameters']:>9,}{cell['blind']:>8.1%}"
         shown = "".join(_shown(cell["scores"][name], "") for name in names)
-        lines.append(
-            f"{cell['connector']:<18}{cell['backbone']:<13}{cell['parameters']:>9,}{cell['blind']:>8.1%}{shown}"
-        )
-    lines += ["", "effects in points, other parts and seeds averaged; * where the interval leaves out zero"]
+        lines.append(f"{pair}{shown}  " + " ".join(f"{100 * value:.1f}" for value in cell["seeds"]))
+    lines += ["", f"{'effect in points':<48}{heads}  seeds"]
     for effect in found["effects"]:
+        beside = effect["beside"][0] if len(effect["beside"]) == 1 else "average"
         shown = "".join(_shown(effect["scores"][name], "+") for name in names)
-        lines.append(f"{effect['part']:<11}{effect['from']} -> {effect['to']:<28}"[:48].ljust(48) + shown)
-    return "\n".join([*lines, "intervals: 95%, over test pictures; they do not hold the spread between seeds"])
+        seeds = " ".join(f"{100 * value:+.1f}" for value in effect["seeds"])
+        lines.append(f"{effect['from']} -> {effect['to']}, {beside}".ljust(48) + f"{shown}  {seeds}")
+    lines += ["intervals: 95%, over test pictures; they do not hold the spread between seeds, so look at those too"]
+    return "\n".join([*lines, "* the interval leaves out zero"])
 
 
 def _intervals(values: np.ndarray, distances: np.ndarray, bounds: tuple[float, float]) -> dict[str, dict]:
