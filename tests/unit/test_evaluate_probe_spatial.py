@@ -5,6 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from tests.benchmarks.evaluate_spatial import results, table
+from tests.benchmarks.evaluate_spatial_run import MAMBA, TRANSFORMER, Pair, Result
 from tests.spatial_pictures import COLOURS, DISTANCES, LINES, SIDE, SIDES, WORDS, draw_questions
 
 COUNT = 480
@@ -77,3 +79,32 @@ def test_the_seed_decides(made):
         (o.question, o.answer, o.picture.tobytes()) for o in made
     ]
     assert [o.question for o in draw_questions(COUNT, seed=4)] != [o.question for o in made]
+
+
+def test_an_effect_stands_beside_each_other_part_and_each_seed():
+    """One pair of four has not learned, and one of its seeds is better: an average alone would hide both."""
+    distances = np.array(list(DISTANCES) * 40)
+    share = {
+        ("mlp", MAMBA): (1, 1),
+        ("mlp", TRANSFORMER): (1, 1),
+        ("msc", MAMBA): (0.5, 0.75),
+        ("msc", TRANSFORMER): (1, 1),
+    }
+    runs = {
+        Pair(*pair, seed): Result((np.arange(120) < 120 * shares[seed]) * 1.0, np.zeros(120), 9, 0.0, 0.0)
+        for pair, shares in share.items()
+        for seed in (0, 1)
+    }
+    found = results(runs, distances)
+    effects = {(e["to"], *e["beside"]): (e["scores"]["overall"]["value"], e["seeds"]) for e in found["effects"]}
+    assert effects == {
+        ("msc", MAMBA): (pytest.approx(-0.375), pytest.approx([-0.5, -0.25])),
+        ("msc", TRANSFORMER): (0, [0, 0]),
+        ("msc", MAMBA, TRANSFORMER): (pytest.approx(-0.1875), pytest.approx([-0.25, -0.125])),
+        (TRANSFORMER, "mlp"): (0, [0, 0]),
+        (TRANSFORMER, "msc"): (pytest.approx(0.375), pytest.approx([0.5, 0.25])),
+        (TRANSFORMER, "mlp", "msc"): (pytest.approx(0.1875), pytest.approx([0.25, 0.125])),
+    }
+    shown = table(found).splitlines()
+    assert any("mlp -> msc, mamba2" in line and line.endswith("-50.0 -25.0") for line in shown)
+    assert any(line.startswith("msc") and line.endswith("50.0 75.0") for line in shown)
