@@ -3,10 +3,13 @@
 The models of the single kinds of source are in pipelines/source_config.py.
 """
 
-from typing import Literal
+import hashlib
+import json
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipelines.identity import Decides, StrictModel, identity
 from pipelines.source_config import (
     CaptionsSource,
     EasyVQASource,
@@ -17,9 +20,9 @@ from pipelines.source_config import (
     SourceConfig,
     WebDatasetSource,
 )
-from pipelines.strict import StrictModel
 
 __all__ = [
+    "SCHEMA_VERSION",
     "SPLITS_TO_PACK",
     "CaptionsSource",
     "DataConfig",
@@ -32,9 +35,12 @@ __all__ = [
     "StrictModel",
     "TokenizerConfig",
     "WebDatasetSource",
+    "data_identity",
 ]
 
 SPLITS_TO_PACK = ("train", "validation")
+SCHEMA_VERSION = 2
+"""Version of the shards and the manifest. Sets of another version are made again."""
 
 
 class TokenizerConfig(StrictModel):
@@ -58,13 +64,13 @@ class TokenizerConfig(StrictModel):
 class DataConfig(StrictModel):
     """One data set."""
 
-    name: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    name: Annotated[str | None, Decides.RUN] = Field(default=None, pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     """Name of the data set's folder. Default: the recipe's name."""
     train: list[SourceConfig] = Field(min_length=1)
     """Sources of the training rows."""
     validation: list[SourceConfig] = Field(default=[])
     """Sources of the rows for the held-out loss. Empty: no such rows."""
-    test: list[SourceConfig] = Field(default=[])
+    test: Annotated[list[SourceConfig], Decides.RUN] = Field(default=[])
     """Sources that evaluation asks questions from. Never tokenized or packed here."""
     deduplicate: bool = True
     """Set aside every record whose pictures and text are, to the byte, those of an earlier record of its split, of
@@ -78,11 +84,11 @@ class DataConfig(StrictModel):
     """How text becomes ids."""
     max_tokens: int = Field(ge=2)
     """Length of a packed row in tokens, image tokens included."""
-    partition_records: int = Field(default=1000, ge=1)
+    partition_records: Annotated[int, Decides.RUN] = Field(default=1000, ge=1)
     """Records in one unit of tokenizing work, which is what a killed run repeats at most (per CPU)."""
     shard_rows: int = Field(default=256, ge=1)
     """Packed rows in one shard, which is what one packing task holds in memory (encoded pictures included)."""
-    max_quarantined: float = Field(default=0.01, ge=0, le=1)
+    max_quarantined: Annotated[float, Decides.RUN] = Field(default=0.01, ge=0, le=1)
     """Share of all records that may be set aside before the run fails. Duplicates and records that show a picture of an
     evaluation set do not count: nothing is wrong with them."""
     too_long: Literal["cut", "quarantine"] = "cut"
@@ -102,3 +108,15 @@ class DataConfig(StrictModel):
         own = {f"test/{source.label}": source for source in self.test} if self.exclude_evaluation_images else {}
         more = {f"exclude_images_of.{i}/{source.label}": source for i, source in enumerate(self.exclude_images_of)}
         return own | more
+
+
+def data_identity(config: DataConfig, tokens_per_image: int, seed: int) -> str:
+    """sha256 in hex of everything that decides a data set's content: its folder's name and its manifest hold it.
+
+    Of the test sources it covers what keeps their pictures out of training, which is nothing when
+    `exclude_evaluation_images` is off.
+    """
+    content = identity(config, Decides.RUN)
+    excluded = {name: source.model_dump(mode="json") for name, source in config.evaluation_sets().items()}
+    text = json.dumps([SCHEMA_VERSION, tokens_per_image, seed, content, excluded], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,9 +13,8 @@ from pydantic import Field, ValidationError
 
 from mlmamba import __version__
 from pipelines import storage
-from pipelines.config import StrictModel
+from pipelines.config import SCHEMA_VERSION, StrictModel
 
-SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_PATH = "tokenizer/tokenizer.json"
 

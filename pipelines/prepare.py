@@ -12,7 +12,7 @@ A second call with the same recipe touches nothing of a finished data set.
 from collections.abc import Callable
 
 from pipelines import storage, tokenizer
-from pipelines.config import SPLITS_TO_PACK, DataConfig
+from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
 from pipelines.dedup import Removals, find_removals
 from pipelines.exclusion import ExclusionError, read_excluded
 from pipelines.execution import ensure_ray, quiet_ray_data
@@ -20,7 +20,7 @@ from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, split_info
 from pipelines.pack import pack, shard_tasks
 from pipelines.progress import Progress, ProgressMeter
 from pipelines.quarantine import Tally, over_limit, write_quarantine
-from pipelines.recipe import find_finished, fingerprints, recipe_digest
+from pipelines.recipe import find_finished, fingerprints
 from pipelines.records import Partition, cut, list_records
 from pipelines.tokenize import TokenizeSettings, tokenize
 
@@ -60,7 +60,7 @@ def prepare(
             f"a picture takes {tokens_per_image} tokens and a row has {config.max_tokens}: "
             "raise max_tokens or choose an encoder or connector with fewer tokens"
         )
-    recipe = recipe_digest(config, tokens_per_image, seed)
+    recipe = data_identity(config, tokens_per_image, seed)
     manifest = find_finished(config, out, recipe)
     if manifest:
         on_progress(Progress("finished", manifest.rows, manifest.rows, "rows", skipped=manifest.rows))

@@ -1,25 +1,11 @@
 """Whether a finished data set is the one that a config asks for."""
 
-import hashlib
-import json
 from contextlib import suppress
 
 from pipelines import storage
 from pipelines.config import SPLITS_TO_PACK, DataConfig, SourceConfig
-from pipelines.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.sources import open_source
-
-
-def recipe_digest(config: DataConfig, tokens_per_image: int, seed: int) -> str:
-    """Digest of everything a caller of `prepare` gives that decides the data set's content.
-
-    The name, the size of partitions and the quarantine threshold are not in it: they change no shard. Of the test
-    sources there is what keeps their pictures out of training.
-    """
-    content = config.model_dump(mode="json", exclude={"name", "test", "partition_records", "max_quarantined"})
-    excluded = {name: source.model_dump(mode="json") for name, source in config.evaluation_sets().items()}
-    text = json.dumps([SCHEMA_VERSION, tokens_per_image, seed, content, excluded], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprints(config: DataConfig) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.strict import StrictModel
+from pipelines.identity import StrictModel
 
 
 class SourceBase(StrictModel):

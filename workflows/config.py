@@ -4,12 +4,12 @@ The string under a field documents it and is what the recipe reference is made f
 The parts are in workflows/configs.
 """
 
-import hashlib
-import json
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from pipelines.config import DataConfig, StrictModel
+from pipelines.identity import Decides
 from workflows.configs.evaluate import EvaluateRecipe
 from workflows.configs.model import ModelRecipe
 from workflows.configs.register import RegisterRecipe
@@ -42,9 +42,9 @@ class Recipe(StrictModel):
     """The model."""
     train: TrainRecipe
     """The training stages."""
-    evaluate: EvaluateRecipe = EvaluateRecipe()
+    evaluate: Annotated[EvaluateRecipe, Decides.NOTHING] = EvaluateRecipe()
     """The evaluation."""
-    register_as: RegisterRecipe
+    register_as: Annotated[RegisterRecipe, Decides.NOTHING]
     """The registry entry."""
 
     @model_validator(mode="after")
@@ -59,9 +59,3 @@ class Recipe(StrictModel):
     def data_of(self, stage: StageRecipe) -> DataConfig:
         """The data set that a stage trains on."""
         return stage.data or self.data
-
-
-def digest(*parts: object) -> str:
-    """Ten hex digits that change when any of the JSON-able parts does."""
-    text = json.dumps(parts, sort_keys=True, default=lambda model: model.model_dump(mode="json"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]

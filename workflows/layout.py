@@ -14,15 +14,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, data_identity
+from pipelines.identity import Decides, digest, identity
 from pipelines.storage import shown
-from workflows.config import Recipe, digest
-from workflows.configs.train import HOW_IT_RUNS
+from workflows.config import Recipe
 from workflows.errors import UsageError
 from workflows.storage import is_remote, mount
-
-UNDECIDING = {"register_as": True, "evaluate": True, "train": HOW_IT_RUNS}
-"""Fields of a recipe that the trained model does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +97,17 @@ def layout_of(recipe: Recipe, storage: Path, tokens_per_image: int) -> Layout:
 
 def run_name(recipe: Recipe) -> str:
     """Name of a recipe's run folder: it depends on what decides the model."""
-    return f"{recipe.name}-{digest(recipe.model_dump(mode='json', exclude=UNDECIDING))}"
+    return f"{recipe.name}-{digest(identity(recipe))}"
 
 
 def data_folder(storage: Path, config: DataConfig, name: str, tokens_per_image: int, seed: int) -> Path:
     """Folder of a data set: it depends on what decides the rows, and is called as the config says or else `name`."""
-    content = config.model_dump(mode="json", exclude={"name", "test", "partition_records", "max_quarantined"})
+    return storage / "data" / f"{config.name or name}-{data_identity(config, tokens_per_image, seed)[:10]}"
+
+
+def earlier_data_folder(storage: Path, config: DataConfig, name: str, tokens_per_image: int, seed: int) -> Path:
+    """Where versions up to 0.1 prepared the same data set. Sets that differed only in `test` shared this folder."""
+    content = identity(config, Decides.RUN)
     return storage / "data" / f"{config.name or name}-{digest(content, tokens_per_image, seed)}"
 
 

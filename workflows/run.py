@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 from pipelines import storage as files
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, data_identity
+from pipelines.identity import digest
 from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.prepare import PrepareError, prepare
 from workflows.build import build_initial, built, image_tokens
-from workflows.config import DataRecipe, Recipe, digest
+from workflows.config import DataRecipe, Recipe
 from workflows.console import Console
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.recipe import TestSources
@@ -23,7 +24,7 @@ from workflows.evaluate.place import evaluation_folder
 from workflows.evaluate.score import table
 from workflows.evaluate.sheet import save_example
 from workflows.evaluate.step import evaluate_recipe
-from workflows.layout import Layout, data_folder, layout_of
+from workflows.layout import Layout, data_folder, earlier_data_folder, layout_of
 from workflows.nodes import where_files_meet
 from workflows.registry import promote, register, rolled_back
 from workflows.registry.example import choose_example
@@ -80,24 +81,29 @@ def train_only(recipe: Recipe, storage: Path, console: Console, stage: str | Non
 def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, Manifest]:
     """Shards and manifest of every stage's data. Returns the manifests by stage."""
     made: dict[Path, Manifest] = {}
+    tokens = image_tokens(recipe.model)
     for stage in recipe.train.stages:
         folder = layout.data[stage.name]
         if folder not in made:
-            made[folder] = _prepare_one(recipe.data_of(stage), folder, image_tokens(recipe.model), recipe.seed, console)
+            earlier = earlier_data_folder(layout.storage, recipe.data_of(stage), recipe.name, tokens, recipe.seed)
+            made[folder] = _prepare_one(recipe.data_of(stage), folder, earlier, tokens, recipe.seed, console)
     return {stage.name: made[layout.data[stage.name]] for stage in recipe.train.stages}
 
 
 def prepare_sets(recipe: Recipe | DataRecipe, storage: Path, console: Console) -> dict[Path, Manifest]:
     """Make every data set of a recipe, or the one of a data recipe. Returns the manifests by folder."""
     if isinstance(recipe, DataRecipe):
-        folder = data_folder(storage, recipe.data, recipe.name, recipe.tokens_per_image, recipe.seed)
-        return {folder: _prepare_one(recipe.data, folder, recipe.tokens_per_image, recipe.seed, console)}
+        named = (storage, recipe.data, recipe.name, recipe.tokens_per_image, recipe.seed)
+        folder, earlier = data_folder(*named), earlier_data_folder(*named)
+        return {folder: _prepare_one(recipe.data, folder, earlier, recipe.tokens_per_image, recipe.seed, console)}
     layout = layout_of(recipe, storage, image_tokens(recipe.model))
     manifests = prepare_data(recipe, layout, console)
     return {layout.data[stage]: manifest for stage, manifest in manifests.items()}
 
 
-def _prepare_one(data: DataConfig, folder: Path, tokens_per_image: int, seed: int, console: Console) -> Manifest:
+def _prepare_one(
+    data: DataConfig, folder: Path, earlier: Path, tokens_per_image: int, seed: int, console: Console
+) -> Manifest:
     with console.step(f"prepare {folder.name}"):
         phases = []
 
@@ -108,6 +114,8 @@ def _prepare_one(data: DataConfig, folder: Path, tokens_per_image: int, seed: in
         try:
             lock = folder.with_name(f".{folder.name}.lock")
             with lease(lock, f"preparation of {folder.name}", console.note, wait=True):
+                if not files.exists(place(folder / MANIFEST_FILE)):
+                    _adopt_earlier(earlier, folder, data_identity(data, tokens_per_image, seed), console)
                 manifest = prepare(data, place(folder), tokens_per_image, seed, watch)
                 _bring_head(folder)
         except (PrepareError, ValueError, OSError, ModuleNotFoundError) as error:
@@ -122,6 +130,26 @@ def _prepare_one(data: DataConfig, folder: Path, tokens_per_image: int, seed: in
             + (f", {cut} cut short" if cut else "")
         )
     return manifest
+
+
+def _adopt_earlier(earlier: Path, folder: Path, wanted: str, console: Console) -> None:
+    """Give a data set that version 0.1 prepared its new name, if it is the wanted one; say what becomes of another."""
+    if not files.exists(place(earlier / MANIFEST_FILE)):
+        return
+    with lease(earlier.with_name(f".{earlier.name}.lock"), f"preparation of {earlier.name}", console.note, wait=True):
+        try:
+            found = Manifest.load(place(earlier)).recipe_digest
+        except (FileNotFoundError, ValueError):
+            return
+        if found != wanted:
+            console.note(f"{address(earlier)} holds a data set with other test sources and stays as it is")
+        elif is_remote(place(earlier)):
+            console.note(f"{address(earlier)} has been made by version 0.1 and is not used any more: delete it")
+        else:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # a preparation that was begun and not finished
+            earlier.rename(folder)
+            console.note(f"prepared by version 0.1 as {earlier.name}, which is now called {folder.name}")
 
 
 def _bring_head(folder: Path) -> None:

@@ -18,11 +18,12 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+from pipelines.identity import digest
 from tests.benchmarks.ablation_run import run
 from tests.benchmarks.ablation_settings import CONNECTORS, Series, Setting, connector_fields, parameters
 from tests.benchmarks.ablation_table import table
 from workflows.build import image_tokens
-from workflows.config import Recipe, digest
+from workflows.config import Recipe
 from workflows.layout import data_folder, write_atomic
 from workflows.recipe import load_recipe
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.identity import digest
 from tests.benchmarks.evaluate_spatial_run import (
     CONNECTORS,
     MAMBA,
@@ -38,7 +39,6 @@ from tests.benchmarks.evaluate_spatial_run import (
     save_rows,
 )
 from tests.spatial_pictures import DISTANCES
-from workflows.config import digest
 from workflows.evaluate.statistics import bootstrap, ratios
 from workflows.layout import write_atomic
 

@@ -1,10 +1,11 @@
 """The recipe's training stages and how they run."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipelines.config import DataConfig, StrictModel
+from pipelines.identity import Decides
 
 Part = Literal["vision", "connector", "language_model"]
 PARTS = ("vision", "connector", "language_model")
@@ -78,40 +79,40 @@ class StageRecipe(StrictModel):
 class TrainRecipe(StrictModel):
     """How the stages run."""
 
-    workers: int = Field(gt=0)
+    workers: Annotated[int, Decides.NOTHING] = Field(gt=0)
     """Ray Train workers; with GPUs, one GPU each."""
-    cpus_per_worker: int = Field(1, gt=0)
+    cpus_per_worker: Annotated[int, Decides.NOTHING] = Field(1, gt=0)
     """CPU cores, and torch threads, of one worker."""
-    gpus_per_worker: Literal[0, 1] = 0
+    gpus_per_worker: Annotated[Literal[0, 1], Decides.NOTHING] = 0
     """1 on a GPU cluster."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 0 is plain data parallel; 1 shards the optimizer, 2 gradients too, 3 weights too."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload: Annotated[Literal["none", "optimizer", "parameters"], Decides.NOTHING] = "none"
     """Keep the optimizer in the CPU's memory, and with ZeRO-3 the parameters too: slower, for larger models."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type. A_log, dt_bias, D and the recurrent state stay float32."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, Decides.NOTHING] = False
     """Recompute each block in the backward pass."""
-    save_every: int = Field(100, gt=0)
+    save_every: Annotated[int, Decides.NOTHING] = Field(100, gt=0)
     """Optimizer steps between checkpoints."""
-    keep_checkpoints: int = Field(2, gt=0)
+    keep_checkpoints: Annotated[int, Decides.NOTHING] = Field(2, gt=0)
     """Checkpoints that an unfinished stage keeps; one goes when a newer one is whole."""
-    log_every: int = Field(10, gt=0)
+    log_every: Annotated[int, Decides.NOTHING] = Field(10, gt=0)
     """Optimizer steps between logged metrics."""
-    validate_every: int | None = Field(None, gt=0)
+    validate_every: Annotated[int | None, Decides.NOTHING] = Field(None, gt=0)
     """Optimizer steps between measurements of the loss on the validation split; absent: none."""
-    validate_rows: int = Field(64, gt=0)
+    validate_rows: Annotated[int, Decides.NOTHING] = Field(64, gt=0)
     """Packed rows of the validation split that are measured, the first ones."""
-    sample_every: int | None = Field(None, gt=0)
+    sample_every: Annotated[int | None, Decides.NOTHING] = Field(None, gt=0)
     """Optimizer steps between sample answers to questions of the validation split; absent: none."""
-    samples: int = Field(4, gt=0)
+    samples: Annotated[int, Decides.NOTHING] = Field(4, gt=0)
     """Questions that are answered."""
-    sample_tokens: int = Field(16, gt=0)
+    sample_tokens: Annotated[int, Decides.NOTHING] = Field(16, gt=0)
     """Longest sample answer in tokens."""
-    max_loss_rise: float | None = Field(3.0, gt=0)
+    max_loss_rise: Annotated[float | None, Decides.NOTHING] = Field(3.0, gt=0)
     """The stage stops as diverged when the mean loss between two logs is this much, in nats per token, over the lowest
     such mean so far (3 nats: 20 times less likely answers); absent: only what is not finite stops it."""
-    max_failures: int = Field(2, ge=0)
+    max_failures: Annotated[int, Decides.NOTHING] = Field(2, ge=0)
     """How often a stage is restarted from its last checkpoint when a worker dies."""
     stages: list[StageRecipe] = Field(min_length=1)
     """The stages, in order."""
@@ -133,9 +134,3 @@ class TrainRecipe(StrictModel):
                     f"workers x micro_batch_rows = {self.workers} x {stage.micro_batch_rows} = {per_pass}"
                 )
         return self
-
-
-DECIDES_WEIGHTS = {"zero_stage", "precision", "stages"}
-"""Fields of TrainRecipe that what comes out of the training depends on."""
-HOW_IT_RUNS = set(TrainRecipe.model_fields) - DECIDES_WEIGHTS
-"""The others: another number of workers, for one, changes sums in their last bits only."""

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from workflows.config import digest
+from pipelines.identity import digest
 from workflows.evaluate.benchmarks.base import Benchmark
 
 _CHUNK = 1 << 20

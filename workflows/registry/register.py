@@ -10,8 +10,9 @@ import yaml
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from pipelines.identity import digest
 from pipelines.manifest import Manifest
-from workflows.config import Recipe, digest
+from workflows.config import Recipe
 from workflows.errors import WorkflowError
 from workflows.layout import Layout
 from workflows.registry.example import Example

@@ -13,7 +13,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from workflows.config import digest
+from pipelines.identity import digest
 from workflows.errors import UsageError, WorkflowError
 from workflows.submit.package import JOB_FOLDER
 

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from torch import nn
 
-from workflows.config import digest
+from pipelines.identity import digest
 from workflows.train.checkpoint import Checkpoint
 from workflows.train.job import StageError
 from workflows.train.reshard import load_moments, load_weights

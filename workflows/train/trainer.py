@@ -17,8 +17,9 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import storage
-from workflows.config import Recipe, digest
-from workflows.configs.train import DECIDES_WEIGHTS, StageRecipe
+from pipelines.identity import digest, identity
+from workflows.config import Recipe
+from workflows.configs.train import StageRecipe
 from workflows.errors import WorkflowError
 from workflows.layout import Layout
 from workflows.storage import is_remote, is_whole, place
@@ -32,10 +33,10 @@ __all__ = ["check_cluster", "finished", "run_stage", "stage_digest"]
 def stage_digest(recipe: Recipe, index: int, data_digests: dict[str, str]) -> str:
     """Changes when anything that decides the weights of stage `index` changes. Data digests are by stage."""
     before = recipe.train.stages[: index + 1]
-    numerics = recipe.train.model_dump(include=DECIDES_WEIGHTS - {"stages"})
-    stages = [stage.model_dump(mode="json") for stage in before]
+    numerics = identity(recipe.train)
+    stages = numerics.pop("stages")[: index + 1]
     data = [data_digests[stage.name] for stage in before]
-    return digest(data, recipe.seed, recipe.model.model_dump(mode="json"), numerics, stages)
+    return digest(data, recipe.seed, identity(recipe.model), numerics, stages)
 
 
 def finished(folder: Path, expected: str) -> bool:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from pipelines.config import SourceConfig
+from pipelines.identity import digest
 from pipelines.sources import open_source
-from workflows.config import digest
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, Item, Score
 from workflows.evaluate.benchmarks.files import PictureFolder
