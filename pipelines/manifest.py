@@ -7,13 +7,15 @@ measures on the other: one digest names what the run saw, and there is no moment
 import hashlib
 import json
 import platform
+from contextlib import suppress
 
 import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from mlmamba import __version__
 from pipelines import storage
-from pipelines.config import SCHEMA_VERSION, StrictModel
+from pipelines.config import SCHEMA_VERSION, SPLITS_TO_PACK, DataConfig, SourceConfig, StrictModel
+from pipelines.sources import open_source
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_PATH = "tokenizer/tokenizer.json"
@@ -165,3 +167,31 @@ def split_info(
 
 def _created_by() -> str:
     return f"mlmamba {__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}"
+
+
+def fingerprints(config: DataConfig) -> dict[str, str]:
+    """Digest of the list of records of each source that is packed or kept out, by split/name. Pictures are not read."""
+    return {key: open_source(source).fingerprint() for key, source in _sources(config).items()}
+
+
+def find_finished(config: DataConfig, out: str, recipe: str) -> Manifest | None:
+    """The finished data set in `out`, if it is of this recipe and its sources still list the same records."""
+    if not storage.exists(storage.join(out, MANIFEST_FILE)):
+        return None
+    try:
+        manifest = Manifest.load(out)
+    except ValueError:  # of another schema version: made again
+        return None
+    if manifest.recipe_digest != recipe:
+        return None
+    for key, source in _sources(config).items():
+        # A finished data set stays good when its raw corpus has been cleared away.
+        with suppress(OSError, ImportError):
+            if open_source(source).fingerprint() != manifest.sources.get(key):
+                return None
+    return manifest
+
+
+def _sources(config: DataConfig) -> dict[str, SourceConfig]:
+    packed = {f"{split}/{source.label}": source for split in SPLITS_TO_PACK for source in getattr(config, split)}
+    return packed | config.evaluation_sets()

@@ -16,11 +16,10 @@ from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
 from pipelines.dedup import Removals, find_removals
 from pipelines.exclusion import ExclusionError, read_excluded
 from pipelines.execution import ensure_ray, quiet_ray_data
-from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, split_info
+from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, find_finished, fingerprints, split_info
 from pipelines.pack import pack, shard_tasks
 from pipelines.progress import Progress, ProgressMeter
 from pipelines.quarantine import Tally, over_limit, write_quarantine
-from pipelines.recipe import find_finished, fingerprints
 from pipelines.records import Partition, cut, list_records
 from pipelines.tokenize import TokenizeSettings, tokenize
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, USER, check_turns
 from mlmamba.pictures import MAX_PIXELS, PictureError, open_picture, upright
-from pipelines.sources.base import Problem, Record, Source
+from pipelines.sources.source import Problem, Record, Source
 from pipelines.storage import TooLarge
 
 REASONS = {

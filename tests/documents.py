@@ -13,7 +13,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from workflows.reference.markdown import anchor
+from docs.generate.schema import anchor
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = ("sh", "python", "yaml", "text", "json")
@@ -105,7 +105,7 @@ NOT_RUN = {
     "pip install": "tests/integration/test_cluster_install.py installs the package in an environment of its own",
     "pytest": "these tests",
     "python -m tests.benchmarks": "figures for people, minutes long; tests run their parts small",
-    "python -m workflows.reference": "writes into this folder; tests/unit/test_docs_reference.py runs it on another",
+    "python -m docs.generate": "writes into this folder; tests/unit/test_docs_reference.py runs it on another",
     "mlmamba submit": "tests/integration/test_submit_cluster.py runs it on a cluster of its own",
     "export RAY_ADDRESS": "would join whatever cluster runs on the machine; the line after it is run without",
     "cluster/docker/build.sh": "no container engine; tests/unit/test_cluster_images.py runs it up to the engine",

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlflow
 from mlflow.tracking import MlflowClient
 
-from workflows.configs.gate import Gate
+from workflows.recipe.evaluate import Gate
 
 _FEW_PROCESSES = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # runners of jobs that nobody gives
 
@@ -84,16 +84,16 @@ def add_version(
 
 def add_model(client: MlflowClient, name: str, folder: Path, example: Path | None = None, **options) -> str:
     """A version whose package holds a model folder, logged to a run of its own. Returns its number."""
-    from workflows import pyfunc_model
+    from workflows.registry import pyfunc
 
     experiment = client.get_experiment_by_name("models")
     identity = experiment.experiment_id if experiment else client.create_experiment("models")
     with mlflow.start_run(experiment_id=identity):
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=pyfunc_model.__file__,
+            python_model=pyfunc.__file__,
             artifacts={"model": str(folder)} | ({"example": str(example)} if example else {}),
-            signature=pyfunc_model.SIGNATURE,
+            signature=pyfunc.SIGNATURE,
             pip_requirements=["mlmamba"],
         )
     return add_version(client, name, info.model_uri, model_id=info.model_id, **options)

@@ -9,8 +9,7 @@ import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
 
-from workflows.serve.client import ServiceError, request
-from workflows.serve.retry import ask_again
+from workflows.serve.client import ServiceError, ask_again, request
 
 PATH = "/v1/chat/completions"
 

@@ -17,10 +17,10 @@ from PIL import Image
 
 from mlmamba.loading import load_model
 from tests.tiny import tiny_model, tiny_tokenizer
-from workflows.build import save
 from workflows.registry import ResolvedModel
-from workflows.serve.app import Served, Service, build_app
 from workflows.serve.engine import Engine
+from workflows.serve.http import Served, Service, build_app
+from workflows.train.initial import save
 
 
 def load_tiny(folder: Path):

@@ -9,13 +9,13 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
+from mlmamba.answering import Answerer, Asked
 from tests.registry_server import add_model, add_version
 from tests.tiny import tiny_model, tiny_tokenizer
-from workflows.build import save
-from workflows.evaluate.answer import Answerer, Asked
-from workflows.registry.example import Example
-from workflows.registry.package import open_package
-from workflows.serve.smoke import drawn_picture
+from workflows.registry.models import open_package
+from workflows.registry.register import Example
+from workflows.serve.swap import drawn_picture
+from workflows.train.initial import save
 
 TOKENS = 12
 QUESTION = "what is shown?"

@@ -4,37 +4,41 @@ Every step leaves a finished mark (manifest.json, stage.json, scores.json, the v
 is skipped when its mark is there. So a workflow killed anywhere and started again goes on from where it was.
 """
 
+import errno
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from mlflow.exceptions import MlflowException
 
 from pipelines import storage as files
 from pipelines.config import DataConfig, data_identity
 from pipelines.identity import digest
 from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.prepare import PrepareError, prepare
-from workflows.build import build_initial, built, image_tokens
-from workflows.config import DataRecipe, Recipe
 from workflows.console import Console
 from workflows.errors import WorkflowError
-from workflows.evaluate.benchmarks.recipe import TestSources
-from workflows.evaluate.place import evaluation_folder
-from workflows.evaluate.score import table
+from workflows.evaluate.benchmarks.own_data import TestSources
+from workflows.evaluate.results import table
+from workflows.evaluate.run import choose_example, evaluate_recipe, evaluation_folder
 from workflows.evaluate.sheet import save_example
-from workflows.evaluate.step import evaluate_recipe
-from workflows.layout import Layout, data_folder, earlier_data_folder, layout_of
-from workflows.nodes import where_files_meet
+from workflows.preflight import check_nodes, check_room, check_stages, check_this_node, check_weights, where_files_meet
+from workflows.recipe.schema import DataRecipe, Recipe
 from workflows.registry import promote, register, rolled_back
-from workflows.registry.example import choose_example
-from workflows.session import session
-from workflows.storage import address, at_hand, is_remote, keep, kept, place
-from workflows.store_lease import lease
-from workflows.tracking import Tracker, tracking_uri
-from workflows.train.checks import check_stages
+from workflows.runtime import connect_ray, stop_on_sigterm
+from workflows.storage.layout import Layout, data_folder, earlier_data_folder, layout_of
+from workflows.storage.lock import lease
+from workflows.storage.remote import address, at_hand, is_remote, keep, kept, mirrored, place
+from workflows.tracking.journal import FILES as JOURNAL_FILES
+from workflows.tracking.journal import short_reason
+from workflows.tracking.tracker import Tracker, check_registry, tracking_uri
+from workflows.train.initial import build_initial, built, image_tokens
 from workflows.train.stage import total_steps
-from workflows.train.trainer import finished, run_stage, stage_digest
+from workflows.train.trainer import check_cluster, finished, run_stage, stage_digest
 
 
 def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
@@ -310,3 +314,70 @@ def _command(name: str) -> str:
     if shutil.which(name):
         return name
     return os.path.relpath(Path(sys.executable).with_name(name))
+
+
+@contextmanager
+def session(
+    recipe: Recipe, storage: Path, console: Console, evaluates: bool = False
+) -> Iterator[tuple[Layout, Tracker]]:
+    """Everything that a workflow needs while it runs. The run's status is what becomes of the block.
+
+    Args:
+        evaluates: the block will score the model too.
+
+    Raises:
+        UsageError, WorkflowError: another process works on this recipe, the recipe does not fit the cluster, or the
+            storage is full; before the block where it can be known there.
+    """
+    layout = layout_of(recipe, storage, image_tokens(recipe.model))
+    check_registry(storage)
+    try:
+        if not built(layout.initial):
+            check_weights(recipe.model)
+        stop_on_sigterm()
+        with lease(layout.run / "lock.json", f"recipe {recipe.name}", console.note):
+            connect_ray()
+            check_cluster(recipe)
+            check_nodes(storage)
+            if evaluates and is_remote(place(storage)):
+                check_this_node(recipe.evaluate)
+            check_room(recipe, layout, console.note)
+            layout.run.mkdir(parents=True, exist_ok=True)
+            with mirrored(layout.run, JOURNAL_FILES, console.note):
+                tracker = Tracker(storage, recipe, layout.run.name, layout.run, console.note)
+                with _status(tracker):
+                    yield layout, tracker
+    except OSError as error:
+        raise clear(error, storage) from error
+    except MlflowException as error:
+        raise WorkflowError(f"{short_reason(error)}. Run the same command again, it goes on from here") from error
+
+
+@contextmanager
+def _status(tracker: Tracker) -> Iterator[None]:
+    """What becomes of the block becomes the run's status."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def clear(error: OSError, storage: Path) -> Exception:
+    """The error itself, or a message for a person when the storage is full or an object store fails."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return WorkflowError(
+            f"the storage {storage} is full ({error.strerror}: {error.filename or 'while writing'}): make room and run "
+            "the same command again, it goes on from what is whole"
+        )
+    if is_remote(place(storage)):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return WorkflowError(
+            f"the storage {address(storage)} failed: {reason}. Run the same command again, it goes on from what is "
+            "whole"
+        )
+    return error

@@ -66,3 +66,6 @@ def stop_on_sigterm() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
+
+
+REQUIRED = ("torch", "timm", "transformers", "tokenizers", "pyarrow", "ray", "deepspeed", "mlflow", "safetensors")

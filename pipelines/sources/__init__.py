@@ -1,5 +1,6 @@
 """Sources of records. One file per kind; `open_source` maps a config to its reader."""
 
-from pipelines.sources.base import Problem, Record, Source, open_source
+from pipelines.sources.open import open_source
+from pipelines.sources.source import Problem, Record, Source
 
 __all__ = ["Problem", "Record", "Source", "open_source"]

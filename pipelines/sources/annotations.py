@@ -5,10 +5,10 @@ import io
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.sources.base import Record
-from pipelines.sources.entries import EntryError
+from pipelines.sources.entries import EntryError, check_path, conversation, question_and_answer
 from pipelines.sources.json_stream import BrokenLine, read_entries
 from pipelines.sources.pictures import open_pictures
+from pipelines.sources.source import Record
 
 _CHUNK = 1 << 22
 
@@ -97,3 +97,44 @@ class JsonAnnotations(AnnotatedPictures):
             return self.parse(entry, record_id)
         except EntryError as error:
             return Record(record_id, self.config.label, problem=error.problem)
+
+
+class Llava(JsonAnnotations):
+    """Reader of a `LlavaSource`."""
+
+    def name(self, entry: dict) -> object:
+        """The entry's id."""
+        return entry.get("id")
+
+    def parse(self, entry: dict, record_id: str) -> Record:
+        """The record of an entry. Raises EntryError."""
+        images = entry.get("image")
+        images = [] if images is None else images if isinstance(images, list) else [images]
+        for path in images:
+            check_path("image", path)
+        turns = conversation(entry.get("conversations"), len(images), self.config.no_placeholders)
+        return Record(record_id, self.config.label, [self.locate(path) for path in images], turns)
+
+
+class Questions(JsonAnnotations):
+    """Reader of a `QuestionsSource`."""
+
+    def name(self, entry: dict) -> object:
+        """The entry's id, or its picture's name."""
+        return entry.get(self.config.id or self.config.image)
+
+    def parse(self, entry: dict, record_id: str) -> Record:
+        """The record of an entry. Raises EntryError."""
+        image, images = entry.get(self.config.image), []
+        if image is not None:
+            path = f"{image}{self.config.image_suffix}" if isinstance(image, str | int) else image
+            check_path(self.config.image, path)
+            images = [path]
+        turns = question_and_answer(entry.get(self.config.question), entry.get(self.config.answer), len(images))
+        kinds = None
+        if self.config.question_type is not None:
+            kind = entry.get(self.config.question_type)
+            if not isinstance(kind, str):
+                raise EntryError(f"{self.config.question_type} is {kind!r}, expected a string")
+            kinds = [kind]
+        return Record(record_id, self.config.label, [self.locate(path) for path in images], turns, kinds)

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 
 from pipelines.sources.annotations import AnnotatedPictures
-from pipelines.sources.base import Record
 from pipelines.sources.entries import EntryError, captioned, check_path, check_text
+from pipelines.sources.source import Record
 
 _LONGEST_ROW = 1000  # lines of one row with line breaks in its quotes
 

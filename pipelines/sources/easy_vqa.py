@@ -12,7 +12,7 @@ from importlib import resources
 from mlmamba.conversation import Turn
 from pipelines.config import EasyVQASource
 from pipelines.shuffle import permutation
-from pipelines.sources.base import Record
+from pipelines.sources.source import Record
 
 _SHAPES = ("circle", "rectangle", "triangle")
 

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import replace
 
 from mlmamba.conversation import IMAGE_TOKEN, Turn
-from pipelines.sources.base import Problem
+from pipelines.sources.source import Problem
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 _FORMATS = (("from", "value", "'human' or 'gpt'"), ("role", "content", "'user' or 'assistant'"))

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import ParquetSource
-from pipelines.sources.base import Problem, Record
 from pipelines.sources.entries import EntryError, check_text, text_turns
 from pipelines.sources.files import FileSet, location, parse_location
+from pipelines.sources.source import Problem, Record
 
 _TEXT_ROWS, _PICTURE_ROWS = 1024, 32
 _BUFFER = 1 << 20

@@ -17,9 +17,9 @@ from itertools import islice
 from pyarrow import fs
 
 from pipelines.config import WebDatasetSource
-from pipelines.sources.base import Problem, Record
 from pipelines.sources.entries import EntryError, check_text, text_turns
 from pipelines.sources.files import FileSet, RangeReader, location, parse_location
+from pipelines.sources.source import Problem, Record
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2"}  # validation says which may pass
 _READ_AHEAD = 1 << 20

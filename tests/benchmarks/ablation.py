@@ -22,10 +22,10 @@ from pipelines.identity import digest
 from tests.benchmarks.ablation_run import run
 from tests.benchmarks.ablation_settings import CONNECTORS, Series, Setting, connector_fields, parameters
 from tests.benchmarks.ablation_table import table
-from workflows.build import image_tokens
-from workflows.config import Recipe
-from workflows.layout import data_folder, write_atomic
-from workflows.recipe import load_recipe
+from workflows.recipe.load import load_recipe
+from workflows.recipe.schema import Recipe
+from workflows.storage.layout import data_folder, write_atomic
+from workflows.train.initial import image_tokens
 
 
 def main() -> None:

@@ -17,24 +17,24 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
+from mlmamba.answering import Answerer, Asked
 from mlmamba.loading import load_model
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.vision import VisionEncoder
 from pipelines.reader import PackedDataset, prefetch, step_indices
 from tests.benchmarks.ablation_settings import BLIND, Series, Setting, variant
-from workflows.build import build_initial, save
-from workflows.config import Recipe
-from workflows.configs.train import StageRecipe
-from workflows.evaluate.answer import Answerer, Asked
-from workflows.evaluate.assemble import row_of
-from workflows.evaluate.benchmarks.recipe import TestSources
+from workflows.evaluate.benchmarks.own_data import TestSources
 from workflows.evaluate.collect import blind_pictures
-from workflows.evaluate.picture_store import open_store
-from workflows.evaluate.probe_peer import count_parameters
-from workflows.evaluate.results import columns, measure
-from workflows.recipe import load_recipe
-from workflows.train.stage import freeze, parameter_groups, schedule
+from workflows.evaluate.probe import count_parameters
+from workflows.evaluate.questions import open_store
+from workflows.evaluate.results import columns, measure, row_of
+from workflows.recipe.load import load_recipe
+from workflows.recipe.schema import Recipe
+from workflows.recipe.train import StageRecipe
+from workflows.train.initial import build_initial, save
+from workflows.train.optim import parameter_groups, schedule
+from workflows.train.stage import freeze
 from workflows.train.step import batch_maker, to_device
 
 

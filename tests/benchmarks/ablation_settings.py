@@ -8,10 +8,10 @@ import torch
 from mlmamba.configuration import ConnectorConfig
 from mlmamba.connector import build_connector
 from mlmamba.vision import measure
-from workflows.build import vision_config
-from workflows.config import Recipe
-from workflows.configs.train import StageRecipe
-from workflows.evaluate.probe_peer import count_parameters
+from workflows.evaluate.probe import count_parameters
+from workflows.recipe.schema import Recipe
+from workflows.recipe.train import StageRecipe
+from workflows.train.initial import vision_config
 
 MATCHED = "mlp, matched"
 LARGEST = "msc_advanced/bsm"

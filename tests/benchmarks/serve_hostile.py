@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from tests.hostile import hostile, send
 from tests.serving import encoded, load_tiny, running, serve
 from workflows.serve.client import ServiceError, ask
-from workflows.serve.limits import Limits
+from workflows.serve.options import Limits
 
 LIMITS = Limits(
     max_batch=8, max_waiting=32, body_bytes=2 * 2**20, picture_bytes=10**6, picture_pixels=10**7, body_seconds=2

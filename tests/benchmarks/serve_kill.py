@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.serve_kill
 
-Two groups of clients ask a real Ray Serve all the time: plain ones, and ones that try again (workflows/serve/retry.py).
-One replica after the other is killed; the next comes when all are back. Exits 1 unless the plain clients saw at most
-the requests fail that were in flight at a kill, the patient ones none, and every answer is the one of the model.
+Two groups of clients ask a real Ray Serve all the time: plain ones, and ones that try again
+(workflows/serve/client.py). One replica after the other is killed; the next comes when all are back. Exits 1 unless
+the plain clients saw at most the requests fail that were in flight at a kill, the patient ones none, and every answer
+is the one of the model.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from tests.registry_server import free_port
 from tests.serve_load import Clients, longest_silence, quantile, states, wait_until_all_serve
 from tests.swap_models import answer_of, register_models, write_model
 from workflows.runtime import quiet_libraries
-from workflows.serve.run import serve_model
-from workflows.tracking import connect
+from workflows.serve.start import serve_model
+from workflows.tracking.tracker import connect
 
 QUESTIONS = ["what is shown?", "what colour is it?", "is it round?"]
 TOKENS = 24

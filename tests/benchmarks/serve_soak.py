@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.serving import encoded, load_tiny, running, serve
 from workflows.serve.client import data_uri
-from workflows.serve.limits import Limits
+from workflows.serve.options import Limits
 
 LIMITS = Limits(max_batch=8, max_waiting=64, default_tokens=24)
 SIZES = [(64, 48), (640, 480), (1600, 1200)]

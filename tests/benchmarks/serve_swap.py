@@ -23,9 +23,9 @@ from tests.serve_load import Asked, Clients, longest_silence, quantile, states, 
 from tests.swap_models import answer_of, register_models, write_model
 from workflows.registry import promote, rollback
 from workflows.runtime import quiet_libraries
-from workflows.serve.run import serve_model
+from workflows.serve.start import serve_model
 from workflows.serve.swap import SwapOptions
-from workflows.tracking import connect
+from workflows.tracking.tracker import connect
 
 QUESTIONS = ["what is shown?", "what colour is it?", "is it round?", "how many are there?", "where is the square?"]
 TOKENS = 24

@@ -37,9 +37,9 @@ from mlmamba.pictures import open_picture
 from mlmamba.presets import preset
 from tests.serving import encoded, running, serve
 from tests.tiny import IMAGE_ID, TINY, tiny_tokenizer
-from workflows.build import save
 from workflows.serve.client import data_uri
-from workflows.serve.limits import Limits
+from workflows.serve.options import Limits
+from workflows.train.initial import save
 
 WORDS = ("what", "is", "shown", "in", "this", "picture", "and", "where", "stands", "the", "large", "red", "circle")
 

@@ -33,8 +33,9 @@ def bare(job: dict) -> list[float]:
 
     from mlmamba.modeling import MLMambaForConditionalGeneration
     from pipelines.reader import PackedDataset, prefetch, step_indices
-    from workflows.configs.train import StageRecipe
-    from workflows.train.stage import freeze, parameter_groups, schedule
+    from workflows.recipe.train import StageRecipe
+    from workflows.train.optim import parameter_groups, schedule
+    from workflows.train.stage import freeze
     from workflows.train.step import batch_maker, to_device
 
     torch.set_num_threads(job["threads"])
@@ -82,9 +83,9 @@ def main() -> None:
     import ray
 
     from pipelines.prepare import prepare
-    from workflows.build import build_initial, image_tokens
-    from workflows.layout import data_folder
-    from workflows.recipe import load_recipe
+    from workflows.recipe.load import load_recipe
+    from workflows.storage.layout import data_folder
+    from workflows.train.initial import build_initial, image_tokens
 
     recipe = load_recipe(arguments.recipe)
     full = {**recipe.train.stages[-1].model_dump(mode="json"), "epochs": None, "steps": arguments.steps}
@@ -127,7 +128,7 @@ def run_bare(job: dict) -> list[float]:
 
 def run_stack(recipe, data: Path, out: Path, initial: Path) -> list[float]:
     """The stage as the workflow runs it; its windows but the first."""
-    from workflows.layout import Layout
+    from workflows.storage.layout import Layout
     from workflows.train.trainer import run_stage
 
     (stage,) = recipe.train.stages

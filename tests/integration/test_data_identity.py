@@ -10,8 +10,8 @@ from pipelines.manifest import Manifest
 from pipelines.verify import verify
 from tests.integration.toy_workflow import recipe, start, write_corpus, write_recipe
 from workflows.cli import main
-from workflows.layout import earlier_data_folder
-from workflows.recipe import load_recipe
+from workflows.recipe.load import load_recipe
+from workflows.storage.layout import earlier_data_folder
 
 TOKENS_PER_IMAGE = 4
 

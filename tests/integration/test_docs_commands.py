@@ -118,7 +118,7 @@ good, bad = source.records()
 assert good.turns[1].text == "a red square" and bad.problem.reason == "empty_turn"
 assert source.read_image(good.images[0]) == b"picture a"
 assert len(source.fingerprint()) == 64
-from workflows.reference.recipe import recipe_page
+from docs.generate.pages import recipe_page
 assert "| `folder` | text | required | Folder of the .jpg and .txt files. |" in recipe_page()
 """,
     )
@@ -139,7 +139,7 @@ def test_the_connector_of_the_page_passes_the_connectors_tests(copy):
     edit(table, '    "ldpv2": LDPv2Connector,\n', '    "gated": GatedConnector,\n')
     names = copy / "workflows" / "configs" / "model.py"
     edit(names, '"fused_mlp", "ldpv2"', ', "gated"')
-    check = "python -m pytest -q -p no:cacheprovider tests/unit/test_connector.py && python -m workflows.reference && "
+    check = "python -m pytest -q -p no:cacheprovider tests/unit/test_connector.py && python -m docs.generate && "
     check += "grep -q gated docs/reference/recipe.md"
     printed = run(Block(ROOT / page, "sh", check), copy, copy)
     assert " passed" in printed

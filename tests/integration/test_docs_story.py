@@ -22,7 +22,7 @@ from PIL import Image
 from tests.documents import ROOT, Block, blocks, story
 from tests.integration.ray_cluster import listen_to_interrupts
 from tests.integration.test_docs_commands import write
-from workflows.recipe import RECIPES
+from workflows.recipe.load import RECIPES
 
 pytestmark = pytest.mark.slow
 SERVERS = ("mlflow ui", "mlmamba serve")

@@ -11,16 +11,13 @@ from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
 from tests.published_benchmarks import write_gqa, write_pope, write_vsr
 from tests.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 from workflows.cli import main
-from workflows.config import Recipe
 from workflows.console import Console
-from workflows.evaluate.assemble import Incomplete
 from workflows.evaluate.benchmarks import Benchmark, open_benchmark
 from workflows.evaluate.collect import Workers
-from workflows.evaluate.publish import finish, log_to_version
-from workflows.evaluate.results import Answered, read_answers
-from workflows.evaluate.runner import evaluate_benchmark
-from workflows.evaluate.step import evaluate_recipe
-from workflows.tracking import Tracker, connect
+from workflows.evaluate.results import Answered, Incomplete, read_answers
+from workflows.evaluate.run import evaluate_benchmark, evaluate_recipe, finish, log_to_version
+from workflows.recipe.schema import Recipe
+from workflows.tracking.tracker import Tracker, connect
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 TOKENS = 3

@@ -10,7 +10,7 @@ from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks import open_benchmark
 from workflows.evaluate.collect import Workers
 from workflows.evaluate.results import read_answers
-from workflows.evaluate.runner import evaluate_benchmark
+from workflows.evaluate.run import evaluate_benchmark
 
 
 @pytest.fixture

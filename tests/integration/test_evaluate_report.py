@@ -12,10 +12,10 @@ import torch
 from tests.evaluations import HOSTILE, hostile, vqa_rows, write_evaluation
 from tests.integration.toy_workflow import write_corpus
 from tests.tiny import tiny_model, tiny_tokenizer
-from workflows.build import save
 from workflows.cli import main
 from workflows.evaluate.report import write_report
 from workflows.evaluate.results import read_answers, read_scores, write_answers
+from workflows.train.initial import save
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 

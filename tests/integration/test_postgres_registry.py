@@ -18,9 +18,9 @@ from tests.postgres import mlflow_on, programs, running_postgres
 from tests.registry_server import add_model
 from tests.s3 import running_s3
 from tests.swap_models import write_model
-from workflows import tracking
 from workflows.errors import WorkflowError
 from workflows.registry import holder, promote, resolve_model, rollback
+from workflows.tracking import tracker as tracking
 
 pytestmark = [
     pytest.mark.slow,

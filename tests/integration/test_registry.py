@@ -11,11 +11,11 @@ import pytest
 
 from tests.registry_server import add_version
 from workflows.cli import main
-from workflows.configs.gate import Gate
 from workflows.errors import UsageError, WorkflowError
+from workflows.recipe.evaluate import Gate
 from workflows.registry import get_version, holder, promote, resolve_model, rollback, rolled_back, show_model
-from workflows.registry.lock import EXPIRES, claim
-from workflows.tracking import connect
+from workflows.registry.claim import EXPIRES, claim
+from workflows.tracking.tracker import connect
 
 NAME = "shapes"
 GATE = Gate(least={"overall": 0.5}, margin={"overall": 0.01})
@@ -131,7 +131,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from workflows.registry import promote
-from workflows.tracking import connect
+from workflows.tracking.tracker import connect
 
 for folder, write, when in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
     child = os.fork()
@@ -162,7 +162,7 @@ def test_killed_between_any_two_writes_the_next_command_finds_it_in_order(client
         (storage / case / "mlflow.db").write_bytes((storage / "mlflow.db").read_bytes())
         arguments += [str(storage / case), write, when]
     subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=240, check=True)
-    monkeypatch.setattr("workflows.registry.lock.EXPIRES", 0.5)  # of the claims that were left behind
+    monkeypatch.setattr("workflows.registry.claim.EXPIRES", 0.5)  # of the claims that were left behind
     for case, (_, _, held) in cases.items():
         after = connect(storage / case)
         assert any("claim" in tag for tag in after.get_registered_model(NAME).tags), case

@@ -11,11 +11,11 @@ from tests.integration.toy_workflow import recipe, write_corpus
 from tests.packed_set import write_packed_set
 from tests.swap_models import drawn_example, write_model
 from workflows.cli import main
-from workflows.config import Recipe
-from workflows.layout import Layout
+from workflows.recipe.schema import Recipe
 from workflows.registry import get_version, lineage, promote, register, resolve_model
-from workflows.registry.example import Example
-from workflows.tracking import Tracker
+from workflows.registry.register import Example
+from workflows.storage.layout import Layout
+from workflows.tracking.tracker import Tracker
 
 GATE = {"least": {"overall": 0.5}, "margin": {"overall": 0.02}}
 

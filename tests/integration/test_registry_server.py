@@ -19,16 +19,16 @@ from PIL import Image
 
 from tests.registry_server import add_model, free_port, mlflow_server, stop
 from tests.swap_models import answer_of, drawn_example, write_model, write_spoiled
-from workflows import tracking
 from workflows.registry import get_version, holder, promote, resolve_model, rollback
-from workflows.registry.errors import RegistryUnreachable
-from workflows.registry.example import Example
-from workflows.serve.app import build_app
-from workflows.serve.follow import Follower
-from workflows.serve.limits import Limits
+from workflows.registry.models import RegistryUnreachable
+from workflows.registry.register import Example
+from workflows.serve.alias import Follower
+from workflows.serve.http import build_app
+from workflows.serve.options import Limits
 from workflows.serve.service import Service
 from workflows.serve.swap import SwapOptions
-from workflows.serve.swap_routes import SECRET_VARIABLE, add_routes
+from workflows.serve.webhook import SECRET_VARIABLE, add_routes
+from workflows.tracking import tracker as tracking
 
 NAME, SECRET = "shapes", "a secret of this test"
 # MLflow's server sends to public addresses over HTTPS alone, and remembers for a minute which webhooks there are.

@@ -20,17 +20,17 @@ import ray
 import torch
 from PIL import Image
 
+from mlmamba.answering import Answerer, Asked
 from mlmamba.conversation import Turn
 from mlmamba.loading import load_model
 from mlmamba.pictures import open_picture
 from tests.tiny import tiny_model, tiny_tokenizer
-from workflows import pyfunc_model
-from workflows.build import save
 from workflows.errors import UsageError, WorkflowError
-from workflows.evaluate.answer import Answerer, Asked
+from workflows.registry import pyfunc
 from workflows.serve.client import ask, data_uri, request
-from workflows.serve.run import check_port, serve_model
-from workflows.tracking import connect
+from workflows.serve.start import check_port, serve_model
+from workflows.tracking.tracker import connect
+from workflows.train.initial import save
 
 CHAT = "/v1/chat/completions"
 TOKENS = 12
@@ -64,7 +64,7 @@ def registered(folder, tmp_path_factory):
     client = connect(storage)
     experiment = client.create_experiment("shapes", artifact_location=(storage / "mlflow").as_uri())
     with mlflow.start_run(experiment_id=experiment) as run:
-        code = Path(pyfunc_model.__file__)
+        code = Path(pyfunc.__file__)
         info = mlflow.pyfunc.log_model(
             name="model", python_model=str(code), artifacts={"model": str(folder)}, pip_requirements=["mlmamba"]
         )
@@ -202,7 +202,7 @@ def test_every_response_says_which_version_gave_it(url, registered):
 
 def test_the_announced_command_works(url, tmp_path):
     from workflows.registry import ResolvedModel
-    from workflows.serve.run import _announcement
+    from workflows.serve.start import _announcement
 
     text = _announcement(url, ResolvedModel(tmp_path), 1)
     command = text[text.index("curl") :].replace("picture.png", shlex.quote(str(tmp_path / "a.png")))

@@ -19,7 +19,7 @@ from tests.serve_load import Clients, post, wait_until_all_serve
 from tests.swap_models import answer_of, register_models, write_model
 from workflows.registry import promote
 from workflows.serve.client import ServiceError, request
-from workflows.tracking import connect
+from workflows.tracking.tracker import connect
 
 pytestmark = pytest.mark.slow
 QUESTION, TOKENS = "what is shown?", 12

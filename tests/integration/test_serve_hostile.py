@@ -11,7 +11,7 @@ from tests.benchmarks.serve_hostile import attack, failures
 from tests.hostile import post, question, send
 from tests.serving import encoded, load_tiny, raw, running, serve, wait_for
 from workflows.serve.client import data_uri
-from workflows.serve.limits import Limits
+from workflows.serve.options import Limits
 
 LIMITS = Limits(
     max_batch=4, max_waiting=32, body_bytes=2 * 2**20, picture_bytes=10**6, picture_pixels=10**7, body_seconds=0.5

@@ -10,9 +10,9 @@ from tests.registry_server import free_port
 from tests.serve_load import Clients, states, wait_until_all_serve
 from tests.swap_models import answer_of, register_models, write_model, write_spoiled
 from workflows.registry import promote
-from workflows.serve.run import serve_model
+from workflows.serve.start import serve_model
 from workflows.serve.swap import SwapOptions
-from workflows.tracking import connect
+from workflows.tracking.tracker import connect
 
 pytestmark = [pytest.mark.usefixtures("two_cpus"), pytest.mark.slow]
 QUESTIONS, TOKENS = ["what is shown?", "is it round?"], 16

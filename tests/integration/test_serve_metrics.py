@@ -16,10 +16,10 @@ from ray import serve
 
 from tests.serving import encoded, wait_for
 from tests.tiny import tiny_model, tiny_tokenizer
-from workflows.build import save
 from workflows.serve.client import ask
 from workflows.serve.deployment import ServeOptions, application
-from workflows.serve.limits import Limits
+from workflows.serve.options import Limits
+from workflows.train.initial import save
 
 pytestmark = pytest.mark.slow
 LIMITS = Limits(max_batch=4, max_tokens=100_000, default_tokens=8)

@@ -11,11 +11,11 @@ import torch
 
 from mlmamba.conversation import Turn
 from tests.serving import encoded, load_tiny, raw, resolved, running, serve, wait_for
-from workflows.serve.access import Access
-from workflows.serve.app import Served
+from workflows.serve.auth import Access
 from workflows.serve.client import ask, data_uri
 from workflows.serve.engine import Engine
-from workflows.serve.limits import Limits
+from workflows.serve.http import Served
+from workflows.serve.options import Limits
 
 LIMITS = Limits(max_batch=4, max_waiting=20, max_tokens=100_000, default_tokens=12, prefill_tokens=32)
 HELLO = [{"role": "user", "content": "hello"}]

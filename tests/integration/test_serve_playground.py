@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.serving import encoded, load_tiny, running, serve, wait_for
-from workflows.serve.access import Access
-from workflows.serve.limits import Limits
-from workflows.serve.playground import page as playground
+from workflows.serve import http as playground
+from workflows.serve.auth import Access
+from workflows.serve.options import Limits
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here; Debian's package `chromium` has it")

@@ -14,9 +14,9 @@ from tests.registry_server import free_port
 from tests.swap_models import QUESTION, TOKENS, answer_of, register_models, write_model, write_spoiled
 from workflows.registry import promote, rollback
 from workflows.serve.client import request
-from workflows.serve.run import serve_model
+from workflows.serve.start import serve_model
 from workflows.serve.swap import SwapOptions
-from workflows.tracking import connect
+from workflows.tracking.tracker import connect
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 BODY = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": TOKENS}

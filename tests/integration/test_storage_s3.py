@@ -13,21 +13,30 @@ import pytest
 
 from pipelines import storage as files
 from tests.s3 import running_s3
-from workflows import mirror, store_lease
 from workflows.cli import main
 from workflows.errors import UsageError, WorkflowError
-from workflows.layout import open_storage
-from workflows.lease import Holder
-from workflows.mirror import mirrored
-from workflows.registry.find import resolve_model
-from workflows.storage import WHOLE, address, bring, cached, changed, is_whole, kept, place, upload_folder
-from workflows.store_lease import StoreLease, lease
-from workflows.train.checkpoint import Checkpoint
-from workflows.train.store import ObjectStore
+from workflows.registry.models import resolve_model
+from workflows.storage import lock as store_lease
+from workflows.storage import remote as mirror
+from workflows.storage.layout import open_storage
+from workflows.storage.lock import Holder, StoreLease, lease
+from workflows.storage.remote import (
+    WHOLE,
+    address,
+    bring,
+    cached,
+    changed,
+    is_whole,
+    kept,
+    mirrored,
+    place,
+    upload_folder,
+)
+from workflows.train.checkpoint import Checkpoint, ObjectStore
 
 HOLD = """
 import sys, time
-from workflows.store_lease import StoreLease
+from workflows.storage.lock import StoreLease
 with StoreLease(sys.argv[1], "recipe tiny"):
     print("held", flush=True)
     time.sleep(600)

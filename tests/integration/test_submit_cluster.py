@@ -19,7 +19,7 @@ from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
 from tests.registry_server import mlflow_server
 from tests.s3 import KEYS, running_s3
 from workflows.cli import main
-from workflows.registry.find import resolve_model
+from workflows.registry.models import resolve_model
 
 SUMMARY = {"recipe", "run_id", "data", "model", "evaluation", "samples", "example", "storage"}
 

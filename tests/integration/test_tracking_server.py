@@ -16,11 +16,11 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.manifest import Manifest
 from tests.integration.toy_workflow import recipe
-from workflows import tracking
-from workflows.config import Recipe
 from workflows.errors import WorkflowError
-from workflows.layout import Layout
-from workflows.tracking import Tracker, git_revision
+from workflows.recipe.schema import Recipe
+from workflows.storage.layout import Layout
+from workflows.tracking import tracker as tracking
+from workflows.tracking.tracker import Tracker, git_revision
 
 
 @pytest.fixture(autouse=True)

@@ -25,11 +25,11 @@ from tests.integration.toy_training import Toy, Workers, difference, make_toy, s
 from tests.integration.toy_workflow import mlmamba, recipe, write_corpus, write_recipe
 from tests.registry_server import mlflow_server
 from tests.s3 import S3, running_s3
-from workflows.config import Recipe
-from workflows.layout import Layout, open_storage
-from workflows.registry.find import resolve_model
-from workflows.storage import bring, cached, is_whole, place, upload_folder
-from workflows.train.store import ObjectStore
+from workflows.recipe.schema import Recipe
+from workflows.registry.models import resolve_model
+from workflows.storage.layout import Layout, open_storage
+from workflows.storage.remote import bring, cached, is_whole, place, upload_folder
+from workflows.train.checkpoint import ObjectStore
 from workflows.train.trainer import finished, run_stage, stage_digest
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.toy_training import difference
-from workflows.configs.train import StageRecipe
+from workflows.recipe.train import StageRecipe
 from workflows.train.checkpoint import newest
 
 SLOW = pytest.mark.slow

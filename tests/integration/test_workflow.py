@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mlmamba.loading import load_model
 from tests.integration.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
 from workflows.serve.client import ask
-from workflows.serve.run import serve_model
+from workflows.serve.start import serve_model
 
 
 @pytest.fixture(scope="module")

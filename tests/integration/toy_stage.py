@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil
 
 from tests.integration.toy_training import STAGE, Outcome, Toy
-from workflows.config import Recipe
-from workflows.layout import Layout
+from workflows.recipe.schema import Recipe
+from workflows.storage.layout import Layout
 from workflows.train.trainer import run_stage
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from pipelines.prepare import prepare
 from tests.integration.toy_worker import serve
 from tests.integration.toy_workflow import recipe, write_corpus
-from workflows.build import build_initial, image_tokens
-from workflows.config import Recipe
+from workflows.recipe.schema import Recipe
+from workflows.train.initial import build_initial, image_tokens
 
 STAGE = {"name": "full", "trains": ["connector", "language_model"], "learning_rate": 0.003, "batch_rows": 4, "steps": 8}
 
@@ -46,7 +46,7 @@ class Toy:
 
     def job(self, out: Path, stage: dict | None = None, **train) -> dict:
         """A StageJob as plain data, with its results under `out`. `stage` and `train` change the recipe's fields."""
-        from workflows.configs.train import TrainRecipe
+        from workflows.recipe.train import TrainRecipe
 
         settings = {"workers": 2, "save_every": 100, "log_every": 1, **train}
         checked = TrainRecipe.model_validate({**settings, "stages": [STAGE | (stage or {})]})

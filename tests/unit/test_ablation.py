@@ -27,9 +27,9 @@ from tests.benchmarks.ablation_settings import (
 )
 from tests.benchmarks.ablation_table import KINDS, Claim, claims, differences, paired, table, verdict
 from tests.packed_set import write_packed_set
-from workflows.build import model_config
-from workflows.evaluate.benchmarks.recipe import TestSources
-from workflows.recipe import load_recipe
+from workflows.evaluate.benchmarks.own_data import TestSources
+from workflows.recipe.load import load_recipe
+from workflows.train.initial import model_config
 
 SMALL = [
     "model.vision={towers: [{model: test_vit, block: -2, weights: random}], image_size: 32}",

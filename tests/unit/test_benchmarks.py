@@ -19,8 +19,8 @@ from tests.published_benchmarks import (
 )
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.benchmarks import NAMES, Benchmark, open_benchmark
-from workflows.evaluate.picture_store import open_store
 from workflows.evaluate.predictions import score_predictions
+from workflows.evaluate.questions import open_store
 
 
 def read(name: str, root: Path, **options) -> Benchmark:

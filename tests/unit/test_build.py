@@ -9,10 +9,10 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from mlmamba.loading import load_model
 from tests.checkpoints import STATE_SPACES, language, random, write_state_spaces
-from workflows.build import build_initial, image_tokens
-from workflows.config import Recipe
 from workflows.errors import UsageError
-from workflows.recipe import load_recipe
+from workflows.recipe.load import load_recipe
+from workflows.recipe.schema import Recipe
+from workflows.train.initial import build_initial, image_tokens
 
 TOWERS = [{"model": "test_vit", "block": -2, "weights": "random"}]
 

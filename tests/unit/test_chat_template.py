@@ -9,9 +9,9 @@ from tiny import PER_IMAGE, SIDE
 
 from mlmamba.conversation import IGNORE_INDEX, Turn, encode, render
 from mlmamba.processing import MLMambaProcessor
-from workflows.serve.limits import Limits
 from workflows.serve.messages import read_messages
-from workflows.serve.schema import ChatRequest
+from workflows.serve.openai import ChatRequest
+from workflows.serve.options import Limits
 
 TEXTS = [
     "What is in the picture?",

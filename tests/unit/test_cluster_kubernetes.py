@@ -29,9 +29,9 @@ from tests.manifests import (
 from workflows.cli import parse
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks import NAMES
-from workflows.recipe import load_any, load_recipe
+from workflows.preflight import check_fit
+from workflows.recipe.load import load_any, load_recipe
 from workflows.serve.deployment import ServeOptions
-from workflows.train.checks import check_fit
 
 KUBERNETES = ("1.31", "1.37")  # the oldest release that KubeRay 1.7 is used with here, and the newest schema
 OURS = {f"{o['kind']}/{o['metadata']['name']}": o for folder in ("kuberay", "kubernetes") for o in objects(folder)}

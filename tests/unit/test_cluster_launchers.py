@@ -11,8 +11,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
 
 from tests.manifests import CLUSTER
-from workflows.recipe import load_recipe
-from workflows.train.checks import check_fit
+from workflows.preflight import check_fit
+from workflows.recipe.load import load_recipe
 
 FILES = sorted((CLUSTER / "ray").glob("*.yaml"))
 GPU_MACHINES = {"p4d.24xlarge": {"CPU": 96, "GPU": 8}}

@@ -3,7 +3,7 @@
 import re
 
 from tests.manifests import CLUSTER, find, objects, pod_templates
-from workflows.recipe import load_recipe
+from workflows.recipe.load import load_recipe
 
 TEXT = (CLUSTER / "README.md").read_text()
 COMPONENT = "app.kubernetes.io/component"

@@ -16,7 +16,7 @@ from mlmamba.configuration import ConnectorConfig
 from mlmamba.connector import CONNECTORS, build_connector, tokens_per_image
 from mlmamba.presets import preset
 from mlmamba.scan2d import MERGES, SCANS
-from workflows.configs.model import ConnectorRecipe
+from workflows.recipe.model import ConnectorRecipe
 
 SMALL = {"head_dim": 8, "state_size": 4, "chunk_size": 4}
 LAYOUTS = ("paper", "released")

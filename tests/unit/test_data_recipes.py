@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from workflows.config import DataRecipe
 from workflows.errors import UsageError
-from workflows.layout import data_folder, layout_of
-from workflows.recipe import RECIPES, load_any, load_recipe
+from workflows.recipe.load import RECIPES, load_any, load_recipe
+from workflows.recipe.schema import DataRecipe
+from workflows.storage.layout import data_folder, layout_of
 
 SHIPPED = sorted((RECIPES / "data").glob("*.yaml"))
 

@@ -31,7 +31,7 @@ from tests.documents import (
 from tests.manifests import objects
 from workflows.cli import parse
 from workflows.errors import UsageError
-from workflows.recipe import load_any
+from workflows.recipe.load import load_any
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 BLOCKS = [block for page in pages() for block in blocks(page)]
@@ -249,8 +249,8 @@ def test_the_commit_hooks_are_those_of_the_lint_target():
 
 def test_a_field_that_a_page_names_exists():
     """`data.x`, `train.x` and the like in code marks are fields of the recipe."""
-    from workflows.config import Recipe
-    from workflows.reference.schema import reachable
+    from docs.generate.schema import reachable
+    from workflows.recipe.schema import Recipe
 
     known = {place: set(model.model_fields) for model, places in reachable(Recipe).items() for place in places}
     known["train.stages"] = known["train.stages[]"]

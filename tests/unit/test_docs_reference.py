@@ -6,18 +6,17 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
+from docs.generate.__main__ import FOLDER, PAGES, main, out_of_date
+from docs.generate.schema import anchor, reachable, section, table
 from pipelines.config import StrictModel
 from workflows.cli import VERBS, parse
 from workflows.cli import main as run_command
-from workflows.config import Recipe
-from workflows.reference.__main__ import FOLDER, PAGES, main, out_of_date
-from workflows.reference.markdown import anchor, table
-from workflows.reference.schema import reachable, section
+from workflows.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_committed_page_is_the_generated_one(name):
-    assert (FOLDER / name).read_text() == PAGES[name](), "run python -m workflows.reference"
+    assert (FOLDER / name).read_text() == PAGES[name](), "run python -m docs.generate"
 
 
 def test_a_page_that_differs_or_is_missing_is_out_of_date(tmp_path):
@@ -30,8 +29,8 @@ def test_a_page_that_differs_or_is_missing_is_out_of_date(tmp_path):
 
 
 def test_the_check_writes_nothing_and_tells(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("workflows.reference.__main__.FOLDER", tmp_path)
-    monkeypatch.setattr("workflows.reference.__main__.out_of_date", lambda: out_of_date(tmp_path))
+    monkeypatch.setattr("docs.generate.__main__.FOLDER", tmp_path)
+    monkeypatch.setattr("docs.generate.__main__.out_of_date", lambda: out_of_date(tmp_path))
     assert main(["--check"]) == 1
     assert not list(tmp_path.iterdir())
     assert "cli.md: out of date" in capsys.readouterr().out

@@ -3,8 +3,9 @@
 import pytest
 
 from pipelines.config import EasyVQASource
+from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.questions import load_questions, majority_answer
-from workflows.evaluate.score import normalise, table
+from workflows.evaluate.results import table
 
 pytest.importorskip("easy_vqa")
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 
+from mlmamba.answering import Answerer, Asked, answer_length, first_tokens
 from mlmamba.conversation import Turn
 from mlmamba.pictures import load_pixels
 from mlmamba.processing import MLMambaProcessor
 from tests.corpora import picture
-from workflows.evaluate.answer import Answerer, Asked, answer_length, first_tokens
 from workflows.evaluate.benchmarks.base import Item
-from workflows.evaluate.prompts import bad_prompts
+from workflows.evaluate.collect import bad_prompts
 
 TOKENS = 3
 IMAGES = [picture(i, "PNG", (20, 12)) for i in range(3)]

@@ -8,9 +8,19 @@ import torch
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import SIZES, preset
 from tests.tiny import tiny_model
-from workflows.evaluate.probe import DECODE, OURS, PEER, PREFILL, Measurement, fit_powers, power_of, probe_scaling
-from workflows.evaluate.probe_memory import PeakMemory
-from workflows.evaluate.probe_peer import count_parameters, same_size_transformer
+from workflows.evaluate.probe import (
+    DECODE,
+    OURS,
+    PEER,
+    PREFILL,
+    Measurement,
+    PeakMemory,
+    count_parameters,
+    fit_powers,
+    power_of,
+    probe_scaling,
+    same_size_transformer,
+)
 from workflows.evaluate.probe_report import text, verdict, write_probe
 
 LENGTHS, BATCHES = (16, 32, 64), (1, 2)

@@ -11,9 +11,7 @@ import pytest
 from tests.evaluations import HOSTILE, hostile, pope_rows, vqa_rows, write_evaluation
 from workflows.evaluate.calibration import calibrate, calibration_of
 from workflows.evaluate.plots import shorten
-from workflows.evaluate.report import write_report
-from workflows.evaluate.report_examples import best, cut, worst
-from workflows.evaluate.report_tables import OTHER, confusion
+from workflows.evaluate.report import OTHER, best, confusion, cut, worst, write_report
 
 TAGS = {
     "html",

@@ -8,17 +8,25 @@ import pytest
 from tests.integration.toy_workflow import recipe, write_corpus
 from tests.packed_set import picture, turns_of, write_packed_set
 from tests.published_benchmarks import write_gqa, write_pope
-from workflows.config import Recipe
 from workflows.console import Console
 from workflows.errors import UsageError, WorkflowError
-from workflows.evaluate.assemble import Incomplete, missing_items, row_of, write_result
 from workflows.evaluate.benchmarks import open_benchmark
 from workflows.evaluate.collect import blind_pictures, derangement, read_parts
-from workflows.evaluate.picture_store import open_store
-from workflows.evaluate.place import evaluation_folder, model_digest
 from workflows.evaluate.predictions import read_predictions, score_predictions
-from workflows.evaluate.results import columns, measure, read_answers, read_picture, read_scores
-from workflows.evaluate.step import evaluate_recipe
+from workflows.evaluate.questions import open_store
+from workflows.evaluate.results import (
+    Incomplete,
+    columns,
+    measure,
+    missing_items,
+    read_answers,
+    read_picture,
+    read_scores,
+    row_of,
+    write_result,
+)
+from workflows.evaluate.run import evaluate_recipe, evaluation_folder, model_digest
+from workflows.recipe.schema import Recipe
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from pipelines.config import DataConfig, data_identity
 from pipelines.identity import Decides, StrictModel, digest, identity
-from workflows.layout import data_folder, earlier_data_folder, run_name
-from workflows.recipe import load_recipe
+from workflows.recipe.load import load_recipe
+from workflows.storage.layout import data_folder, earlier_data_folder, run_name
 from workflows.train.trainer import stage_digest
 
 SOURCE = {"type": "llava", "annotations": "train.json", "images": "images"}

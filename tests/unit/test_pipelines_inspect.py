@@ -9,11 +9,9 @@ from tokenizers import Tokenizer
 
 from mlmamba.conversation import render
 from pipelines import inspect
-from pipelines.contact_sheet import _shortened, draw_sheet
-from pipelines.inspect import histogram, inspect_data
-from pipelines.inspect_text import report
+from pipelines.contact_sheet import LOSS, PICTURE, PLAIN, WRONG, _shortened, choose, draw_sheet, sample_of
+from pipelines.inspect import histogram, inspect_data, report
 from pipelines.packed import PackedDataset
-from pipelines.sheet_samples import LOSS, PICTURE, PLAIN, WRONG, choose, sample_of
 from pipelines.sheet_text import Style, Typesetter
 from tests.packed_set import TOKENS_PER_IMAGE, picture, turns_of, write_packed_set
 

@@ -12,7 +12,7 @@ from pipelines.config import CaptionsSource, EasyVQASource, LlavaSource, Questio
 from pipelines.sources import Record, open_source
 from pipelines.sources.easy_vqa import question_type
 from pipelines.sources.json_stream import BrokenLine, read_entries
-from pipelines.sources.selection import share
+from pipelines.sources.open import share
 from tests.corpora import conversation, picture, write_files
 
 

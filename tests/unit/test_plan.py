@@ -10,9 +10,9 @@ from pipelines.manifest import Manifest, SplitInfo
 from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
 from tests.manifests import find
 from workflows.cli import main
-from workflows.plan.nodes import DRIVER_SECONDS, plan_nodes
+from workflows.plan.data import DRIVER_SECONDS, plan_nodes
 from workflows.plan.rows import Rows
-from workflows.recipe import load_recipe
+from workflows.recipe.load import load_recipe
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from tiny import TEXT, TINY, pictures, prompt, tiny_config
 from mlmamba.connector import tokens_per_image
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import PRESETS, SIZES, preset
-from workflows.configs.model import ModelRecipe
 from workflows.errors import UsageError
-from workflows.recipe import load_recipe
+from workflows.recipe.load import load_recipe
+from workflows.recipe.model import ModelRecipe
 
 # Millions, from the shapes; 2.7b is the figure of paper.md 1.4.
 LANGUAGE = {"130m": 129.0, "370m": 368.3, "780m": 780.2, "1.3b": 1343.8, "2.7b": 2702.6}

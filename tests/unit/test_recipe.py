@@ -2,10 +2,10 @@
 
 import pytest
 
-from workflows.configs.gate import Gate
 from workflows.errors import UsageError
-from workflows.layout import layout_of, open_storage
-from workflows.recipe import RECIPES, load_recipe
+from workflows.recipe.evaluate import Gate
+from workflows.recipe.load import RECIPES, load_recipe
+from workflows.storage.layout import layout_of, open_storage
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)

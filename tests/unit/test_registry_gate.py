@@ -5,7 +5,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from workflows.configs.gate import Gate
+from workflows.recipe.evaluate import Gate
 from workflows.registry import gate_failures
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from workflows.registry.moves import Move, history, holders
+from workflows.registry.history import Move, history, holders
 
 
 def moves(*steps):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from workflows.evaluate.metrics import average_precision, mean, means_by_type, precision_recall_f1, roc_auc
+from workflows.evaluate.statistics import average_precision, mean, means_by_type, precision_recall_f1, roc_auc
 
 
 @pytest.mark.parametrize("ties", [False, True])

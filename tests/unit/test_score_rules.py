@@ -5,8 +5,7 @@ import pytest
 from tests.benchmarks.score_parity import answers, compare, find_lmms_eval, find_m4c, gqa_score
 from workflows.evaluate.benchmarks.gqa import normalise_gqa
 from workflows.evaluate.benchmarks.pope import POPE
-from workflows.evaluate.benchmarks.vsr import VSR
-from workflows.evaluate.vqa_rules import (
+from workflows.evaluate.benchmarks.vqav2 import (
     leave_one_out,
     m4c_score,
     most_frequent,
@@ -15,6 +14,7 @@ from workflows.evaluate.vqa_rules import (
     script_score,
     vqa_score,
 )
+from workflows.evaluate.benchmarks.vsr import VSR
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from PIL import Image
 from mlmamba.loading import load_model
 from tests.serving import raw, running
 from tests.tiny import pictures, tiny_model, tiny_tokenizer
-from workflows.build import save
 from workflows.registry import ResolvedModel
-from workflows.serve.app import Served, Service
 from workflows.serve.client import ServiceError, ask, request
 from workflows.serve.engine import Engine
-from workflows.serve.limits import Limits
+from workflows.serve.http import Served, Service
+from workflows.serve.options import Limits
+from workflows.train.initial import save
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 LIMITS = Limits(max_batch=2, max_waiting=2, max_tokens=32, default_tokens=6, body_bytes=100_000)

@@ -13,11 +13,11 @@ from PIL import Image
 from mlmamba.conversation import Turn
 from mlmamba.loading import load_model
 from tests.tiny import PER_IMAGE, tiny_model, tiny_tokenizer
-from workflows.build import save
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
-from workflows.serve.generation import Prompt, Settings
-from workflows.serve.limits import Limits
+from workflows.serve.options import Limits
+from workflows.serve.sampling import Prompt, Settings
 from workflows.serve.sequence import DeadlineExceeded, NoNumbers
+from workflows.train.initial import save
 
 QUESTIONS = [
     "what is shown?",

@@ -13,10 +13,9 @@ from PIL import Image
 
 from mlmamba.conversation import Turn
 from workflows.serve.client import data_uri
-from workflows.serve.errors import ApiError
-from workflows.serve.limits import Limits
 from workflows.serve.messages import read_messages
-from workflows.serve.schema import parse_request
+from workflows.serve.openai import ApiError, parse_request
+from workflows.serve.options import Limits
 
 
 def encoded(size=(8, 6), kind="PNG", colour=(200, 10, 10)):

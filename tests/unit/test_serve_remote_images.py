@@ -15,11 +15,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.serving import encoded
-from workflows.serve.errors import ApiError
-from workflows.serve.limits import Limits
 from workflows.serve.messages import read_messages
+from workflows.serve.openai import ApiError, parse_request
+from workflows.serve.options import Limits
 from workflows.serve.remote_images import Fetcher, FetchError, UrlPattern, is_public
-from workflows.serve.schema import parse_request
 
 PICTURE = encoded(1)
 

@@ -6,13 +6,12 @@ import logging
 import pytest
 
 from tests.serving import load_tiny, raw, resolved, running, serve, wait_for
-from workflows.serve.app import Served
 from workflows.serve.client import data_uri
 from workflows.serve.engine import Engine
-from workflows.serve.generation import Answer, Timing
-from workflows.serve.limits import Limits
+from workflows.serve.http import LOGGER, Served
 from workflows.serve.metrics import Metrics
-from workflows.serve.request_log import LOGGER
+from workflows.serve.options import Limits
+from workflows.serve.sampling import Answer, Timing
 
 LIMITS = Limits(max_batch=2, default_tokens=8)
 HELLO = {"messages": [{"role": "user", "content": "a secret question"}]}

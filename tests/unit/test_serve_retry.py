@@ -6,8 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from workflows.serve.client import ServiceError
-from workflows.serve.retry import ask_again, request_again
+from workflows.serve.client import ServiceError, ask_again, request_again
 
 
 @pytest.fixture

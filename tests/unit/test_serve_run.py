@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from workflows.cli import main
 from workflows.errors import UsageError
-from workflows.serve.access import KEYS_VARIABLE, Access
+from workflows.serve.auth import KEYS_VARIABLE, Access
 from workflows.serve.deployment import ServeOptions
-from workflows.serve.run import _address, _only_here, _options, _wait_for_interrupt, check_keys, check_port
+from workflows.serve.start import _address, _only_here, _options, _wait_for_interrupt, check_keys, check_port
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

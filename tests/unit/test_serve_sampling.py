@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from workflows.serve.generation import Settings
-from workflows.serve.sampling import choose, generator_of, log_probabilities
+from workflows.serve.sampling import Settings, choose, generator_of, log_probabilities
 
 SHARES = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from workflows.serve.errors import ApiError
-from workflows.serve.schema import parse_request
+from workflows.serve.openai import ApiError, parse_request
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -3,9 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from workflows.serve.access import KEYS_VARIABLE, Access
-from workflows.serve.errors import ApiError
-from workflows.serve.security import Keys
+from workflows.serve.auth import KEYS_VARIABLE, Access, Keys
+from workflows.serve.openai import ApiError
 
 
 def test_without_keys_everyone_may_ask():

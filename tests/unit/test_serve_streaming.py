@@ -7,7 +7,7 @@ from tiny import VOCABULARY
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from workflows.serve.streaming import TextStream, TokenText
+from workflows.serve.detokenize import TextStream, TokenText
 
 
 def shown(text, ids, stop=()):

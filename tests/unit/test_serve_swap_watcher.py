@@ -6,7 +6,7 @@ import time
 import pytest
 
 from workflows.errors import WorkflowError
-from workflows.serve.watcher import AliasWatcher
+from workflows.serve.alias import AliasWatcher
 
 
 class Registry:

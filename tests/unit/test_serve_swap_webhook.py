@@ -3,7 +3,7 @@
 import pytest
 from mlflow.webhooks.delivery import _generate_hmac_signature
 
-from workflows.serve.swap_routes import signed
+from workflows.serve.webhook import signed
 
 NOW, SECRET, BODY = 1_800_000_000, "secret", '{"entity": "model_version_alias"}'
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from workflows.configs.train import StageRecipe, TrainRecipe
-from workflows.train.engine import ClippedAdamW, deepspeed_config
-from workflows.train.stage import describe, freeze, parameter_groups, schedule, total_steps
+from workflows.recipe.train import StageRecipe, TrainRecipe
+from workflows.train.optim import ClippedAdamW, deepspeed_config, parameter_groups, schedule
+from workflows.train.stage import describe, freeze, total_steps
 
 
 class Model(nn.Module):

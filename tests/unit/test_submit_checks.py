@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.integration.toy_workflow import recipe
-from workflows.config import Recipe
+from workflows import preflight as room
 from workflows.errors import UsageError, WorkflowError
-from workflows.layout import layout_of
-from workflows.plan import room
-from workflows.session import clear
-from workflows.weights import check_weights
+from workflows.preflight import check_weights
+from workflows.recipe.schema import Recipe
+from workflows.run import clear
+from workflows.storage.layout import layout_of
 
 
 def test_models_that_the_storage_cannot_hold_are_refused_before_the_start(tmp_path, monkeypatch):

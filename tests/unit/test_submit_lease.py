@@ -11,15 +11,15 @@ from dataclasses import asdict
 
 import pytest
 
-from workflows import lease as leases
 from workflows.errors import WorkflowError
-from workflows.lease import Holder, Lease
 from workflows.runtime import stop_on_sigterm
+from workflows.storage import lock as leases
+from workflows.storage.lock import Holder, Lease
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from workflows.lease import Lease
+from workflows.storage.lock import Lease
 with Lease(Path(sys.argv[1]), "recipe tiny"):
     print("held", flush=True)
     time.sleep(600)

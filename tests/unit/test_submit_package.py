@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from workflows.errors import UsageError
-from workflows.submit import package as packing
-from workflows.submit.follow import Reader
-from workflows.submit.job import RESULT
-from workflows.submit.package import pack
+from workflows.submit import bundle as packing
+from workflows.submit.bundle import pack
+from workflows.submit.client import RESULT, Reader
 
 START = Path(packing.__file__).with_name("start.py")
 RAYS = "2026-11-21 12:00:00,123\tINFO job_manager.py:568 -- Runtime env is setting up."

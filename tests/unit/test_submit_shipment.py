@@ -10,9 +10,9 @@ import yaml
 from tests.integration.toy_workflow import recipe, write_recipe
 from workflows.cli import main
 from workflows.errors import UsageError
-from workflows.layout import run_name
-from workflows.recipe import RECIPES, load_any, load_recipe
-from workflows.submit.shipment import _text, make_shipment
+from workflows.recipe.load import RECIPES, load_any, load_recipe
+from workflows.storage.layout import run_name
+from workflows.submit.bundle import _text, make_shipment
 
 SHIPPED = sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.rglob("*.yaml"))
 

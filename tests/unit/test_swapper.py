@@ -14,10 +14,9 @@ import torch
 
 from tests.swap_models import QUESTION, TOKENS, answer_of, drawn_example, write_model, write_spoiled
 from workflows.registry import ResolvedModel
-from workflows.serve.limits import Limits
-from workflows.serve.loader import load
+from workflows.serve.options import Limits
 from workflows.serve.service import Service
-from workflows.serve.swap import Refused, SwapOptions, Swapper
+from workflows.serve.swap import Refused, SwapOptions, Swapper, load
 
 LIMITS = Limits(max_batch=4)
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from workflows import journal as journals
-from workflows.journal import Journal, Refused
+from workflows.tracking import journal as journals
+from workflows.tracking.journal import Journal, Refused
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from workflows.config import Recipe
 from workflows.errors import WorkflowError
-from workflows.layout import run_name
-from workflows.recipe import load_recipe
-from workflows.train.checks import check_fit, check_stages
+from workflows.preflight import check_fit, check_stages
+from workflows.recipe.load import load_recipe
+from workflows.recipe.schema import Recipe
+from workflows.storage.layout import run_name
 from workflows.train.meter import LossWatch
 from workflows.train.trainer import stage_digest
 

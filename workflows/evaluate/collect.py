@@ -7,7 +7,7 @@ size or number of workers. Items about one picture are asked together: the model
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +16,14 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
+from mlmamba.conversation import Turn, clean
 from mlmamba.pictures import PictureError, open_picture
+from mlmamba.processing import MLMambaProcessor
 from pipelines.execution import ensure_ray, quiet_ray_data
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, Item, ids_text
-from workflows.evaluate.picture_store import open_store
-from workflows.layout import write_atomic
+from workflows.evaluate.questions import open_store
+from workflows.storage.layout import write_atomic
 
 OnProgress = Callable[[int, int], None]
 SEEING, BLIND = "seeing", "blind"
@@ -181,7 +183,7 @@ class _Worker:
     """What one process answers with: the model and the places of the pictures, opened once."""
 
     def __init__(self, setup: str):
-        from workflows.evaluate.answer import Answerer  # torch, which the driver does without
+        from mlmamba.answering import Answerer  # torch, which the driver does without
 
         content = json.loads(setup)
         self._stores = [open_store(store) for store in content["stores"]]
@@ -218,7 +220,7 @@ class _Worker:
             return _BAD
 
     def _reply(self, loaded: list[tuple[dict, bytes | None]]) -> list:
-        from workflows.evaluate.answer import Asked
+        from mlmamba.answering import Asked
 
         return self._answerer.reply([Asked(data, one["prompts"]) for one, data in loaded]) if loaded else []
 
@@ -254,3 +256,21 @@ def _unread(one: dict, error: Exception) -> list[dict]:
 
 def _line(one: dict, key: str, **reply) -> dict:
     return {"id": key, "source": one["source"], "image": one["image"], **reply}
+
+
+_AT_ONCE = 1000
+
+
+def bad_prompts(processor: MLMambaProcessor, items: Sequence[Item]) -> dict[str, str]:
+    """Why items cannot be asked, by id: the prompt is empty, or longer than the model takes."""
+    bad = {item.id: "the question is empty" for item in items if not clean(item.question)}
+    fine = [item for item in items if item.id not in bad]
+    for first in range(0, len(fine), _AT_ONCE):
+        some = fine[first : first + _AT_ONCE]
+        texts = [processor.prompt([Turn("user", i.prompt, images=int(i.image is not None))]) for i in some]
+        rows = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for item, row in zip(some, rows, strict=True):
+            length = len(row) + (item.image is not None) * (processor.tokens_per_image - 1)
+            if length > processor.max_length:
+                bad[item.id] = f"the prompt has {length:,} tokens, over the model's {processor.max_length:,}"
+    return bad

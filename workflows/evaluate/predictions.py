@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 from workflows.errors import UsageError, WorkflowError
-from workflows.evaluate.assemble import Incomplete, row_of, write_result
 from workflows.evaluate.benchmarks.base import Benchmark, ids_text
+from workflows.evaluate.results import Incomplete, row_of, write_result
 
 _IDS = ("id", "question_id", "questionId", "image")
 _ANSWERS = ("answer", "prediction", "text", "pred_answer")

@@ -10,18 +10,19 @@ A power of the length is fitted to each (least squares on logarithms): 1 is line
 hide the power at short lengths, so the power over the last three lengths stands beside it.
 """
 
+import contextlib
+import ctypes
 import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
-
-from workflows.evaluate.probe_memory import PeakMemory
-from workflows.evaluate.probe_peer import count_parameters, same_size_transformer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 OURS, PEER = "ML-Mamba", "Transformer"
 PREFILL, DECODE = "prefill", "decode"
@@ -207,3 +208,95 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_RESET_PEAK = "5"  # proc(5): writing 5 resets the peak resident set size
+
+
+class PeakMemory:
+    """Context whose `bytes` is, after it, the most memory used inside beside what was used at its start.
+
+    On CUDA it is the allocator's. On the CPU it is the process's resident memory, which Linux keeps the peak of; what
+    the process freed before is given back first, so that it is not used again unseen. Elsewhere `bytes` is None.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._before = _reset()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._cuda:
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+        elif self._before is not None:
+            self.bytes = max(0, _status("VmHWM") - self._before)
+
+
+def _reset() -> int | None:
+    """Resident memory now, with the peak reset to it; None where that cannot be done."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+        return _status("VmRSS")
+    except (OSError, StopIteration):
+        return None
+
+
+def _status(name: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+def same_size_transformer(config, longest: int, parameters: int) -> LlamaForCausalLM:
+    """A Llama with random weights, the same vocabulary and width, and about the same number of parameters.
+
+    One Transformer layer (attention and MLP) stands for two Mamba-2 layers, as Mamba's authors count (Gu and Dao 2023,
+    section 3.4), and the MLP's width then makes the sizes equal; it comes out near Llama's own 8/3 of the width.
+    Attention has heads as wide as the Mamba-2's, or the next narrower that divide the width, and is the fastest that
+    transformers has on the device (sdpa).
+
+    Args:
+        config: the Mamba-2 language model's config.
+        longest: positions that it must take.
+        parameters: size to match.
+
+    Raises:
+        ValueError: no such Transformer has about this size.
+    """
+    width, layers = config.hidden_size, (config.num_hidden_layers + 1) // 2
+    head = max(d for d in range(2, min(config.head_dim, width) + 1, 2) if width % d == 0)
+    tied = config.tie_word_embeddings
+    fixed = config.vocab_size * width * (1 if tied else 2) + width + layers * (4 * width**2 + 2 * width)
+    inner = round((parameters - fixed) / (3 * width * layers))
+    if inner < 1:
+        raise ValueError(f"no Transformer of width {width} and {layers} layers has only {parameters:,} parameters")
+    sizes = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // head,
+        num_key_value_heads=width // head,
+        max_position_embeddings=longest,
+        tie_word_embeddings=tied,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(sizes).eval()
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """Parameters of the modules, those that are shared once."""
+    return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())

@@ -1,6 +1,5 @@
 """An evaluation as one HTML file that needs nothing else, and its figures as PNG files.
 
-    from workflows.evaluate.report import write_report
     write_report(folder_of_the_evaluation, out_folder, {"version": "shapes/3"})
 
 Everything from the data and the model is escaped by the template engine, and the page's own policy forbids scripts and
@@ -8,20 +7,28 @@ any address but what is embedded: questions and answers are anybody's text. The 
 """
 
 import base64
-from collections.abc import Mapping
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
+from mlmamba.pictures import open_picture
 from workflows.evaluate import plots
 from workflows.evaluate.benchmarks import benchmark_class
+from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.calibration import calibration_of
 from workflows.evaluate.intervals import Intervals, find_intervals
-from workflows.evaluate.report_examples import best, cut, example, worst
-from workflows.evaluate.report_tables import FEW_PICTURES, answer_facts, bars, confusion, score_rows
-from workflows.evaluate.results import SCORES, Answered, read_answers, read_scores
-from workflows.layout import write_atomic
+from workflows.evaluate.plots import Bar
+from workflows.evaluate.results import MARGIN, OVERALL, SCORES, Answered, read_answers, read_picture, read_scores
+from workflows.evaluate.statistics import Interval
+from workflows.storage.layout import write_atomic
 
 PAGE = "report.html"
 _EXAMPLES = 12
@@ -123,3 +130,180 @@ def _template():
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+OTHER = "(other)"
+_MOST_BARS, _MOST_ANSWERS = 25, 10
+FEW_PICTURES = 30
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One line of the table of scores. `items` is None for what is no type of question."""
+
+    name: str
+    items: int | None
+    interval: Interval
+    blind: float | None
+    margin: Interval | None
+    majority: float | None
+
+
+def score_rows(scores: dict, intervals: Intervals) -> tuple[list[ScoreRow], list[ScoreRow], list[ScoreRow]]:
+    """Lines of the tables: overall and the types, the protocol's other scores, and these by type (f1/popular)."""
+    kinds, others, others_by_kind = [], [], []
+    for name, value in scores["scores"].items():
+        if name == MARGIN:
+            continue
+        row = ScoreRow(
+            name,
+            scores["questions"].get(name),
+            intervals.scores.get(name, Interval(value, float("nan"), float("nan"), 0)),
+            scores.get("blind", {}).get(name),
+            intervals.margins.get(name),
+            scores.get("majority", {}).get(name),
+        )
+        of_kind = any(name.endswith(f"/{kind}") for kind in scores["questions"] if kind != OVERALL)
+        (kinds if row.items is not None else others_by_kind if of_kind else others).append(row)
+    first = [row for row in kinds if row.name == OVERALL]
+    rest = sorted((row for row in kinds if row.name != OVERALL), key=lambda row: -row.items)
+    return first + rest, others, others_by_kind
+
+
+def bars(rows: Sequence[ScoreRow]) -> list[Bar]:
+    """The lines of the figure: as the table's, at most `_MOST_BARS`."""
+    return [Bar(row.name, row.interval, row.blind, row.majority) for row in rows[:_MOST_BARS]]
+
+
+def confusion(rows: Sequence[Answered]) -> tuple[np.ndarray, list[str], list[str]] | None:
+    """Counts (references, answers) of the most frequent references; what else was said is under `OTHER`.
+
+    None where the references hardly repeat, as in captions: a table of single answers says nothing.
+    """
+    pairs = [(normalise(row.answer), normalise(row.prediction)) for row in rows]
+    frequent = [
+        answer for answer, times in Counter(right for right, _ in pairs).most_common(_MOST_ANSWERS) if times > 1
+    ]
+    if len(frequent) < 2:
+        return None
+    place = {answer: i for i, answer in enumerate(frequent)}
+    counts = np.zeros((len(frequent), len(frequent) + 1), dtype=int)
+    for right, said in pairs:
+        if right in place:
+            counts[place[right], place.get(said, len(frequent))] += 1
+    columns = [*frequent, OTHER]
+    return (counts, frequent, columns) if counts[:, -1].any() else (counts[:, :-1], frequent, frequent)
+
+
+def answer_facts(rows: Sequence[Answered]) -> dict[str, str]:
+    """What is odd about the answers, and how long they are and took, in words."""
+    seconds = np.array([row.seconds for row in rows])
+    tokens = np.array([row.answer_tokens for row in rows])
+    facts = {
+        "empty answers": f"{sum(not row.prediction.strip() for row in rows):,}",
+        "answers cut off at the longest length": f"{sum(row.cut for row in rows):,}",
+        "tokens of an answer": f"{np.median(tokens):,.0f} in the median, {tokens.max():,} at most",
+    }
+    if seconds.any():
+        p50, p95 = np.quantile(seconds, [0.5, 0.95])
+        facts["time for one question"] = f"{_time(p50)} in the median, {_time(p95)} at the 95th percentile"
+    return facts
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+_SIDE, _QUALITY = 224, 80  # longer side in pixels, and quality, of a small picture
+_LONGEST = 400  # characters of a text that are shown
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer as the report shows it. `picture` is a data URI, or None with the reason in `no_picture`."""
+
+    id: str
+    type: str
+    question: str
+    answers: str
+    prediction: str
+    blind_prediction: str | None
+    score: float
+    p_yes: float | None
+    picture: str | None
+    no_picture: str
+
+
+def worst(rows: Sequence[Answered], count: int) -> list[Answered]:
+    """Wrong answers, the surest first where a probability says so; types in turn, each picture once."""
+    wrong = [row for row in rows if row.score < 0.5]
+    return _spread(sorted(wrong, key=lambda row: (row.score, -_sureness(row), _shuffled(row))), count)
+
+
+def best(rows: Sequence[Answered], count: int) -> list[Answered]:
+    """Right answers that were wrong with another picture, so that the picture was needed; types in turn."""
+    right = [row for row in rows if row.score >= 0.5]
+    return _spread(sorted(right, key=lambda row: (-row.score, row.blind_score or 0.0, _shuffled(row))), count)
+
+
+def example(scores: dict, row: Answered) -> Example:
+    """A row as the report shows it: long texts cut, the picture small."""
+    picture, reason = small_picture(scores, row)
+    return Example(
+        id=cut(row.id),
+        type=row.type,
+        question=cut(row.question),
+        answers=cut(", ".join(dict.fromkeys(row.answers or [row.answer]))),
+        prediction=cut(row.prediction),
+        blind_prediction=None if row.blind_prediction is None else cut(row.blind_prediction),
+        score=row.score,
+        p_yes=row.p_yes,
+        picture=picture,
+        no_picture=reason,
+    )
+
+
+def small_picture(scores: dict, row: Answered) -> tuple[str | None, str]:
+    """The row's picture as a data URI, or None and why not. A report is made even where pictures are gone."""
+    try:
+        data = read_picture(scores, row)
+        if data is None:
+            return None, "text only"
+        picture = open_picture(data)
+    except Exception as error:  # whatever a store or a decoder raises: it is told, in the picture's place
+        return None, f"the picture cannot be read: {cut(str(error), 120)}"
+    scale = min(1.0, _SIDE / max(picture.size)) if min(picture.size) > 64 else 128 / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    buffer = io.BytesIO()
+    picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), ""
+
+
+def cut(text: str, longest: int = _LONGEST) -> str:
+    """Text of at most so many characters; what is cut off is said."""
+    return text if len(text) <= longest else f"{text[:longest]} ... ({len(text):,} characters)"
+
+
+def _sureness(row: Answered) -> float:
+    return 0.0 if row.p_yes is None else abs(row.p_yes - 0.5)
+
+
+def _shuffled(row: Answered) -> str:
+    """An order that has nothing to do with the file's, and is always the same."""
+    return hashlib.sha256(row.id.encode()).hexdigest()
+
+
+def _spread(ordered: Sequence[Answered], count: int) -> list[Answered]:
+    """The first of each type, then the second of each, and so on; no picture twice."""
+    by_type: dict[str, list[Answered]] = {}
+    for row in ordered:
+        by_type.setdefault(row.type, []).append(row)
+    queues, chosen, seen = list(by_type.values()), [], set()
+    while len(chosen) < count and any(queues):
+        for queue in queues:
+            while queue and queue[0].image is not None and (queue[0].source, queue[0].image) in seen:
+                queue.pop(0)
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+                seen.add((chosen[-1].source, chosen[-1].image))
+    return chosen

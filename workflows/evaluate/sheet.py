@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from mlmamba.conversation import clean
 from mlmamba.pictures import open_picture
 from pipelines.sources import open_source
-from workflows.config import Recipe
+from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.questions import Picture, load_questions
-from workflows.evaluate.score import normalise
-from workflows.layout import write_atomic
+from workflows.recipe.schema import Recipe
+from workflows.storage.layout import write_atomic
 
 
 def save_example(recipe: Recipe, folder: Path) -> dict[str, str]:

@@ -4,12 +4,11 @@ import math
 from pathlib import Path
 
 from pipelines.config import DataConfig
-from workflows.build import image_tokens
-from workflows.config import DataRecipe, Recipe
 from workflows.errors import UsageError
-from workflows.layout import data_folder, layout_of
-from workflows.plan.nodes import plan_nodes
-from workflows.plan.rows import check_labels, count_rows
+from workflows.plan.rows import Rows, check_labels, count_rows
+from workflows.recipe.schema import DataRecipe, Recipe
+from workflows.storage.layout import data_folder, layout_of
+from workflows.train.initial import image_tokens
 
 
 def plan_data(
@@ -50,3 +49,32 @@ def _plan_one(
         plan |= {"disk": {"shards": rows.bytes, "work": rows.bytes, "total": 2 * rows.bytes}}
         plan |= {"node_cpus": node_cpus, "nodes": plan_nodes(rows, task, node_cpus)}
     return plan
+
+
+NODES = (1, 2, 4, 8, 16)
+"""Numbers of nodes that a plan has a line for; the pools of cluster/ grow to the last."""
+DRIVER_SECONDS = 0.1e-3
+RECORD_SECONDS = 2.3e-3
+BYTE_SECONDS = 12e-9
+WORKER_BYTES = 256 << 20
+TASK_FACTOR = 2.0
+PASSES = 4
+
+
+def plan_nodes(rows: Rows, shard_bytes: int, cpus: int) -> list[dict]:
+    """One entry for each number of nodes, as JSON-able data.
+
+    Args:
+        rows: what is prepared; its counts are known.
+        shard_bytes: of the largest shard.
+        cpus: of one node.
+    """
+    driver = DRIVER_SECONDS * rows.samples
+    workers = RECORD_SECONDS * rows.samples + BYTE_SECONDS * rows.bytes
+    memory = cpus * (WORKER_BYTES + round(TASK_FACTOR * shard_bytes))
+    plans = []
+    for nodes in NODES:
+        seconds = driver + workers / (nodes * cpus)
+        traffic = PASSES * rows.bytes / seconds
+        plans.append({"nodes": nodes, "hours": seconds / 3600, "node_memory": memory, "bytes_per_second": traffic})
+    return plans

@@ -9,15 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlmamba.connector import build_connector
 from mlmamba.modeling import MLMambaForConditionalGeneration
-from workflows.build import image_tokens, model_config
-from workflows.config import Recipe
-from workflows.configs.train import PARTS, StageRecipe, TrainRecipe
 from workflows.errors import UsageError
-from workflows.layout import Layout, layout_of
 from workflows.plan.flops import Forward, forward_flops, training_flops
 from workflows.plan.memory import STAGES, activations, model_states, saved_bytes
-from workflows.plan.rows import Rows, check_labels, count_rows
-from workflows.plan.vocabulary import vocabulary_of
+from workflows.plan.rows import Rows, check_labels, count_rows, vocabulary_of
+from workflows.recipe.schema import Recipe
+from workflows.recipe.train import PARTS, StageRecipe, TrainRecipe
+from workflows.storage.layout import Layout, layout_of
+from workflows.train.initial import image_tokens, model_config
 from workflows.train.stage import total_steps
 
 GIB = 2**30

@@ -9,7 +9,7 @@ recipe and code made it, what it scored and what the gate is; the registered mod
     mlmamba.git               commit of the code that trained it
     mlmamba.data_digest       digest of all the data; mlmamba.data describes each set (JSON)
     mlmamba.scores            scores by name (JSON); mlmamba.evaluation is the digest of the questions
-    mlmamba.gate              the gate of the recipe (JSON, workflows/configs/gate.py)
+    mlmamba.gate              the gate of the recipe (JSON, workflows/recipe/evaluate.py)
     mlmamba.forced.ALIAS      who moved the alias here past the gate, when and why (JSON)
     mlmamba.refused           the last replica that refused to serve it, when and why (JSON)
 
@@ -18,7 +18,7 @@ recipe and code made it, what it scored and what the gate is; the registered mod
     mlmamba.claim.ALIAS.STAMP someone is about to move it (lock.py); gone a moment later
 """
 
-from workflows.registry.find import (
+from workflows.registry.models import (
     PREFIX,
     Reference,
     ResolvedModel,
@@ -29,10 +29,9 @@ from workflows.registry.find import (
     resolve_model,
     show_model,
 )
-from workflows.registry.gate import gate_failures
-from workflows.registry.lineage import lineage
-from workflows.registry.promote import Promotion, promote, rollback, rolled_back
+from workflows.registry.promote import Promotion, gate_failures, promote, rollback, rolled_back
 from workflows.registry.register import register
+from workflows.registry.show import lineage
 
 __all__ = [
     "PREFIX",

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
@@ -12,13 +13,39 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.identity import digest
 from pipelines.manifest import Manifest
-from workflows.config import Recipe
 from workflows.errors import WorkflowError
-from workflows.layout import Layout
-from workflows.registry.example import Example
-from workflows.registry.find import versions_of
-from workflows.storage import address
-from workflows.tracking import Tracker, git_revision
+from workflows.recipe.schema import Recipe
+from workflows.registry.models import versions_of
+from workflows.storage.layout import Layout
+from workflows.storage.remote import address
+from workflows.tracking.tracker import Tracker, git_revision
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one picture. Serving asks it before it takes a version."""
+
+    picture: bytes
+    """Encoded."""
+    question: str
+    answer: str
+    max_tokens: int
+    """Longest answer that the evaluation allowed."""
+
+    def save(self, folder: Path) -> None:
+        """Write it to a new folder."""
+        folder.mkdir(parents=True)
+        (folder / _PICTURE).write_bytes(self.picture)
+        content = {"question": self.question, "answer": self.answer, "max_tokens": self.max_tokens}
+        (folder / _FILE).write_text(json.dumps(content, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Example":
+        """What `save` wrote. Raises OSError, ValueError, TypeError or KeyError."""
+        content = json.loads((folder / _FILE).read_text())
+        picture = (folder / _PICTURE).read_bytes()
+        return cls(picture, str(content["question"]), str(content["answer"]), int(content["max_tokens"]))
+
 
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # results go there, in JSON perhaps
 
@@ -102,7 +129,7 @@ def describe_data(folders: dict[str, Path]) -> list[dict]:
 
 
 def _create(tracker: Tracker, name: str, model: Path, example: Example | None, tags: dict[str, str]) -> ModelVersion:
-    from workflows import pyfunc_model  # it imports torch, which nothing else here needs
+    from workflows.registry import pyfunc  # it imports torch, which nothing else here needs
 
     client = tracker.client
     with tempfile.TemporaryDirectory() as temporary:
@@ -113,9 +140,9 @@ def _create(tracker: Tracker, name: str, model: Path, example: Example | None, t
         with mlflow.start_run(run_id=tracker.run_id):
             info = mlflow.pyfunc.log_model(
                 name="model",
-                python_model=pyfunc_model.__file__,
+                python_model=pyfunc.__file__,
                 artifacts=artifacts,
-                signature=pyfunc_model.SIGNATURE,
+                signature=pyfunc.SIGNATURE,
                 pip_requirements=["mlmamba"],
             )
     try:
@@ -125,3 +152,6 @@ def _create(tracker: Tracker, name: str, model: Path, example: Example | None, t
             raise
     # The tags go with the version, so that a kill cannot leave one that says nothing. A server wants the model's id.
     return client.create_model_version(name, info.model_uri, tracker.run_id, tags, model_id=info.model_id)
+
+
+_FILE, _PICTURE = "example.json", "picture"

@@ -12,8 +12,8 @@ from ray import serve
 from ray.serve import Application
 
 from pipelines.config import StrictModel
-from workflows.serve.access import Access
-from workflows.serve.limits import Limits
+from workflows.serve.auth import Access
+from workflows.serve.options import Limits
 from workflows.serve.swap import SwapOptions
 
 _ALWAYS_ROOM = 32  # calls beyond batch and queue that reach the replica: health checks, and those that get a 429
@@ -77,11 +77,11 @@ class ModelDeployment:
     def __init__(self, options: dict):
         chosen = ServeOptions.model_validate(options)
         if chosen.registry:
-            os.environ["MLFLOW_TRACKING_URI"] = chosen.registry  # before workflows.tracking reads it
+            os.environ["MLFLOW_TRACKING_URI"] = chosen.registry  # before workflows.tracking.tracker reads it
         from workflows.runtime import quiet_libraries
 
         quiet_libraries()
-        from workflows.serve.follow import Follower
+        from workflows.serve.alias import Follower
         from workflows.serve.service import Service
 
         self._service = Service(chosen.limits, chosen.access)
@@ -101,8 +101,8 @@ class ModelDeployment:
 
     def __serve_build_asgi_app__(self):
         """The HTTP interface; Ray Serve calls this after the constructor."""
-        from workflows.serve.app import build_app
-        from workflows.serve.swap_routes import add_routes
+        from workflows.serve.http import build_app
+        from workflows.serve.webhook import add_routes
 
         app = build_app(self._service)
         add_routes(app, self._follower, os.environ)

@@ -15,12 +15,12 @@ from PIL import Image
 from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
 from mlmamba.pictures import to_pixels
 from workflows.serve.batch import Batch
-from workflows.serve.errors import without_message
-from workflows.serve.generation import Answer, Delta, Prompt, Settings
-from workflows.serve.limits import Limits
+from workflows.serve.detokenize import TokenText
 from workflows.serve.metrics import Metrics
+from workflows.serve.openai import without_message
+from workflows.serve.options import Limits
+from workflows.serve.sampling import Answer, Delta, Prompt, Settings
 from workflows.serve.sequence import Sequence
-from workflows.serve.streaming import TokenText
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,9 @@ from PIL import Image
 from mlmamba.conversation import Turn
 from mlmamba.pictures import PictureError, open_picture
 from pipelines.validate import FORMATS
-from workflows.serve.errors import bad_request
-from workflows.serve.limits import Limits
+from workflows.serve.openai import Message, bad_request
+from workflows.serve.options import Limits
 from workflows.serve.remote_images import Fetcher, FetchError
-from workflows.serve.schema import Message
 
 SYSTEM_ROLES = ("system", "developer")
 

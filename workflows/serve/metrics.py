@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from workflows.serve.generation import Answer
+from workflows.serve.sampling import Answer
 
 COUNTERS = {
     "mlmamba_requests_total": "Requests by HTTP status.",

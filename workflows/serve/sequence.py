@@ -8,10 +8,9 @@ from concurrent.futures import Future, InvalidStateError
 from torch import Tensor
 
 from mlmamba.state import MambaState
-from workflows.serve.generation import Answer, Delta, FinishReason, Prompt, Settings, Timing, TokenLogprob
+from workflows.serve.detokenize import TextStream, TokenText
 from workflows.serve.metrics import Metrics
-from workflows.serve.sampling import generator_of
-from workflows.serve.streaming import TextStream, TokenText
+from workflows.serve.sampling import Answer, Delta, FinishReason, Prompt, Settings, Timing, TokenLogprob, generator_of
 
 
 class DeadlineExceeded(Exception):

@@ -13,17 +13,23 @@ from typing import Any
 from urllib.parse import quote
 
 from workflows.registry import ResolvedModel
-from workflows.serve.access import Access
+from workflows.serve.auth import Access, Keys
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
-from workflows.serve.errors import ApiError, bad_request, without_message
-from workflows.serve.generation import Answer, Delta, Prompt, Settings
-from workflows.serve.limits import Limits
 from workflows.serve.messages import read_messages
 from workflows.serve.metrics import default_metrics
+from workflows.serve.openai import (
+    ApiError,
+    ChatRequest,
+    Completion,
+    Message,
+    bad_request,
+    model_id,
+    parse_request,
+    without_message,
+)
+from workflows.serve.options import Limits
 from workflows.serve.remote_images import Fetcher
-from workflows.serve.responses import Completion, model_id
-from workflows.serve.schema import ChatRequest, Message, parse_request
-from workflows.serve.security import Keys
+from workflows.serve.sampling import Answer, Delta, Prompt, Settings
 from workflows.serve.sequence import DeadlineExceeded
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from PIL import Image, ImageDraw
 from pydantic import Field
 
+from mlmamba.conversation import Turn
+from mlmamba.loading import load_model
+from mlmamba.pictures import PictureError, open_picture
 from pipelines.config import StrictModel
 from workflows.errors import WorkflowError
+from workflows.evaluate.benchmarks.base import normalise
+from workflows.registry import ResolvedModel
+from workflows.registry.register import Example
+from workflows.serve.engine import Engine
+from workflows.serve.options import Limits
+from workflows.serve.service import Served
 
 if TYPE_CHECKING:
     from workflows.serve.service import Served, Service
@@ -178,3 +191,112 @@ def _drain(served: "Served") -> None:
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
     logger.warning("%s has given its last answer", label)
+
+
+def load(
+    source: ResolvedModel, limits: Limits, threads: int | None, same_answer: bool = False, quiet: bool = False
+) -> Served:
+    """Load a model, test it and give it an engine.
+
+    Args:
+        source: the folder and where it came from.
+        limits: of the engine.
+        threads: torch threads of the engine.
+        same_answer: refuse a model whose answer to its stored example is not the stored one; else that is logged.
+        quiet: another model answers in this process meanwhile: load in one thread, to leave it the cores.
+
+    Raises:
+        Refused: it cannot be loaded, or failed its smoke test.
+    """
+    if quiet:
+        torch.set_num_threads(1)  # of the calling thread
+    engine = None
+    try:
+        if not any(source.folder.glob("*.safetensors")):
+            raise SmokeFailed(f"there are no safetensors in {source.folder}")
+        model, processor = load_model(source.folder)
+        smoke = Smoke(source.example)
+        smoke.check_logits(model, processor)
+        engine = Engine(model, processor, limits, threads)
+        _compare(smoke.expected, smoke.check_answer(engine), source.label, same_answer)
+        return Served(engine, source)
+    except Exception as error:  # whatever a damaged model raises, it must not stop what is served now
+        if engine is not None:
+            engine.close()
+        reason = str(error) if isinstance(error, SmokeFailed) else f"{type(error).__name__}: {error}"
+        raise Refused(f"{source.label}: {reason[:1000]}") from error
+
+
+def _compare(expected: str | None, answer: str, label: str, required: bool) -> None:
+    if expected is None or normalise(answer) == normalise(expected):
+        return
+    message = f"its answer to the stored picture is {answer!r}, it was {expected!r} when it was registered"
+    if required:
+        raise SmokeFailed(message)
+    logger.warning("%s: %s", label, message)
+
+
+if TYPE_CHECKING:
+    from workflows.serve.engine import Engine
+
+_SECONDS = 120.0  # for one answer of a few tokens; the deadline that requests have by default is longer
+_QUESTION, _TOKENS = "What is shown?", 8
+
+
+class SmokeFailed(Exception):
+    """The version must not be served; the message says what it did."""
+
+
+class Smoke:
+    """One question, asked of a loaded model.
+
+    Args:
+        example: folder that registration stored with the model, or None.
+
+    Raises:
+        SmokeFailed: there is such a folder and it cannot be read.
+    """
+
+    def __init__(self, example: Path | None):
+        self.expected: str | None = None
+        self._question, self._tokens = _QUESTION, _TOKENS
+        self._picture = drawn_picture()
+        if example is None:
+            return
+        try:
+            stored = Example.load(example)
+            self._picture = open_picture(stored.picture)
+        except (OSError, ValueError, TypeError, KeyError, PictureError) as error:
+            raise SmokeFailed(f"its stored example cannot be read: {type(error).__name__}: {error}") from error
+        self._question, self._tokens, self.expected = stored.question, stored.max_tokens, stored.answer
+
+    @torch.inference_mode()
+    def check_logits(self, model, processor) -> None:
+        """Read the prompt with the bare model, before an engine owns it. Raises SmokeFailed."""
+        inputs = processor([self._picture], processor.prompt([Turn("user", self._question, images=1)]))
+        logits = model(**inputs.to(model.device)).logits
+        bad = int((~torch.isfinite(logits)).sum())
+        if bad:
+            raise SmokeFailed(f"{bad:,} of {logits.numel():,} logits of the stored picture are not finite")
+
+    def check_answer(self, engine: "Engine") -> str:
+        """The engine's greedy answer. Raises SmokeFailed when it gives none."""
+        from workflows.serve.sampling import Settings
+
+        prompt = engine.prepare([Turn("user", self._question, images=1)], [self._picture])
+        try:
+            answer = engine.submit(prompt, Settings(max_tokens=self._tokens)).result(_SECONDS)
+        except FutureTimeout as error:
+            raise SmokeFailed(f"no answer to the stored picture within {_SECONDS:.0f} s") from error
+        if answer.completion_tokens < 1:
+            raise SmokeFailed("the answer to the stored picture has no token")
+        return answer.text
+
+
+def drawn_picture() -> Image.Image:
+    """A picture with edges, colours and a slope of brightness, the same every time; 64 x 48."""
+    picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((6, 8, 28, 38), fill=(200, 30, 40))
+    draw.ellipse((34, 12, 58, 36), fill=(30, 60, 210))
+    return picture

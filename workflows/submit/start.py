@@ -31,7 +31,7 @@ def main() -> None:
         say(f"note: the cluster has other versions than the client: {', '.join(others)}")
     os.environ.setdefault("MLMAMBA_GIT", wanted["git"])
     sys.path[0] = os.path.dirname(here)  # the shipped code comes before an installed one
-    runpy.run_module("workflows.submit.job", run_name="__main__")
+    runpy.run_module("workflows.__main__", run_name="__main__")
 
 
 def look(packages: dict) -> tuple:

@@ -33,10 +33,3 @@ class StageJob:
 
 class StageError(RuntimeError):
     """A stage cannot run, for a reason that every worker finds alike and that trying again does not change."""
-
-
-def run_job(config: dict) -> dict:
-    """Entry point of a Ray Train worker; torch, DeepSpeed and the model are imported here and not in the controller."""
-    from workflows.train.loop import train_stage
-
-    return train_stage(StageJob(**config))

@@ -13,19 +13,18 @@ import torch.distributed as dist
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from pipelines.reader import PackedDataset, prefetch, step_indices
 from pipelines.storage import shown
-from workflows.configs.train import StageRecipe, TrainRecipe
-from workflows.storage import at_hand, cached, forget, is_remote, upload_folder
+from workflows.recipe.train import StageRecipe, TrainRecipe
+from workflows.storage.remote import at_hand, cached, forget, is_remote, upload_folder
 from workflows.train import restore
-from workflows.train.engine import start_engine
+from workflows.train.checkpoint import open_store
 from workflows.train.export import export_model
-from workflows.train.heldout import HeldOut
 from workflows.train.job import StageError, StageJob
 from workflows.train.meter import LossWatch, Meter, grad_norm
-from workflows.train.samples import Samples
+from workflows.train.optim import start_engine
 from workflows.train.saver import Saver
 from workflows.train.stage import describe, freeze, total_steps
 from workflows.train.step import batch_maker, seed_step, take_step
-from workflows.train.store import open_store
+from workflows.train.validation import HeldOut, Samples
 
 
 def train_stage(job: StageJob) -> dict:

@@ -6,7 +6,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from workflows.configs.train import LoraRecipe
+from workflows.recipe.train import LoraRecipe
 from workflows.train.job import StageError
 
 ADAPTER = "default"  # peft's name for an adapter that was given none

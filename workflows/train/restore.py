@@ -1,13 +1,15 @@
 """Going on from the newest whole checkpoint: all ranks from the same one, or none."""
 
+from collections.abc import Iterator
+
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from pipelines.identity import digest
-from workflows.train.checkpoint import Checkpoint
+from workflows.train.checkpoint import Checkpoint, FolderStore, ObjectStore
 from workflows.train.job import StageError
-from workflows.train.reshard import load_moments, load_weights
-from workflows.train.store import FolderStore, ObjectStore
+from workflows.train.saver import load_plain
 
 
 def model_digest(model: nn.Module) -> str:
@@ -68,3 +70,119 @@ def _set_schedule(engine, step: int) -> None:
         group["lr"] = rate
     scheduler.last_epoch, scheduler._last_lr = step, rates
     engine.global_steps = step
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def load_weights(found: Checkpoint, model: nn.Module) -> None:
+    """Put a checkpoint's float32 weights, and its buffers, into a model that is not sharded yet."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, pieces in _pieces(found, "fp32"):
+            parameters[name].copy_(_whole(pieces, parameters[name].numel()).view_as(parameters[name]))
+        buffers, saved = dict(model.named_buffers()), load_plain(_model_files(found)[0])["module"]
+        for name in buffers.keys() & saved.keys():
+            buffers[name].copy_(saved[name])
+
+
+def load_moments(found: Checkpoint, engine) -> None:
+    """Put a checkpoint's Adam moments into an engine, whose weights are already those of the checkpoint."""
+    optimizer = engine.optimizer
+    step, states = _adam_step(found), {}
+    groups = _zero3_places(engine) if found.zero_stage == 3 else _zero12_places(engine)
+    places = {}
+    for flat, members in groups:
+        moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+        optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+        states |= dict.fromkeys(members, moments)
+        places |= members
+    for key in MOMENTS:
+        for name, pieces in _pieces(found, key):
+            if name in places:
+                start, numel, offset, size = places[name]
+                states[name][key][start : start + numel] = _whole(pieces, size)[offset : offset + numel]
+
+
+def _zero12_places(engine) -> Iterator[tuple[torch.Tensor, dict[str, tuple]]]:
+    """Per group its flat partition, and where in it this rank's piece of a parameter is:
+    (start in the partition, length, start in the parameter, size of the parameter)."""
+    optimizer = engine.optimizer
+    for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+        members = {}
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+                members[optimizer.param_names[parameter]] = (there.start, there.numel, here.start, parameter.numel())
+        yield flat, members
+
+
+def _zero3_places(engine) -> Iterator[tuple[torch.Tensor, dict[str, tuple]]]:
+    """The same under ZeRO-3."""
+    optimizer, rank = engine.optimizer, engine.global_rank
+    for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        members, start = {}, 0
+        for parameter in group:
+            piece, size = parameter.ds_tensor.ds_numel, parameter.ds_numel
+            offset = min(rank * piece, size)
+            members[optimizer.param_names[parameter]] = (start, min(piece, size - offset), offset, size)
+            start += piece
+        yield flat, members
+
+
+def _pieces(found: Checkpoint, key: str) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Every parameter's pieces of a kind ("fp32" or one of MOMENTS), in the order of the ranks that made them."""
+    states = [load_plain(file)["optimizer_state_dict"] for file in _optimizer_files(found)]
+    if found.zero_stage == 3:
+        shapes = load_plain(_model_files(found)[0])["param_shapes"]
+        for group, members in enumerate(shapes):
+            start = 0
+            for name, shape in members.items():
+                piece = -(-torch.Size(shape).numel() // found.workers)
+                yield name, [_zero3_flat(state, group, key)[start : start + piece] for state in states]
+                start += piece
+        return
+    for group in range(len(states[0]["param_slice_mappings"])):
+        pieces: dict[str, list[torch.Tensor]] = {}
+        for state in states:
+            flat = _zero12_flat(state, group, key)
+            for name, place in state["param_slice_mappings"][group].items():
+                pieces.setdefault(name, []).append(flat[place.start : place.start + place.numel])
+        yield from pieces.items()
+
+
+def _zero12_flat(state: dict, group: int, key: str) -> torch.Tensor:
+    if key == "fp32":
+        return state["single_partition_of_fp32_groups"][group]
+    return state["base_optimizer_state"]["state"][group][key]
+
+
+def _zero3_flat(state: dict, group: int, key: str) -> torch.Tensor:
+    return state["fp32_flat_groups"][group] if key == "fp32" else state["optimizer_state_dict"]["state"][group][key]
+
+
+def _whole(pieces: list[torch.Tensor], numel: int) -> torch.Tensor:
+    return torch.cat([piece.flatten() for piece in pieces])[:numel]
+
+
+def _adam_step(found: Checkpoint) -> float:
+    state = load_plain(_optimizer_files(found)[0])["optimizer_state_dict"]
+    base = state["optimizer_state_dict" if found.zero_stage == 3 else "base_optimizer_state"]
+    return float(base["state"][0]["step"])
+
+
+def _optimizer_files(found: Checkpoint) -> list:
+    files = sorted((name for name in found.files if name.endswith("optim_states.pt")), key=_rank)
+    if len(files) != found.workers:
+        raise RuntimeError(f"the checkpoint {found.folder} has {len(files)} optimizer files, not {found.workers}")
+    return [found.folder / name for name in files]
+
+
+def _model_files(found: Checkpoint) -> list:
+    return [found.folder / name for name in sorted(found.files) if name.endswith("model_states.pt")]
+
+
+def _rank(name: str) -> int:
+    """zero_pp_rank_11_mp_rank_00_optim_states.pt -> 11."""
+    return int(name.split("pp_rank_")[1].split("_")[0])

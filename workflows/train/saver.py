@@ -23,8 +23,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from workflows.train.checkpoint import Checkpoint
-from workflows.train.store import FolderStore, ObjectStore
+from workflows.train.checkpoint import Checkpoint, FolderStore, ObjectStore
 
 ATTEMPTS = 3
 """How often writing is tried; a hiccup of a network file system should not end a training of days."""

@@ -1,14 +1,10 @@
 """What a stage trains, what it freezes and how its learning rate runs: one place, logged by name and size."""
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from workflows.configs.train import PARTS, StageRecipe
-
-NO_DECAY_SUFFIXES = ("A_log", "dt_bias", "D")
+from workflows.recipe.train import PARTS, StageRecipe
 
 
 @dataclass(frozen=True)
@@ -52,39 +48,6 @@ def describe(stage: StageRecipe, sizes: list[PartSize]) -> str:
     return f"stage {stage.name}: trains {trained}; frozen: {frozen}; saves the whole model"
 
 
-def parameter_groups(model: nn.Module, stage: StageRecipe) -> list[dict]:
-    """AdamW groups, up to two for each part that trains: with its learning rate, and decay on matrices only.
-
-    None on biases, norms, A_log, dt_bias and D. The key `part` says whose group it is.
-    """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or name.endswith(NO_DECAY_SUFFIXES)
-            groups.setdefault((name.split(".")[0], exempt), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": stage.learning_rates.get(part, stage.learning_rate),
-            "weight_decay": 0.0 if exempt else stage.weight_decay,
-            "part": part,
-        }
-        for (part, exempt), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
 def total_steps(stage: StageRecipe, rows: int) -> int:
     """Optimizer steps of a stage over a data set of so many rows."""
     return stage.steps or max(1, round(stage.epochs * (rows // stage.batch_rows)))
-
-
-def schedule(stage: StageRecipe, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then cosine to zero, of every group's own peak."""
-    warm = math.ceil(stage.warmup * steps)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

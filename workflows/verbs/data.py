@@ -9,8 +9,7 @@ from workflows.verbs.verb import Verb
 def data(a: argparse.Namespace) -> dict:
     """look into a prepared data set: inspect"""
     from pipelines.contact_sheet import draw_sheet
-    from pipelines.inspect import inspect_data
-    from pipelines.inspect_text import report
+    from pipelines.inspect import inspect_data, report
 
     if a.samples < 1:
         raise UsageError(f"--samples {a.samples}: draw at least 1")

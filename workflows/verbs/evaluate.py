@@ -1,10 +1,11 @@
 """evaluate: the score of a model on a recipe's test sources or on a benchmark."""
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from workflows.errors import UsageError
-from workflows.verbs.evaluate_more import compared, more_arguments, probe
 from workflows.verbs.verb import Verb, open_console, set_option, storage_option
 
 _COUNTS = ("questions", "max_new_tokens", "workers", "cpus_per_worker", "batch_pictures", "batch_questions")
@@ -13,7 +14,7 @@ _BENCHMARKS = "vqav2, gqa, vizwiz, textvqa, pope, vsr; llava or shards for data 
 
 def evaluate(a: argparse.Namespace) -> dict:
     """score a model (folder or models:/NAME@ALIAS) on a benchmark, or on the test sources of a recipe"""
-    from workflows.layout import open_storage
+    from workflows.storage.layout import open_storage
 
     if a.probe:
         return probe(a)
@@ -22,12 +23,10 @@ def evaluate(a: argparse.Namespace) -> dict:
     benchmark, how, seed = _what(a)
     if a.predictions:
         return _score_predictions(a, benchmark, storage)
-    from workflows.evaluate.place import evaluation_folder
-    from workflows.evaluate.publish import finish, log_to_version
-    from workflows.evaluate.runner import evaluate_benchmark
+    from workflows.evaluate.run import evaluate_benchmark, evaluation_folder, finish, log_to_version
     from workflows.registry import resolve_model
     from workflows.runtime import connect_ray
-    from workflows.tracking import connect
+    from workflows.tracking.tracker import connect
 
     model = resolve_model(a.model, storage)
     console = open_console()
@@ -73,9 +72,9 @@ def _what(a: argparse.Namespace) -> tuple:
     from workflows.evaluate.collect import Workers
 
     if a.recipe:
-        from workflows.evaluate.benchmarks.recipe import TestSources
-        from workflows.evaluate.runner import workers_of
-        from workflows.recipe import load_recipe
+        from workflows.evaluate.benchmarks.own_data import TestSources
+        from workflows.evaluate.run import workers_of
+        from workflows.recipe.load import load_recipe
 
         recipe = load_recipe(a.recipe, a.set)
         benchmark, settings, seed = TestSources(recipe), vars(workers_of(recipe)), recipe.seed
@@ -87,7 +86,7 @@ def _what(a: argparse.Namespace) -> tuple:
 
 def _score_predictions(a: argparse.Namespace, benchmark, storage: Path) -> dict:
     from workflows.evaluate.predictions import read_predictions, score_predictions
-    from workflows.evaluate.publish import finish
+    from workflows.evaluate.run import finish
 
     file = Path(a.predictions)
     predictions = read_predictions(file)
@@ -97,8 +96,8 @@ def _score_predictions(a: argparse.Namespace, benchmark, storage: Path) -> dict:
 
 
 def _shown(result: dict, out: Path) -> dict:
-    from workflows.evaluate.publish import REPORT
-    from workflows.evaluate.score import table
+    from workflows.evaluate.results import table
+    from workflows.evaluate.run import REPORT
 
     return result | {"folder": str(out), "text": f"{table(result)}\n\nlook at  {out / REPORT}"}
 
@@ -128,3 +127,69 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 EVALUATE = Verb(evaluate, _arguments)
+
+
+PROBES = ("scaling",)
+
+
+def probe(a: argparse.Namespace) -> dict:
+    """Run a probe on a model and write its files. Raises UsageError for lengths that make no probe."""
+    from mlmamba.loading import load_model
+    from workflows.evaluate.probe import BATCHES, LENGTHS, probe_scaling
+    from workflows.evaluate.probe_report import text, write_probe
+    from workflows.registry import resolve_model
+    from workflows.storage.layout import open_storage
+    from workflows.tracking.tracker import connect
+
+    if a.model is None:
+        raise UsageError(f"--probe {a.probe} needs a MODEL")
+    storage = open_storage(a.storage)
+    source = resolve_model(a.model, storage)
+    model, _ = load_model(source.folder)
+    console = open_console()
+    with console.step(f"probe {source.label}"):
+        try:
+            found = probe_scaling(
+                model,
+                a.lengths or LENGTHS,
+                a.batches or BATCHES,
+                a.rounds,
+                lambda done, n: console.progress(f"{done}/{n} measurements", last=done == n),
+            )
+        except ValueError as error:
+            raise UsageError(f"--probe {a.probe}: {error}") from error
+        files = write_probe(found, storage / "probes" / f"scaling-{source.label.replace('/', '-')}")
+        if source.version:
+            for file in files:
+                connect(storage).log_artifact(source.run_id, str(file), "probe")
+    shown = "\n".join(f"look at  {file}" for file in files if file.suffix == ".png")
+    return {**found.as_dict(), "files": [str(file) for file in files], "text": f"{text(found)}\n\n{shown}"}
+
+
+def compared(a: argparse.Namespace, result: dict, evaluate: Callable[[argparse.Namespace], dict]) -> dict:
+    """The result with the paired comparison to `--compare`: a finished evaluation's folder, or a model to ask first.
+
+    Raises:
+        UsageError: the other evaluation is of other items.
+    """
+    from workflows.evaluate.compare import compare_folders
+    from workflows.storage.layout import write_atomic
+
+    other = Path(a.compare)
+    if not (other / "scores.json").is_file():
+        asked = evaluate(argparse.Namespace(**(vars(a) | {"model": a.compare, "compare": None})))
+        other = Path(asked["folder"])
+    found = compare_folders(other, Path(result["folder"]))
+    write_atomic(Path(result["folder"]) / f"compare-{other.name}.json", json.dumps(found.as_dict(), indent=2))
+    return result | {"comparison": found.as_dict(), "text": f"{result['text']}\n\n{found.text()}"}
+
+
+def more_arguments(parser: argparse.ArgumentParser) -> None:
+    """--compare, --probe and what goes with it."""
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="paired interval of the difference to another model, or evaluation's folder"
+    )
+    parser.add_argument("--probe", choices=PROBES, help="speed and memory against a Transformer of the same size")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="--probe: prompt lengths in tokens")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="--probe: prompts at once")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="--probe: the best of N (default: 3)")

@@ -16,8 +16,8 @@ _ACTIONS = {
 
 def models(a: argparse.Namespace) -> dict | list:
     """registered models: list, show, promote, rollback, lineage"""
-    from workflows.layout import open_storage
-    from workflows.tracking import connect
+    from workflows.storage.layout import open_storage
+    from workflows.tracking.tracker import connect
 
     _check(a)
     client = connect(open_storage(a.storage))
@@ -28,7 +28,7 @@ def models(a: argparse.Namespace) -> dict | list:
 
 def _list(client, a: argparse.Namespace) -> dict | list:
     from workflows.registry import list_models
-    from workflows.registry.text import version_lines
+    from workflows.registry.show import version_lines
 
     rows = list_models(client)
     return rows if a.json else {"text": "\n".join(version_lines(rows)) or f"no registered models in {a.storage}"}
@@ -36,7 +36,7 @@ def _list(client, a: argparse.Namespace) -> dict | list:
 
 def _show(client, a: argparse.Namespace) -> dict:
     from workflows.registry import lineage, parse_reference, show_model
-    from workflows.registry.text import model_text, version_text
+    from workflows.registry.show import model_text, version_text
 
     wanted = parse_reference(a.model)
     if wanted.version or wanted.alias:
@@ -48,7 +48,7 @@ def _show(client, a: argparse.Namespace) -> dict:
 
 def _promote(client, a: argparse.Namespace) -> dict:
     from workflows.registry import get_version, parse_reference, promote
-    from workflows.registry.text import promotion_text
+    from workflows.registry.show import promotion_text
 
     version = get_version(client, parse_reference(a.model))
     alias = a.alias or "champion"
@@ -58,7 +58,7 @@ def _promote(client, a: argparse.Namespace) -> dict:
 
 def _rollback(client, a: argparse.Namespace) -> dict:
     from workflows.registry import parse_reference, rollback
-    from workflows.registry.text import promotion_text
+    from workflows.registry.show import promotion_text
 
     wanted = parse_reference(a.model)
     if wanted.version or (wanted.alias and a.alias):
@@ -69,7 +69,7 @@ def _rollback(client, a: argparse.Namespace) -> dict:
 
 def _lineage(client, a: argparse.Namespace) -> dict:
     from workflows.registry import lineage
-    from workflows.registry.text import lineage_text
+    from workflows.registry.show import lineage_text
 
     content = lineage(client, a.model)
     return {**content, "text": lineage_text(content)}

@@ -10,10 +10,10 @@ def serve(a: argparse.Namespace) -> None:
     from pydantic import ValidationError
 
     from workflows.errors import UsageError
-    from workflows.layout import open_storage
-    from workflows.serve.access import Access
-    from workflows.serve.run import serve_model
+    from workflows.serve.auth import Access
+    from workflows.serve.start import serve_model
     from workflows.serve.swap import SwapOptions
+    from workflows.storage.layout import open_storage
 
     try:
         access = Access(api_keys_file=_absolute(a.api_keys_file), image_urls=tuple(a.image_urls))
@@ -39,8 +39,8 @@ def serve(a: argparse.Namespace) -> None:
 
 def chat(a: argparse.Namespace) -> dict | None:
     """ask a model one question about a picture, or talk to it"""
-    from workflows.chat import answer_once, talk
-    from workflows.layout import open_storage
+    from workflows.storage.layout import open_storage
+    from workflows.verbs.chat import answer_once, talk
 
     storage = open_storage(a.storage)
     if a.question is None:

@@ -28,9 +28,8 @@ def _send(a: argparse.Namespace) -> dict:
     import tempfile
     from pathlib import Path
 
+    from workflows.submit.bundle import make_shipment, pack
     from workflows.submit.client import Cluster
-    from workflows.submit.package import pack
-    from workflows.submit.shipment import make_shipment
 
     if a.storage is None:
         raise UsageError("--storage is missing: the folder of everything that is made, as the cluster's nodes see it")
@@ -52,7 +51,7 @@ def _send(a: argparse.Namespace) -> dict:
 
 def _follow(cluster, job: str) -> dict:
     """Show the job to its end. Ctrl-C ends the watching alone."""
-    from workflows.submit.follow import follow
+    from workflows.submit.client import follow
 
     try:
         end = follow(cluster, job, open_console().line)
@@ -63,7 +62,7 @@ def _follow(cluster, job: str) -> dict:
 
 
 def _status(cluster, job: str) -> dict:
-    from workflows.submit.follow import read_end
+    from workflows.submit.client import read_end
 
     if job == "all":
         found = cluster.workflows()
@@ -83,8 +82,7 @@ def _stop(cluster, job: str) -> dict:
     """Ask the job to end and wait until it has."""
     import time
 
-    from workflows.submit.client import STOP_SECONDS
-    from workflows.submit.follow import read_end
+    from workflows.submit.client import STOP_SECONDS, read_end
 
     was_running = cluster.stop(job)
     deadline = time.monotonic() + STOP_SECONDS + 30

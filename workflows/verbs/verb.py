@@ -36,8 +36,8 @@ def storage_option(parser: argparse.ArgumentParser, remote: bool = False) -> Non
 
 def recipe_and_storage(a: argparse.Namespace):
     """The recipe and the storage folder that the arguments name. Raises UsageError."""
-    from workflows.layout import open_storage
-    from workflows.recipe import load_recipe
+    from workflows.recipe.load import load_recipe
+    from workflows.storage.layout import open_storage
 
     return load_recipe(a.recipe, a.set), open_storage(a.storage, remote=True)
 

@@ -22,14 +22,14 @@ def prepare(a: argparse.Namespace) -> dict:
     """data only: validate, tokenize, pack, write shards and manifest"""
     if a.dry_run:
         return _plan(a, training=False)
-    from workflows.layout import open_storage
-    from workflows.recipe import load_any
+    from workflows.recipe.load import load_any
+    from workflows.storage.layout import open_storage
 
     recipe, storage = load_any(a.recipe, a.set), open_storage(a.storage, remote=True)
     from pipelines.storage import join, shown
     from pipelines.verify import verify
     from workflows.run import prepare_sets
-    from workflows.storage import place
+    from workflows.storage.remote import place
 
     console = open_console()
     sets, texts = {}, []
@@ -62,12 +62,12 @@ def train(a: argparse.Namespace) -> dict:
 
 def _plan(a: argparse.Namespace, training: bool = True) -> dict:
     """What it would take; nothing is written, started or fetched."""
-    from workflows.config import Recipe
     from workflows.plan.data import plan_data
     from workflows.plan.rows import parse_records
     from workflows.plan.text import data_text, training_text
     from workflows.plan.train import machine_of, plan_training
-    from workflows.recipe import load_any, load_recipe
+    from workflows.recipe.load import load_any, load_recipe
+    from workflows.recipe.schema import Recipe
 
     recipe = load_recipe(a.recipe, a.set) if training else load_any(a.recipe, a.set)
     storage, given = _planned(a.storage), parse_records(a.records)
@@ -82,7 +82,7 @@ def _planned(storage: str):
     """The storage folder of a plan, which is not made; of an object store this machine's copies."""
     from pathlib import Path
 
-    from workflows.storage import cached, is_remote
+    from workflows.storage.remote import cached, is_remote
 
     return cached(storage) if is_remote(storage) else Path(storage.removeprefix("file://")).expanduser().absolute()
 

@@ -15,9 +15,9 @@ _CLASSES = {
     "textvqa": ("textvqa", "TextVQA"),
     "pope": ("pope", "POPE"),
     "vsr": ("vsr", "VSR"),
-    "llava": ("llava", "Llava"),
-    "shards": ("shards", "Shards"),
-    "recipe": ("recipe", "TestSources"),
+    "llava": ("own_data", "Llava"),
+    "shards": ("own_data", "Shards"),
+    "recipe": ("own_data", "TestSources"),
 }
 NAMES = tuple(name for name in _CLASSES if name != "recipe")
 """What --benchmark takes."""

@@ -10,8 +10,7 @@ prepare the prediction alone: TRI-ML/vlm-evaluation like this, LLaVA by dropping
 import string
 
 from workflows.errors import UsageError
-from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Benchmark, Item, Score
-from workflows.evaluate.benchmarks.files import Files
+from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Benchmark, Files, Item, Score
 
 _QUESTIONS = "testdev_balanced_questions.json"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -1,15 +1,22 @@
 """What the recipe's test sources, LLaVA files and the project's shards share: one answer, exact match."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
-from pipelines.config import SourceConfig
+import numpy as np
+from tokenizers import Tokenizer
+
+from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, IMAGE_TOKEN, USER
+from pipelines import storage
+from pipelines.config import LlavaSource, SourceConfig
 from pipelines.identity import digest
+from pipelines.manifest import TOKENIZER_PATH, Manifest
+from pipelines.packed import PackedDataset, PackedRow
 from pipelines.sources import open_source
-from workflows.errors import WorkflowError
-from workflows.evaluate.benchmarks.base import Benchmark, Item, Score
-from workflows.evaluate.benchmarks.files import PictureFolder
-from workflows.evaluate.questions import Picture, load_questions
-from workflows.evaluate.score import normalise
+from workflows.errors import UsageError, WorkflowError
+from workflows.evaluate.benchmarks.base import Benchmark, Item, PictureFolder, Score, absolute, normalise
+from workflows.evaluate.questions import Picture, load_questions, majority_answer
+from workflows.recipe.schema import Recipe
 
 
 class OwnData(Benchmark):
@@ -55,3 +62,104 @@ def _not_there(sources: list[SourceConfig], pictures: Iterable[Picture]) -> dict
         and folder.locate(picture.location) is None
         for key in picture.ids
     }
+
+
+_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+class Llava(OwnData):
+    """Every question of every conversation, asked alone. `data` is the file, or a folder with one such file."""
+
+    name = "llava"
+
+    def read(self, data: str, images: str | None) -> list[Item]:
+        file, folder = self._find(data)
+        return self.from_sources([LlavaSource(type="llava", annotations=file, images=images or folder)])
+
+    def _find(self, data: str) -> tuple[str, str]:
+        """The annotations and the folder they are in."""
+        if storage.size(data) is not None:
+            base, mark, query = data.partition("?") if "://" in data else (data, "", "")
+            return data, (base.rpartition("/")[0] or ".") + mark + query
+        names = [name for name in storage.list_names(data) if name.endswith(_ENDINGS)]
+        if len(names) != 1:
+            found = f"several ({', '.join(names)}): name one" if names else "none"
+            raise UsageError(f"{self.name}: {storage.shown(data)} should hold one .json or .jsonl file, found {found}")
+        return storage.join(data, names[0]), data
+
+
+class TestSources(OwnData):
+    """`data.test` of a recipe. The majority answer is that of its training sources.
+
+    Raises:
+        WorkflowError: there are no test sources, or a record cannot be asked.
+    """
+
+    __test__ = False  # not a test of pytest's, whatever its name
+    name = "recipe"
+
+    def __init__(self, recipe: Recipe):
+        if not recipe.data.test:
+            raise WorkflowError(f"recipe {recipe.name} has no data.test sources to evaluate on")
+        self._recipe = recipe
+        self.max_new_tokens = recipe.evaluate.max_new_tokens
+        super().__init__(recipe.name)
+
+    @property
+    def title(self) -> str:
+        return self._recipe.name
+
+    def read(self, data: str, images: str | None) -> list[Item]:
+        return self.from_sources(self._recipe.data.test)
+
+    def majority(self) -> str:
+        return majority_answer(self._recipe.data.train)
+
+
+class Shards(OwnData):
+    """Every question of the data set's samples, asked alone. Types are the samples' sources."""
+
+    name = "shards"
+    splits = ("validation", "train")
+
+    def read(self, data: str, images: str | None) -> list[Item]:
+        try:
+            manifest = Manifest.load(data)
+            rows = PackedDataset(data, self.split)
+            self._tokenizer = Tokenizer.from_buffer(storage.read_bytes(storage.join(data, TOKENIZER_PATH)))
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{self.name}: {error}") from error
+        self._image = self._tokenizer.token_to_id(IMAGE_TOKEN)
+        self._several = len(manifest.splits[self.split].samples_by_source) > 1
+        self.stores = [{"kind": "shards", "uri": absolute(data), "split": self.split}]
+        self.digest = manifest.digest[:10]
+        return [item for number in range(len(rows)) for item in self._row(number, rows[number])]
+
+    def _row(self, number: int, row: PackedRow) -> Iterator[Item]:
+        owner = row.seq_idx[row.image_positions]
+        for sample, record_id in enumerate(row.sample_ids):
+            shown = np.flatnonzero(owner == sample)
+            location = f"{number}/{shown[0]}" if len(shown) else None
+            source = row.source[sample]
+            prefix = f"{source}/{record_id}" if self._several else record_id
+            where = row.seq_idx == sample
+            pairs = self._pairs(row.input_ids[where], row.labels[where])
+            for turn, (question, answer) in enumerate(pairs):
+                key = f"{prefix}/{turn}"
+                if len(shown) > 1:
+                    self.missing[key] = f"the sample has {len(shown)} pictures; at most one is supported"
+                yield Item(key, question, question, [answer], answer, source, location)
+
+    def _pairs(self, ids: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, str]]:
+        """Questions and answers of one sample."""
+        runs = [
+            (answer, [int(ids[i]) for i in indices if ids[i] != self._image])
+            for answer, indices in groupby(range(len(ids)), key=lambda i: labels[i] != IGNORE_INDEX)
+        ]
+        for (_, asked), (_, said) in zip(runs[::2], runs[1::2], strict=False):
+            end = self._text(said[-1:])
+            question = self._text(asked).lstrip("\n").removeprefix(f"{USER}\n").removesuffix(f"{end}\n{ASSISTANT}\n")
+            yield question, self._text(said[:-1])
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -10,11 +10,9 @@ predictions of 0 and 1.
 
 import numpy as np
 
-from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Item, Score
-from workflows.evaluate.benchmarks.files import Files
-from workflows.evaluate.benchmarks.ten_answers import TenAnswers
-from workflows.evaluate.metrics import average_precision, mean, precision_recall_f1
-from workflows.evaluate.vqa_rules import most_frequent, normalise_vqa, vqa_score
+from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Files, Item, Score
+from workflows.evaluate.benchmarks.vqav2 import TenAnswers, most_frequent, normalise_vqa, vqa_score
+from workflows.evaluate.statistics import average_precision, mean, precision_recall_f1
 
 _UNSURE = "When the provided information is insufficient, respond with 'Unanswerable'."
 UNANSWERABLE = "unanswerable"

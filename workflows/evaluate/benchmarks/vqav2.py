@@ -5,14 +5,140 @@ v2_mscoco_val2014_annotations.json           {"annotations": [{question_id, answ
 val2014/COCO_val2014_000000000042.jpg        pictures, in a folder or in val2014.zip
 """
 
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
 import numpy as np
 
-from workflows.errors import UsageError
-from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Item, Score
-from workflows.evaluate.benchmarks.files import Files
-from workflows.evaluate.benchmarks.ten_answers import TenAnswers
-from workflows.evaluate.metrics import mean
-from workflows.evaluate.vqa_rules import most_frequent, script_score, vqa_score
+from workflows.errors import UsageError, WorkflowError
+from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Benchmark, Files, Item, Score, ids_text
+from workflows.evaluate.statistics import mean
+
+PEOPLE = 10
+
+
+class TenAnswers(Benchmark):
+    """A benchmark whose questions were answered by ten people each."""
+
+    def people(self, answers: object, item_id: str) -> list[str]:
+        """The ten answers, which are strings or {"answer": ...} objects.
+
+        Raises:
+            WorkflowError: there are not ten of them.
+        """
+        entries = answers if isinstance(answers, list) else []
+        texts = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
+        if len(texts) != PEOPLE or not all(isinstance(text, str) for text in texts):
+            raise WorkflowError(
+                f"{self.name}: question {item_id} has {len(texts)} answers, expected {PEOPLE}: the scores leave one "
+                "person out of ten. Is the file of another version, or of a split without answers?"
+            )
+        return texts
+
+    def match(self, questions: Mapping[str, object], annotations: Mapping[str, object]) -> None:
+        """Raise WorkflowError unless questions and annotations have the same ids."""
+        without = [key for key in questions if key not in annotations]
+        unknown = [key for key in annotations if key not in questions]
+        if without or unknown:
+            raise WorkflowError(
+                f"{self.name}: the files do not belong together: {ids_text(without, 'questions')} have no answers, "
+                f"{ids_text(unknown, 'annotations')} are of unknown questions"
+            )
+
+
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+_MOST_FULL_STOPS = 32
+_ARTICLES = {"a", "an", "the"}
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {word: str(i) for i, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
+
+# The contractions of the published table; a word becomes one of them when it lacks exactly one apostrophe.
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+_REPAIRED = {
+    full[:i] + full[i + 1 :]: full for full in _CONTRACTIONS.split() for i, letter in enumerate(full) if letter == "'"
+}
+_REPAIRED["somebody'd"] = "somebodyd"  # the published table has this one the wrong way round
+
+
+def normalise_vqa(answer: str) -> str:
+    """An answer by VQA's rules."""
+    return _words(_marks(answer.replace("\n", " ").replace("\t", " ").strip()))
+
+
+@lru_cache(maxsize=1 << 16)  # ten people's answers repeat a lot
+def normalise_m4c(answer: str) -> str:
+    """An answer by the rules of TextVQA's evaluator."""
+    return normalise_vqa(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
+
+
+_normalise_vqa_kept = lru_cache(maxsize=1 << 16)(normalise_vqa)
+
+
+def leave_one_out(matches: int, people: int = 10) -> float:
+    """Accuracy of an answer that `matches` of `people` gave.
+
+    Leaving out one who gave it leaves matches - 1 of them, leaving out another leaves all.
+
+    Raises:
+        ValueError: there are no people.
+    """
+    if not 0 <= matches <= people or not people:
+        raise ValueError(f"{matches} of {people} people cannot have given an answer")
+    given, others = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
+    return (matches * given + (people - matches) * others) / people
+
+
+def vqa_score(prediction: str, answers: Sequence[str]) -> float:
+    """Accuracy of a prediction by VQA's rules, both sides normalised."""
+    said = normalise_vqa(prediction)
+    return leave_one_out(sum(_normalise_vqa_kept(answer) == said for answer in answers), len(answers))
+
+
+def m4c_score(prediction: str, answers: Sequence[str]) -> float:
+    """Accuracy of a prediction by TextVQA's evaluator."""
+    said = normalise_m4c(prediction)
+    return leave_one_out(sum(normalise_m4c(answer) == said for answer in answers), len(answers))
+
+
+def script_score(prediction: str, answers: Sequence[str]) -> float:
+    """Accuracy of a prediction as VQA's published script has it: raw where all people agree (see above)."""
+    raw = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
+    if len(set(raw)) > 1:
+        return vqa_score(prediction, answers)
+    said = prediction.replace("\n", " ").replace("\t", " ").strip()
+    return leave_one_out(raw.count(said), len(raw))
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """The answer that most people gave, the first of several."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+def _marks(text: str) -> str:
+    drop_all = _COMMA_IN_NUMBER.search(text) is not None
+    out = text
+    for mark in _MARKS:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if drop_all or beside_space else " ")
+    return _FULL_STOP.sub("", out, count=_MOST_FULL_STOPS)
+
+
+def _words(text: str) -> str:
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(_REPAIRED.get(word, word) for word in words if word not in _ARTICLES)
+
 
 _QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 _ANNOTATIONS = "v2_mscoco_val2014_annotations.json"

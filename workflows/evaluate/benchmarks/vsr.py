@@ -12,10 +12,9 @@ import re
 import numpy as np
 
 from workflows.errors import UsageError
-from workflows.evaluate.benchmarks.base import Item
-from workflows.evaluate.benchmarks.files import Files
-from workflows.evaluate.benchmarks.yes_no import YesNo
-from workflows.evaluate.metrics import means_by_type
+from workflows.evaluate.benchmarks.base import Files, Item
+from workflows.evaluate.benchmarks.pope import YesNo
+from workflows.evaluate.statistics import means_by_type
 
 _RELATIONS = {
     "adjacency": "adjacent to, alongside, at the side of, at the right side of, at the left side of, attached to, "

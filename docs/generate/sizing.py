@@ -1,0 +1,136 @@
+"""The sizing page: what `--dry-run` says of the paper's recipe and of ten times its data, and a table of it."""
+
+import shlex
+from dataclasses import dataclass
+from functools import cache
+
+from docs.generate.schema import GENERATED, table
+from workflows.cli import parse
+from workflows.console import duration
+from workflows.plan.train import GIB
+
+STORAGE = "/storage"
+PUBLISHED = {"llava-558k": 558_128, "llava-665k": 665_298}
+"""Records of the recipe's sources."""
+POOL_GPUS = 8
+"""GPUs of one machine of the GPU pools in cluster/."""
+
+CAUTIOUS = 0.1
+"""Share of the peak for the second column of hours; what the paper's own hours come to (how-to/size-a-cluster.md)."""
+
+_INTRODUCTION = """\
+What `mlmamba prepare --dry-run` and `mlmamba train --dry-run` say of [the paper's
+recipe](recipe.md#shipped-recipes), and of the same with ten times the records. Nothing was run at this size here: these
+are the formulas' figures. [Size a cluster](../how-to/size-a-cluster.md) has the formulas, which of them were measured,
+and how to get these figures for a recipe of your own."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One amount of data and one number of training workers."""
+
+    title: str
+    times: int
+    workers: int
+
+    @property
+    def options(self) -> list[str]:
+        """Of the command line, for the amount of data."""
+        if self.times == 1:
+            return []
+        return [word for name, count in PUBLISHED.items() for word in ("--records", f"{name}={self.times * count}")]
+
+    def command(self, verb: str) -> list[str]:
+        """The command line after `mlmamba`."""
+        workers = ["--set", f"train.workers={self.workers}"] if verb == "train" and self.workers != POOL_GPUS else []
+        return [verb, "paper", "--dry-run", "--storage", STORAGE, *workers, *self.options]
+
+    def plan(self, verb: str) -> dict:
+        """What the command returns."""
+        return _planned(tuple(self.command(verb)))
+
+
+SCALES = (
+    Scale("the paper's data", 1, POOL_GPUS),
+    Scale("ten times its data", 10, POOL_GPUS),
+    Scale("ten times its data, two GPU machines", 10, 2 * POOL_GPUS),
+)
+
+
+def sizing_page() -> str:
+    """The whole page."""
+    amounts = [scale for scale in SCALES if scale.workers == POOL_GPUS]
+    parts = [GENERATED, "# Sizing", _INTRODUCTION, "## By stage", _preparations(amounts), _stages(), _storages(amounts)]
+    for verb, scales in (("prepare", amounts), ("train", SCALES)):
+        for scale in scales:
+            command = shlex.join(["mlmamba", *scale.command(verb)]).replace(" --records", " \\\n    --records")
+            parts += [
+                f"## {verb.capitalize()}: {scale.title}",
+                f"```sh\n{command}\n```",
+                f"```text\n{scale.plan(verb)['text']}\n```",
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _preparations(scales: list[Scale]) -> str:
+    head = ["prepare", "samples", "storage while it works", "afterwards", "memory of a node"]
+    rows, counts = [], []
+    for scale in scales:
+        for name, data in zip(PUBLISHED, sorted(scale.plan("prepare")["data"], key=_samples), strict=True):
+            nodes = data["nodes"]
+            counts = [node["nodes"] for node in nodes]
+            rows.append(
+                [
+                    f"{name}, {scale.title}",
+                    f"{data['rows']['samples']:,}",
+                    _gib(data["disk"]["total"]),
+                    _gib(data["disk"]["shards"]),
+                    _gib(nodes[0]["node_memory"]),
+                    *(duration(3600 * node["hours"]) for node in nodes),
+                ]
+            )
+    return table([*head, *(f"{count} node{'s' * (count > 1)}" for count in counts)], rows)
+
+
+def _samples(data: dict) -> int:
+    return data["rows"]["samples"]
+
+
+def _stages() -> str:
+    head = ["train", "GPUs", "machines", "steps", "operations", "memory of a GPU", "a checkpoint"]
+    share = parse(SCALES[0].command("train")).mfu
+    rows = []
+    for scale in SCALES:
+        plan = scale.plan("train")
+        for stage in plan["stages"]:
+            (state,) = [s for s in stage["memory"]["zero"] if s["zero_stage"] == plan["zero_stage"]]
+            rows.append(
+                [
+                    f"{stage['stage']}, {scale.title}",
+                    str(scale.workers),
+                    str(scale.workers // POOL_GPUS),
+                    f"{stage['steps']:,}",
+                    f"{stage['flops']:.1e}",
+                    _gib(state["with_activations"]),
+                    _gib(stage["checkpoint_bytes"]),
+                    duration(3600 * stage["hours"]),
+                    duration(3600 * stage["hours"] * share / CAUTIOUS),
+                ]
+            )
+    return table([*head, f"time at {share:.0%} of the peak", f"at {CAUTIOUS:.0%}"], rows)
+
+
+def _storages(scales: list[Scale]) -> str:
+    names = ("data", "models", "checkpoints", "registered", "total")
+    rows = [[scale.title, *(_gib(scale.plan("train")["disk"][name]) for name in names)] for scale in scales]
+    return table(["storage", *names], rows)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.0f} GiB"
+
+
+@cache
+def _planned(command: tuple[str, ...]) -> dict:
+    arguments = parse([*command])
+    return arguments.run(arguments)

@@ -1,0 +1,175 @@
+"""A model that answers batches of questions about pictures: each picture is read once for all its questions."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from mlmamba.conversation import Turn
+from mlmamba.loading import load_model
+from mlmamba.pictures import load_pixels
+from mlmamba.state import MambaState
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One picture's encoded bytes (None for text only) and its questions."""
+
+    image: bytes | None
+    questions: list[str]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and what it took."""
+
+    text: str
+    p_first: float | None
+    """Probability of the first of two choices against the second, as first token; None where none were given."""
+    prompt_tokens: int
+    answer_tokens: int
+    """Generated tokens, the end token included."""
+    cut: bool
+    """The longest length came before the end token."""
+    seconds: float
+    """The answer's share of its batch's time."""
+
+
+class Answerer:
+    """Greedy answers of one model.
+
+    Args:
+        model: model folder.
+        max_new_tokens: longest answer.
+        threads: torch threads; None leaves them.
+        choices: two answers whose probability as first token is wanted.
+        batch_questions: most questions in one forward pass; None for all of a call.
+
+    Raises:
+        ValueError: the two choices begin with the same token, so their first tokens cannot tell them apart.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        max_new_tokens: int,
+        threads: int | None = None,
+        choices: tuple[str, str] | None = None,
+        batch_questions: int | None = None,
+    ):
+        if threads:
+            torch.set_num_threads(threads)
+        self.model, self.processor = load_model(model)
+        self.max_new_tokens, self.batch_questions = max_new_tokens, batch_questions
+        self._choices = None if choices is None else first_tokens(self.processor.tokenizer, choices)
+
+    def answer(self, asked: list[Asked]) -> list[list[str]]:
+        """Answers to all questions, in the order given; each question is asked alone, without the others."""
+        return [[reply.text for reply in replies] for replies in self.reply(asked)]
+
+    @torch.inference_mode()
+    def reply(self, asked: list[Asked]) -> list[list[Reply]]:
+        """The same, with what the answers took."""
+        start = time.perf_counter()
+        read = self._read_pictures([item.image for item in asked if item.image is not None])
+        reading = (time.perf_counter() - start) / max(sum(len(item.questions) for item in asked), 1)
+        rows, pictures = [], 0
+        for item in asked:
+            owner = None if item.image is None else pictures
+            pictures += item.image is not None
+            rows += [(question, owner) for question in item.questions]
+        replies: list[Reply | None] = [None] * len(rows)
+        for group in self._batches(rows):
+            for index, reply in zip(group, self._generate([rows[i] for i in group], read, reading), strict=True):
+                replies[index] = reply
+        in_order = iter(replies)
+        return [[next(in_order) for _ in item.questions] for item in asked]
+
+    def _read_pictures(self, images: list[bytes]) -> MambaState | None:
+        """The state after each picture, from which all its questions go on: a prompt begins with its picture."""
+        if not images:
+            return None
+        pixels = np.stack([load_pixels(image, self.processor.image_size) for image in images])
+        placeholders = torch.full(
+            (len(images), self.processor.tokens_per_image), self.processor.image_token_id, device=self.model.device
+        )
+        output = self.model(
+            input_ids=placeholders,
+            pixel_values=torch.from_numpy(pixels).to(self.model.device),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.cache_params
+
+    def _batches(self, rows: list[tuple[str, int | None]]) -> Iterator[list[int]]:
+        """Indices of rows to run together: with a picture or without, at most `batch_questions`."""
+        for with_picture in (True, False):
+            chosen = [i for i, (_, owner) in enumerate(rows) if (owner is not None) == with_picture]
+            size = self.batch_questions or max(len(chosen), 1)
+            yield from (chosen[first : first + size] for first in range(0, len(chosen), size))
+
+    def _generate(self, rows: list[tuple[str, int | None]], read: MambaState | None, reading: float) -> list[Reply]:
+        """Replies to questions that all have a picture, given by its index in `read`, or all have none."""
+        start = time.perf_counter()
+        owners = [owner for _, owner in rows if owner is not None]
+        prompts = [self.processor.prompt([Turn("user", question)]) for question, _ in rows]
+        inputs = self.processor.tokenize(prompts).to(self.model.device)
+        state = read.select(torch.tensor(owners, device=self.model.device)) if owners else None
+        first = _FirstLogits(self._choices)
+        ids = self.model.generate(
+            **inputs,
+            **({} if state is None else {"cache_params": state}),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            logits_processor=LogitsProcessorList([first]),
+        )
+        new = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        chances = [None] * len(rows) if first.logits is None else first.logits.softmax(-1)[:, 0].tolist()
+        pictures = self.processor.tokens_per_image if owners else 0
+        lengths = (inputs["attention_mask"].sum(1) + pictures).tolist()
+        seconds = reading + (time.perf_counter() - start) / len(rows)
+        end = self.processor.tokenizer.eos_token_id
+        return [
+            Reply(text.strip(), chance, length, *answer_length(tokens, end), seconds)
+            for text, chance, length, tokens in zip(texts, chances, lengths, new, strict=True)
+        ]
+
+
+class _FirstLogits(LogitsProcessor):
+    """Keeps what the model thinks of some tokens as the first of the answer; changes nothing."""
+
+    def __init__(self, tokens: tuple[int, ...] | None):
+        self._tokens = tokens
+        self.logits: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.logits is None and self._tokens is not None:
+            self.logits = scores[:, list(self._tokens)].float()
+        return scores
+
+
+def first_tokens(tokenizer, choices: tuple[str, str]) -> tuple[int, int]:
+    """The ids with which two answers begin, right after the prompt's last newline.
+
+    Raises:
+        ValueError: they begin alike.
+    """
+    first, second = (tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices)
+    if first == second:
+        raise ValueError(
+            f"the tokenizer begins {choices[0]!r} and {choices[1]!r} with the same token: the first token's "
+            "probability cannot tell them apart"
+        )
+    return first, second
+
+
+def answer_length(tokens: list[int], end: int) -> tuple[int, bool]:
+    """Tokens up to and with the first end token, and whether there is none."""
+    return (tokens.index(end) + 1, False) if end in tokens else (len(tokens), True)

@@ -1,0 +1,89 @@
+"""Which records of a source are used, and how often: its limit, its weight, and numbers for repeated ids.
+
+This happens where records are listed, on one machine, so the choice is the same whatever works on them afterwards.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from itertools import islice
+
+from pipelines.config import SourceBase, SourceConfig
+from pipelines.shuffle import permutation
+from pipelines.sources.source import Record, Source
+
+_BLOCK = 1024  # records among which a share is chosen at a time
+
+
+class Selection:
+    """A source that lists what its config asks for."""
+
+    def __init__(self, source: Source, config: SourceBase):
+        self._source, self._config = source, config
+
+    def records(self) -> Iterator[Record]:
+        """The records once, twice, ... as the weight says, and last the share that its fraction asks for."""
+        whole = int(self._config.weight)
+        for repeat in range(1, whole + 1):
+            yield from self._listed(repeat)
+        fraction = self._config.weight - whole
+        if fraction:
+            yield from share(self._listed(whole + 1), fraction, self._config.label, self._config.seed)
+
+    def read_image(self, location: str) -> bytes:
+        """The picture's file."""
+        return self._source.read_image(location)
+
+    def fingerprint(self) -> str:
+        """That of the source: the recipe's digest stands for the choice."""
+        return self._source.fingerprint()
+
+    def _listed(self, repeat: int) -> Iterator[Record]:
+        """Every record up to the limit, for the nth time."""
+        records = islice(self._source.records(), self._config.limit)
+        if self._config.repeated_ids == "number":
+            records = _numbered(records)
+        for record in records:
+            yield record if repeat == 1 else replace(record, id=f"{record.id}@{repeat}", repeat=repeat)
+
+
+def share(records: Iterable[Record], fraction: float, *key: int | str) -> Iterator[Record]:
+    """A share of the records, in their order: of n records floor(n x fraction), and of every stretch alike.
+
+    Args:
+        records: in a fixed order.
+        fraction: between 0 and 1.
+        key: another one chooses others.
+    """
+    records = iter(records)
+    seen = taken = number = 0
+    while block := list(islice(records, _BLOCK)):
+        seen += len(block)
+        count = int(seen * fraction + 1e-9) - taken  # 0.29 x 100 is a little less than 29
+        chosen = permutation(len(block), *key, number)[:count]
+        yield from (block[i] for i in sorted(chosen.tolist()))
+        taken, number = taken + count, number + 1
+
+
+def _numbered(records: Iterable[Record]) -> Iterator[Record]:
+    times_seen: dict[str, int] = {}
+    for record in records:
+        times = times_seen[record.id] = times_seen.get(record.id, 0) + 1
+        yield record if times == 1 else replace(record, id=f"{record.id}#{times}")
+
+
+_READERS = {
+    "captions": ("pipelines.sources.captions", "Captions"),
+    "easy_vqa": ("pipelines.sources.easy_vqa", "EasyVQA"),
+    "llava": ("pipelines.sources.annotations", "Llava"),
+    "parquet": ("pipelines.sources.parquet", "Parquet"),
+    "questions": ("pipelines.sources.annotations", "Questions"),
+    "webdataset": ("pipelines.sources.webdataset", "WebDataset"),
+}
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The reader of a source config. It lists the records that the config's limit and weight ask for."""
+
+    module, name = _READERS[config.type]
+    return Selection(getattr(import_module(module), name)(config), config)

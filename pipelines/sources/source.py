@@ -1,0 +1,51 @@
+"""What a source is: something that lists records without touching their pictures, and reads a picture on request."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mlmamba.conversation import Turn
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record is set aside: a short stable reason code (see pipelines/validate.py) and the particulars."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation about zero or more pictures, as a source lists it."""
+
+    id: str
+    """Unique in its source."""
+    source: str
+    """Name of the source (its config's `label`)."""
+    images: list[str] = field(default_factory=list)
+    """Locations for the source's `read_image`, in the order in which the turns show them."""
+    turns: list[Turn] = field(default_factory=list)
+    """The conversation."""
+    question_types: list[str] | None = None
+    """One per question, that is per pair of turns, where the source knows; evaluation reports accuracy by them."""
+    problem: Problem | None = None
+    """Set when the source could not make sense of the entry. The record then only goes to the quarantine table."""
+    repeat: int = 1
+    """Which of the times it is that the source's weight lists this record."""
+
+
+class Source(Protocol):
+    """A reader of one source config."""
+
+    def records(self) -> Iterator[Record]:
+        """Every record, always in the same order, without reading pictures. A bad entry is yielded with a problem."""
+
+    def read_image(self, location: str) -> bytes:
+        """The picture's file as it is stored. Raises FileNotFoundError when it is not there."""
+
+    def fingerprint(self) -> str:
+        """A digest that changes when the listed records do, so that a finished data set is known to be out of date."""
+
+
+# type -> (module, class). Imported on use: a source's packages are needed only by those who use it.

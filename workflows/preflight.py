@@ -1,0 +1,275 @@
+"""What the cluster's nodes must have before a workflow starts: the storage folder and the packages.
+
+A folder that only the head sees is a common mistake on a cluster, and shows hours later as a missing file. So every
+node is asked to read a word that the driver wrote into the storage folder, and to write one back.
+"""
+
+import importlib.util
+import json
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from huggingface_hub import hf_hub_download
+from ray.data import DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.manifest import MANIFEST_FILE, Manifest
+from pipelines.storage import delete, exists, join, read_bytes, shown, write_atomic
+from workflows.errors import UsageError, WorkflowError
+from workflows.plan.rows import count_rows
+from workflows.plan.train import GIB, disk_of, meta_model
+from workflows.recipe.evaluate import EvaluateRecipe
+from workflows.recipe.model import ModelRecipe
+from workflows.recipe.schema import Recipe
+from workflows.recipe.train import TrainRecipe
+from workflows.storage.layout import Layout
+from workflows.storage.remote import CACHE, is_remote, place
+from workflows.train.initial import image_tokens, locate
+
+_NEEDED = ("torch", "transformers", "timm", "pyarrow", "deepspeed", "mlflow", "safetensors")
+_WAIT = 180.0
+"""Seconds for the nodes to answer; starting a process there takes a few."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one node sees."""
+
+    host: str
+    problem: str
+
+
+def check_nodes(storage: Path) -> None:
+    """See that every node that can work sees the storage folder and has the packages.
+
+    Raises:
+        WorkflowError: says which node lacks what.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
+    if workers := [node for node in nodes if node["Resources"].get("CPU", 0) > 0]:
+        _check_storage(workers, place(storage))
+
+
+def check_this_node(wanted: EvaluateRecipe) -> None:
+    """See that this node can score a model by itself, as it must where storage is an object store.
+
+    Raises:
+        UsageError: it lacks CPUs or GPUs.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    (here,) = [node["Resources"] for node in ray.nodes() if node["NodeID"] == own]
+    needs = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
+    lacking = [f"{needs[name]:g} {name}s" for name in needs if here.get(name, 0) < needs[name]]
+    if lacking:
+        raise UsageError(
+            "with storage in an object store the node that runs the workflow evaluates by itself, and it has not the "
+            f"{' and '.join(lacking)} of evaluate.cpus_per_worker and gpus_per_worker: use `mlmamba train` and then "
+            "evaluate the model elsewhere, or a storage folder that all nodes share"
+        )
+
+
+@contextmanager
+def where_files_meet(storage: Path) -> Iterator[None]:
+    """Ray Data's tasks of the block run where files that they write come together: with storage in an object store on
+    the node of this process, else anywhere."""
+    if not is_remote(place(storage)):
+        yield
+        return
+    context, own = DataContext.get_current(), ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(own, soft=False)
+    before = context.scheduling_strategy, context.scheduling_strategy_large_args
+    _schedule(context, here, here)
+    try:
+        yield
+    finally:
+        _schedule(context, *before)
+
+
+def _schedule(context: DataContext, strategy, strategy_large_args) -> None:
+    with (
+        warnings.catch_warnings()
+    ):  # from 2027 on Ray wants it said at every map instead, which is not ours to say here
+        warnings.simplefilter("ignore")
+        context.scheduling_strategy = strategy
+        context.scheduling_strategy_large_args = strategy_large_args
+
+
+def _check_storage(nodes: list[dict], storage: str) -> None:
+    word = uuid.uuid4().hex
+    name = f".seen-{word}"
+    file = join(storage, name)
+    write_atomic(file, word.encode())
+    try:
+        asked = {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[_look.options(scheduling_strategy=there).remote(storage, name, word)] = node
+        ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT)
+        problems = [f"{asked[each]['NodeManagerHostname']} did not answer within {_WAIT:.0f} s" for each in silent]
+        for each in ready:
+            try:
+                answer = ray.get(each)
+            except ray.exceptions.RayError as error:
+                host, last = asked[each]["NodeManagerHostname"], str(error).strip().splitlines()[-1]
+                problems.append(f"{host} cannot run this code ({last}): start with `mlmamba submit`, which ships it")
+                continue
+            if answer.problem:
+                problems.append(f"{answer.host} {answer.problem}")
+            elif not exists(join(storage, f"{name}.{asked[each]['NodeID']}")):
+                where = shown(storage)
+                problems.append(f"{answer.host} has another folder at {where}: what it wrote there is not seen here")
+    finally:
+        for left in (name, *(f"{name}.{node['NodeID']}" for node in nodes)):
+            with suppress(OSError):
+                delete(join(storage, left))
+    if problems:
+        wanted = (
+            "need credentials for the object store in --storage"
+            if is_remote(storage)
+            else "must share the folder in --storage, such as a network file system"
+        )
+        raise WorkflowError(
+            f"{len(problems)} of {len(nodes)} other nodes cannot take part: {'; '.join(sorted(problems))}. All nodes "
+            f"{wanted}, and need the packages"
+        )
+
+
+@ray.remote(num_cpus=0, max_retries=1)
+def _look(storage: str, name: str, word: str) -> Answer:
+    """Runs on a node: read the driver's word and leave an answer."""
+    host, where = ray.util.get_node_ip_address(), shown(storage)
+    try:
+        seen = read_bytes(join(storage, name)).decode()
+        write_atomic(join(storage, f"{name}.{ray.get_runtime_context().get_node_id()}"), word.encode())
+    except FileNotFoundError:
+        return Answer(host, f"does not see {where}, or has another folder there")
+    except OSError as error:
+        return Answer(host, f"cannot write to {where} ({error.strerror or error})")
+    if seen != word:
+        return Answer(host, f"sees something else in {where}")
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    return Answer(host, f"lacks the packages {', '.join(missing)}" if missing else "")
+
+
+_TOWER_FROM_TIMM = ("hub", "random")
+
+
+def check_weights(model: ModelRecipe) -> None:
+    """Raise UsageError when a file, folder or hub name is not there, or the language model has another size.
+
+    Of a model on the hub only its config.json is fetched.
+    """
+    for i, tower in enumerate(model.vision.towers):
+        if tower.weights not in _TOWER_FROM_TIMM and not Path(locate(tower.weights)).exists():
+            raise UsageError(f"model.vision.towers.{i}.weights: there is no file {tower.weights}")
+    weights = model.text.weights
+    if weights == "random":
+        return
+    config = _config(weights)
+    own = config.get("text_config", config)
+    for name, other in (("hidden_size", "d_model"), ("num_hidden_layers", "n_layer")):
+        found, wanted = own.get(name, own.get(other)), getattr(model.text, name)
+        if found is None:
+            raise UsageError(
+                f"model.text.weights: {weights} is no Mamba-2 language model: it has no {name} and no {other}"
+            )
+        if found != wanted:
+            raise UsageError(
+                f"model.text: {weights} has {name} {found}, the recipe says {wanted}; set it to the checkpoint's, or "
+                "model.preset to its size"
+            )
+
+
+def _config(weights: str) -> dict:
+    """config.json of a folder or hub name."""
+    try:
+        local = Path(weights).is_dir() or Path(weights).is_absolute() or len(Path(weights).parts) > 2
+        file = Path(weights) / "config.json" if local else Path(hf_hub_download(weights, "config.json"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(
+            f"model.text.weights: cannot load {weights}: give a folder with config.json, or the name of a model that "
+            f"the hub has and this machine reaches ({reason[0]})"
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"model.text.weights: {weights}: config.json is not a mapping")
+    return content
+
+
+def check_room(recipe: Recipe, layout: Layout, note: Callable[[str], None]) -> None:
+    """Raise WorkflowError when not even the models fit; tell when checkpoints and data may not.
+
+    Only of a workflow that has not begun: of another, part of it is there. An object store has room, its copies on this
+    machine's disk need some.
+    """
+    if layout.initial.exists():
+        return
+    remote = is_remote(place(layout.storage))
+    free = shutil.disk_usage(layout.storage).free
+    _, sizes, _ = meta_model(recipe, layout)
+    tokens, data = image_tokens(recipe.model), {}
+    for stage in recipe.train.stages:
+        folder = layout.data[stage.name]
+        data[folder] = count_rows(recipe.data_of(stage), folder, tokens, {}).bytes or 0
+        data[folder] *= not (remote or (folder / MANIFEST_FILE).exists())  # else it takes no room here, or no more
+    disk = disk_of(recipe.train, sizes, data)
+    certain, likely = disk["models"] + disk["registered"], disk["total"]
+    text = f"{layout.storage} has {free / GIB:.1f} GiB free"
+    if free < certain:
+        raise WorkflowError(
+            f"{text}, the models of this recipe alone take {certain / GIB:.1f} GiB: make room, or choose another "
+            f"{CACHE if remote else '--storage'} (`mlmamba train RECIPE --dry-run` lists what takes how much)"
+        )
+    if free < likely:
+        note(f"{text}, this workflow may take {likely / GIB:.1f} GiB (`--dry-run` lists what)")
+
+
+def check_cluster(recipe: Recipe) -> None:
+    """Raise WorkflowError when the cluster that Ray is connected to can never hold the workers."""
+    check_fit(recipe.train, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def check_fit(train: TrainRecipe, nodes: list[dict[str, float]]) -> None:
+    """Raise WorkflowError when nodes with these resources can never hold the workers."""
+    each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
+    for kind, amount in each.items():
+        there = sum(node.get(kind, 0) for node in nodes)
+        if train.workers * amount > there:
+            raise WorkflowError(
+                f"training wants {train.workers} workers x {amount} {kind}, the cluster has {there:g} {kind}: "
+                "lower train.workers, or add nodes"
+            )
+    fit = sum(min(int(node.get(kind, 0) // amount) for kind, amount in each.items() if amount) for node in nodes)
+    if fit < train.workers:
+        wants = " and ".join(f"{amount} {kind}" for kind, amount in each.items() if amount)
+        raise WorkflowError(
+            f"training wants {train.workers} workers with {wants} each, the cluster's {len(nodes)} nodes hold {fit} of "
+            "them (a worker does not span nodes): lower train.cpus_per_worker or train.workers, or add nodes"
+        )
+
+
+def check_stages(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
+    """Raise WorkflowError when a stage cannot be trained on its data; `manifests` are by stage."""
+    train = recipe.train
+    for stage in train.stages:
+        splits = manifests[stage.name].splits
+        rows = splits["train"].rows
+        if rows < stage.batch_rows:
+            raise WorkflowError(
+                f"stage {stage.name}: one step takes {stage.batch_rows} packed rows, its data set has {rows}: lower "
+                "batch_rows, or prepare more data"
+            )
+        for field in ("validate_every", "sample_every"):
+            if getattr(train, field) and "validation" not in splits:
+                raise WorkflowError(
+                    f"train.{field} is set, but the data of stage {stage.name} has no validation split: give "
+                    f"data.validation sources, or take train.{field} out"
+                )

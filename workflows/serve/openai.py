@@ -1,0 +1,301 @@
+"""The request of POST /v1/chat/completions, the part of OpenAI's API that is served.
+
+A field that would change the answer and is not served is an error when it asks for something and passes when it does
+not (`"tools": []`). Fields unknown to both are ignored, as clients send many. Types are never converted: "0.5" is
+not a number.
+"""
+
+import time
+import traceback
+import uuid
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from workflows.registry import ResolvedModel
+from workflows.serve.sampling import Answer, Delta, TokenLogprob
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong and what to do about it.
+        param: the field of the request that is meant, such as `messages[1].content`.
+        code: short stable name of the error.
+        retry_after: seconds after which to try again.
+        extra: further headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        extra: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.extra = extra or {}
+
+    @property
+    def type(self) -> str:
+        """OpenAI's name for the kind of error, from the status."""
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def body(self) -> dict:
+        """The response body."""
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Headers beside it."""
+        retry = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return {**retry, **self.extra}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400."""
+    return ApiError(400, message, param, code)
+
+
+def without_message(error: BaseException) -> str:
+    """An error for the log: its type and where it was raised. Its message could repeat what was asked."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
+
+
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI sends this
+
+
+def model_id(source: ResolvedModel) -> str:
+    """The name under which clients ask for a model; stays the same from version to version."""
+    return source.name or source.folder.name
+
+
+def model_entry(source: ResolvedModel, since: int, name: str | None = None) -> dict[str, Any]:
+    """An entry of /v1/models."""
+    entry = {"id": name or model_id(source), "object": "model", "created": since, "owned_by": "mlmamba"}
+    return entry | {"version": source.version, "run_id": source.run_id, "label": source.label}
+
+
+class Completion:
+    """One chat completion: what its response, or every event of its stream, has in common.
+
+    `system_fingerprint` is the label (name/version) of the model that answers.
+    """
+
+    def __init__(self, source: ResolvedModel, reports: bool):
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._source, self._reports = source, reports
+
+    def whole(self, answers: list[Answer]) -> dict[str, Any]:
+        """The response body. finish_reason is "stop" where the model or a stop string ended the answer, "length" where
+        max_tokens did."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": self._logprobs(answer.logprobs or ()),
+                "finish_reason": answer.finish_reason,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return self._common("chat.completion") | {"choices": choices, "usage": usage(answers)}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first event of a choice."""
+        return self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None)
+
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        """An event with more of a choice."""
+        return self._chunk(index, {"content": delta.text}, None, delta.logprobs)
+
+    def closing(self, index: int, answer: Answer) -> dict[str, Any]:
+        """The last event of a choice."""
+        return self._chunk(index, {}, answer.finish_reason)
+
+    def totals(self, answers: list[Answer]) -> dict[str, Any]:
+        """The last event of a stream with `include_usage`."""
+        return self._common("chat.completion.chunk") | {"choices": [], "usage": usage(answers)}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], reason: str | None, reports: Iterable[TokenLogprob] = ()
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(reports) if reports else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self._common("chat.completion.chunk") | {"choices": [choice]}
+
+    def _common(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": model_id(self._source),
+            "system_fingerprint": self._source.label,
+        }
+
+    def _logprobs(self, reports: Iterable[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._reports:
+            return None
+        entries = []
+        for report in reports:
+            top = [_entry(data, logprob) for data, logprob in report.top]
+            entries.append(_entry(report.data, report.logprob) | {"top_logprobs": top})
+        return {"content": entries, "refusal": None}
+
+
+def usage(answers: list[Answer]) -> dict[str, int]:
+    """Token counts of the answers to one prompt; a picture counts with all its placeholders, an answer with its end."""
+    prompt, made = answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+
+def _entry(data: bytes, logprob: float) -> dict[str, Any]:
+    token = data.decode("utf-8", "replace")
+    return {"token": token, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(data)}
+
+
+LONGEST_STOP, MOST_LOGPROBS = 256, 20
+# field -> values that ask for nothing; None always does.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+}
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class ImageUrl(_Form):
+    """Where a picture is: a data: URI, or an address where the server fetches pictures."""
+
+    url: str
+
+
+class Part(_Form):
+    """One part of a message: text or a picture."""
+
+    type: str
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.type not in ("text", "image_url"):
+            text = f"parts of type {self.type!r} are not supported; send text and image_url parts"
+            raise PydanticCustomError("unsupported", "{text}", {"text": text})
+        if getattr(self, self.type) is None:
+            text = f"a part of type {self.type} needs the field {self.type}"
+            raise PydanticCustomError("missing", "{text}", {"text": text})
+        return self
+
+
+def _as_parts(content: Any) -> Any:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise PydanticCustomError("content_type", "content must be a string or a list of parts")
+    return content
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class Message(_Form):
+    """One message; text alone is one text part."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_as_parts)]
+
+
+class StreamOptions(_Form):
+    """What a stream tells besides the answer."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(_Form):
+    """A chat completion request. Without a temperature the answer is greedy."""
+
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]] | None, BeforeValidator(_as_list)
+    ] = Field(None, max_length=4)
+    n: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        for name, neutral in _UNSUPPORTED.items() if isinstance(data, dict) else ():
+            value = data.get(name)
+            if value is not None and not any(type(value) is type(v) and value == v for v in neutral):
+                text = f"{name} is not supported by this server; leave it out"
+                raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": name})
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        # 0 is what some clients send beside logprobs: false.
+        if self.top_logprobs and not self.logprobs:
+            text = "top_logprobs: set logprobs to true to get them"
+            raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": "top_logprobs"})
+        if self.stream_options is not None and not self.stream:
+            text = "stream_options: only for a request with stream set to true"
+            raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": "stream_options"})
+        return self
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """A request from its body.
+
+    Raises:
+        ApiError: 400 naming the first field that is wrong.
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+    raise _explain(first)
+
+
+def _explain(error: Any) -> ApiError:
+    if error["type"] == "json_invalid":
+        return bad_request(f"the body is not JSON: {error['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
+    param = error.get("ctx", {}).get("param") or _path(error["loc"])
+    message = error["msg"] if error["type"] == "unsupported" else f"{param or 'the body'}: {error['msg']}"
+    return bad_request(message, param, "unsupported" if error["type"] == "unsupported" else "invalid_value")
+
+
+def _path(location: tuple[int | str, ...]) -> str | None:
+    """("messages", 1, "content") -> messages[1].content"""
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    return path.removeprefix(".") or None

@@ -1,0 +1,1 @@
+"""A workflow's MLflow run, and the journal that it is fed from."""

@@ -1,0 +1,110 @@
+"""The DeepSpeed engine of a stage: what it is told, and the optimizer that it gets."""
+
+import math
+
+import deepspeed
+import deepspeed.ops
+import torch
+from torch import nn
+
+from workflows.recipe.train import StageRecipe, TrainRecipe
+from workflows.train.saver import MemoryEngine
+
+# DeepSpeed would compile this extension on first use on a CPU: a minute, a compiler, and it serves only inference.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that clips and measures the gradient as ZeRO's optimizers do, for plain data parallel training.
+
+    There DeepSpeed would clip without keeping the norm, and apply a gradient that is not finite. It looks for both by
+    the names `_global_grad_norm` and `overflow`.
+    """
+
+    def __init__(self, groups: list[dict], clip: float, **options):
+        super().__init__(groups, **options)
+        self._clip = clip or math.inf
+        self._global_grad_norm = 0.0
+        self.overflow = False
+
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._global_grad_norm = nn.utils.clip_grad_norm_(parameters, self._clip)
+        self.overflow = not bool(torch.isfinite(self._global_grad_norm))
+        return None if self.overflow else super().step(closure)
+
+
+def start_engine(model: nn.Module, stage: StageRecipe, train: TrainRecipe, steps: int):
+    """Hand a model with its parts frozen to DeepSpeed. Returns the engine."""
+    groups, options = parameter_groups(model, stage), {"betas": (0.9, 0.98), "eps": 1e-8}
+    if train.zero_stage:
+        optimizer = torch.optim.AdamW(groups, **options)
+    else:
+        optimizer = ClippedAdamW(groups, stage.clip, **options)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=schedule(stage, optimizer, steps),
+        config=deepspeed_config(stage, train),
+    )
+    MemoryEngine().attach(engine)
+    return engine
+
+
+def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
+    """DeepSpeed's JSON for a stage. The optimizer is ours, so that its parameter groups are.
+
+    bf16 means autocast over float32 weights: DeepSpeed's own bf16 mode would also round A_log, dt_bias and D.
+    """
+    zero: dict = {"stage": train.zero_stage, "overlap_comm": False}
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if train.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": stage.micro_batch_rows,
+        "gradient_accumulation_steps": stage.batch_rows // (train.workers * stage.micro_batch_rows),
+        "gradient_clipping": stage.clip if train.zero_stage else 0.0,  # ClippedAdamW does it
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+NO_DECAY_SUFFIXES = ("A_log", "dt_bias", "D")
+
+
+def parameter_groups(model: nn.Module, stage: StageRecipe) -> list[dict]:
+    """AdamW groups, up to two for each part that trains: with its learning rate, and decay on matrices only.
+
+    None on biases, norms, A_log, dt_bias and D. The key `part` says whose group it is.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim < 2 or name.endswith(NO_DECAY_SUFFIXES)
+            groups.setdefault((name.split(".")[0], exempt), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": stage.learning_rates.get(part, stage.learning_rate),
+            "weight_decay": 0.0 if exempt else stage.weight_decay,
+            "part": part,
+        }
+        for (part, exempt), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def schedule(stage: StageRecipe, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then cosine to zero, of every group's own peak."""
+    warm = math.ceil(stage.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

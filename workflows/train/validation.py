@@ -1,0 +1,140 @@
+"""The loss on the validation split, while a stage trains."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from mlmamba.conversation import IGNORE_INDEX
+from mlmamba.pictures import load_pixels
+from pipelines.reader import PackedDataset, PackedRow
+from workflows.train.step import batch_maker, to_device
+
+
+class HeldOut:
+    """Measures the mean loss per token over the first rows of the validation split; collective calls.
+
+    Args:
+        data: folder of the data set.
+        rows: how many rows at most.
+        micro_batch_rows: rows that one worker runs at once.
+    """
+
+    def __init__(self, data: str, rows: int, micro_batch_rows: int, pad_id: int, image_size: int):
+        dataset = PackedDataset(data, "validation")
+        self._rows = min(rows, len(dataset))
+        self._micro = micro_batch_rows
+        self._make = batch_maker(dataset, micro_batch_rows, pad_id, image_size)
+
+    def loss(self, engine, rank: int, world: int) -> float:
+        """Mean loss per loss token. All ranks run equally many batches, as ZeRO-3 wants it."""
+        per_pass = world * self._micro
+        sums = torch.zeros(2, device=engine.device, dtype=torch.float64)
+        engine.eval()
+        with torch.no_grad():
+            for first in range(0, self._rows, per_pass):
+                mine = range(first + rank * self._micro, first + (rank + 1) * self._micro)
+                (batch,) = self._make([min(row, self._rows - 1) for row in mine])
+                inputs, _ = to_device(batch, engine.device)
+                for place, row in enumerate(mine):
+                    if row >= self._rows:  # a row more than there are stands in for it, and does not count
+                        inputs["labels"][place] = IGNORE_INDEX
+                # A label at the start of a sequence has no token before it that could predict it.
+                labels, sequences = inputs["labels"], inputs["seq_idx"]
+                counted = (labels[:, 1:] != IGNORE_INDEX) & (sequences[:, 1:] == sequences[:, :-1])
+                one = torch.ones((), device=engine.device)
+                total = engine(**inputs, num_items_in_batch=one, logits_to_keep=1, use_cache=False).loss
+                sums += torch.stack([total.double(), counted.sum().double()])
+        engine.train()
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1].clamp(min=1)).item()
+
+
+@dataclass(frozen=True)
+class Question:
+    """The first question of a packed sample, and its answer, as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+    images: list[bytes]
+
+
+class Samples:
+    """Greedy answers to the same questions each time; every rank computes them, as ZeRO-3 wants it.
+
+    A whole forward pass for every token, without a recurrent state: slower than `generate`, but it runs through the
+    engine however the parameters are sharded. Questions are few and answers short.
+
+    Args:
+        data: folder of the data set.
+        model: folder with the tokenizer.
+        count: questions at most.
+        tokens: longest answer.
+    """
+
+    def __init__(self, data: str, model: str, count: int, tokens: int, image_token_id: int, image_size: int):
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._tokens, self._image_token_id, self._image_size = tokens, image_token_id, image_size
+        self._questions = _first_questions(PackedDataset(data, "validation"), count)
+
+    def answers(self, engine) -> list[dict]:
+        """`question`, `answer` (the right one) and `prediction` of each."""
+        engine.eval()
+        rows = []
+        with torch.no_grad():
+            for question in self._questions:
+                rows.append(
+                    {
+                        "question": self._text([i for i in question.prompt if i != self._image_token_id]),
+                        "answer": self._text(question.answer),
+                        "prediction": self._text(self._predict(engine, question)),
+                    }
+                )
+        engine.train()
+        return rows
+
+    def _predict(self, engine, question: Question) -> list[int]:
+        ids = torch.tensor([question.prompt], device=engine.device)
+        inputs = {}
+        if question.images:
+            pixels = np.stack([load_pixels(image, self._image_size) for image in question.images])
+            inputs["pixel_values"] = torch.from_numpy(pixels).to(engine.device)
+        for _ in range(self._tokens):  # always as many, so that no rank waits for another in a gather
+            scores = engine(input_ids=ids, **inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+            scores[:, self._image_token_id] = -torch.inf  # a placeholder is input only
+            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+        said = ids[0, len(question.prompt) :].tolist()
+        end = self._tokenizer.eos_token_id
+        return said[: said.index(end)] if end in said else said
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _first_questions(dataset: PackedDataset, count: int) -> list[Question]:
+    found: list[Question] = []
+    for index in range(len(dataset)):
+        row = dataset[index]
+        for sample in range(len(row.sample_ids)):
+            if len(found) == count:
+                return found
+            question = _question(row, sample)
+            if question is not None:
+                found.append(question)
+    return found
+
+
+def _question(row: PackedRow, sample: int) -> Question | None:
+    """What comes before the first labelled run of a sample, and that run; None for a sample without either."""
+    places = np.flatnonzero(row.seq_idx == sample)
+    labelled = row.labels[places] != IGNORE_INDEX
+    if not labelled.any() or labelled[0]:
+        return None
+    first = int(labelled.argmax())
+    run = labelled[first:]
+    last = first + (int((~run).argmax()) if not run.all() else len(run))
+    start, end = places[0], places[first]
+    images = [image for image, at in zip(row.images, row.image_positions, strict=True) if start <= at < end]
+    return Question(row.input_ids[places[:first]].tolist(), row.input_ids[places[first:last]].tolist(), images)
