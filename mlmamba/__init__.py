@@ -1,11 +1,11 @@
 """mlmamba: the ML-Mamba model library (arXiv 2407.19832) on torch, transformers and timm.
 
-To ask a saved model about a picture:
+To ask a saved model about an image:
 
     import mlmamba
 
     model, processor = mlmamba.load_model("model-folder")
-    question = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is in the picture?"}]
+    question = [{"type": "image", "path": "image.png"}, {"type": "text", "text": "What is in the image?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True, return_dict=True
     ).to(model.device)

@@ -1,4 +1,4 @@
-"""A model that answers batches of questions about pictures: each picture is read once for all its questions."""
+"""A model that answers batches of questions about images: each image is read once for all its questions."""
 
 import time
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mlmamba.conversation import Turn
+from mlmamba.images import load_pixels
 from mlmamba.loading import load_model
-from mlmamba.pictures import load_pixels
 from mlmamba.state import MambaState
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One picture's encoded bytes (None for text only) and its questions."""
+    """One image's encoded bytes (None for text only) and its questions."""
 
     image: bytes | None
     questions: list[str]
@@ -76,12 +76,12 @@ class Answerer:
     def reply(self, asked: list[Asked]) -> list[list[Reply]]:
         """The same, with what the answers took."""
         start = time.perf_counter()
-        read = self._read_pictures([item.image for item in asked if item.image is not None])
+        read = self._read_images([item.image for item in asked if item.image is not None])
         reading = (time.perf_counter() - start) / max(sum(len(item.questions) for item in asked), 1)
-        rows, pictures = [], 0
+        rows, shown = [], 0
         for item in asked:
-            owner = None if item.image is None else pictures
-            pictures += item.image is not None
+            owner = None if item.image is None else shown
+            shown += item.image is not None
             rows += [(question, owner) for question in item.questions]
         replies: list[Reply | None] = [None] * len(rows)
         for group in self._batches(rows):
@@ -90,8 +90,8 @@ class Answerer:
         in_order = iter(replies)
         return [[next(in_order) for _ in item.questions] for item in asked]
 
-    def _read_pictures(self, images: list[bytes]) -> MambaState | None:
-        """The state after each picture, from which all its questions go on: a prompt begins with its picture."""
+    def _read_images(self, images: list[bytes]) -> MambaState | None:
+        """The state after each image, from which all its questions go on: a prompt begins with its image."""
         if not images:
             return None
         pixels = np.stack([load_pixels(image, self.processor.image_size) for image in images])
@@ -107,14 +107,14 @@ class Answerer:
         return output.cache_params
 
     def _batches(self, rows: list[tuple[str, int | None]]) -> Iterator[list[int]]:
-        """Indices of rows to run together: with a picture or without, at most `batch_questions`."""
-        for with_picture in (True, False):
-            chosen = [i for i, (_, owner) in enumerate(rows) if (owner is not None) == with_picture]
+        """Indices of rows to run together: with an image or without, at most `batch_questions`."""
+        for with_image in (True, False):
+            chosen = [i for i, (_, owner) in enumerate(rows) if (owner is not None) == with_image]
             size = self.batch_questions or max(len(chosen), 1)
             yield from (chosen[first : first + size] for first in range(0, len(chosen), size))
 
     def _generate(self, rows: list[tuple[str, int | None]], read: MambaState | None, reading: float) -> list[Reply]:
-        """Replies to questions that all have a picture, given by its index in `read`, or all have none."""
+        """Replies to questions that all have an image, given by its index in `read`, or all have none."""
         start = time.perf_counter()
         owners = [owner for _, owner in rows if owner is not None]
         prompts = [self.processor.prompt([Turn("user", question)]) for question, _ in rows]
@@ -132,8 +132,8 @@ class Answerer:
         new = ids[:, inputs["input_ids"].shape[1] :].tolist()
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         chances = [None] * len(rows) if first.logits is None else first.logits.softmax(-1)[:, 0].tolist()
-        pictures = self.processor.tokens_per_image if owners else 0
-        lengths = (inputs["attention_mask"].sum(1) + pictures).tolist()
+        image_tokens = self.processor.tokens_per_image if owners else 0
+        lengths = (inputs["attention_mask"].sum(1) + image_tokens).tolist()
         seconds = reading + (time.perf_counter() - start) / len(rows)
         end = self.processor.tokenizer.eos_token_id
         return [

@@ -2,7 +2,7 @@
 
 It renders a chat as `render` renders its turns, so that training and every server see the same tokens
 (tests/unit/test_chat_template.py). What the format has no place for is an error, as in `check_turns`: roles out of
-order, empty messages, pictures of the assistant, tools. As in the HTTP server, system messages become the first
+order, empty messages, images of the assistant, tools. As in the HTTP server, system messages become the first
 paragraphs of the first question, and a message of several texts has one line for each.
 
 The template marks answers as `generation`, so `return_assistant_tokens_mask=True` gives the positions that have labels.
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = r"""
     {%- set content.text = content.text | trim -%}
   {%- endif -%}
   {%- if content.images and role != 'user' -%}
-    {{- raise_exception('a message of the ' ~ role ~ ' shows pictures; only users show pictures') -}}
+    {{- raise_exception('a message of the ' ~ role ~ ' shows images; only users show images') -}}
   {%- endif -%}
 
   {%- if role in ['system', 'developer'] and chat.turn == 0 -%}

@@ -1,6 +1,6 @@
 """Checks of what the model is given: every error says what came and what was expected; nothing is cut or ignored.
 
-Shapes: b batch, l length, n pictures, N tokens per picture, d language width.
+Shapes: b batch, l length, n images, N tokens per image, d language width.
 """
 
 import torch
@@ -62,26 +62,24 @@ def check_text(
     return rows, length
 
 
-def check_pictures(
-    input_ids: Tensor | None, pixel_values: Tensor | None, image_features: Tensor | None, config
-) -> None:
-    """Check the picture inputs, but for the pixels themselves, which the encoder checks.
+def check_images(input_ids: Tensor | None, pixel_values: Tensor | None, image_features: Tensor | None, config) -> None:
+    """Check the image inputs, but for the pixels themselves, which the encoder checks.
 
     Raises:
-        ValueError: pictures are given twice or beside embeddings, or the features are not (n, N, d) or (k, d).
+        ValueError: images are given twice or beside embeddings, or the features are not (n, N, d) or (k, d).
     """
     given = [name for name, t in (("pixel_values", pixel_values), ("image_features", image_features)) if t is not None]
     if len(given) == 2:
-        raise ValueError("both pixel_values and image_features are given; give the pictures one way")
+        raise ValueError("both pixel_values and image_features are given; give the images one way")
     if given and input_ids is None:
-        raise ValueError(f"{given[0]} is given with inputs_embeds, which hold the pictures already; give input_ids")
+        raise ValueError(f"{given[0]} is given with inputs_embeds, which hold the images already; give input_ids")
     if image_features is None:
         return
     width = config.text_config.hidden_size
     fits = image_features.ndim in (2, 3) and image_features.shape[-1] == width and image_features.is_floating_point()
     if not fits:
         raise ValueError(
-            f"image_features is {describe(image_features)}; expected floats (pictures, tokens, {width}) "
+            f"image_features is {describe(image_features)}; expected floats (images, tokens, {width}) "
             f"as from get_image_features, or (placeholders, {width})"
         )
 
@@ -130,7 +128,7 @@ def check_prompts(input_ids: Tensor | None, attention_mask: Tensor | None, limit
         ValueError: there is no prompt, one is empty, or one is over the limit.
     """
     if input_ids is None:
-        raise ValueError("generate needs input_ids, with the pictures as pixel_values or image_features")
+        raise ValueError("generate needs input_ids, with the images as pixel_values or image_features")
     if input_ids.ndim != 2 or not _whole(input_ids):
         raise ValueError(f"input_ids is {describe(input_ids)}; expected integers (batch, length)")
     if not input_ids.numel():

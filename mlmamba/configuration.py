@@ -15,7 +15,7 @@ class VisionConfig(PreTrainedConfig):
             (a ViT) takes `block`, the block whose output is used; -2, the second to last, is what the released code
             takes (the papers do not say). A model of feature maps takes `stages`, the indices of the maps to use;
             shallow maps keep colour, deep maps keep shape.
-        image_size: side in pixels of the square picture that every tower gets.
+        image_size: side in pixels of the square image that every tower gets.
         grid: side of the feature grid in cells. Feature maps are resized to it and need it. Patches fix their grid:
             where all towers give patches it may be left out, and else it must be theirs.
     """
@@ -60,7 +60,7 @@ class MLMambaConfig(PreTrainedConfig):
 
     Args:
         text_config, vision_config, connector_config: the three parts, as objects or dicts.
-        image_token_id: id of the placeholder that stands for one feature vector of a picture. For GPT-NeoX it is
+        image_token_id: id of the placeholder that stands for one feature vector of an image. For GPT-NeoX it is
             50277, the first of the unused rows that pad the embedding to 50,288.
         max_position_embeddings: longest sequence in tokens that the model was trained on; longer prompts are an error.
     """

@@ -59,7 +59,7 @@ def build_connector(width: int, out: int, config) -> Connector:
 
 
 def tokens_per_image(config) -> int:
-    """How many placeholders one picture takes in a prompt of an MLMambaConfig's model; allocates no weights.
+    """How many placeholders one image takes in a prompt of an MLMambaConfig's model; allocates no weights.
 
     Raises:
         ValueError: unknown connector, or encoders that cannot be built or do not fit together.

@@ -4,9 +4,9 @@ One turn of the user followed by one of the assistant reads
 
     {images}<|user|>\\n{message}<|endoftext|>\\n<|assistant|>\\n{answer}<|endoftext|>
 
-and every later user turn starts with one more newline. There is no system prompt and no BOS. The pictures of a turn
+and every later user turn starts with one more newline. There is no system prompt and no BOS. The images of a turn
 stand before its text: a recurrent model has to see the context before the question (reference: Cobra table 7, where
-context after the question costs 15 points). The first turn's pictures therefore open the sequence, as in the paper.
+context after the question costs 15 points). The first turn's images therefore open the sequence, as in the paper.
 
 Training tokenizes turn by turn. Inference tokenizes the rendered string as one. Both give the same ids because every
 user segment ends in special text and messages are stripped (tests/unit/test_conversation.py, on the real GPT-NeoX
@@ -23,7 +23,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `role` is "user" or "assistant"; `images` counts the pictures shown with it (user turns only)."""
+    """One message. `role` is "user" or "assistant"; `images` counts the images shown with it (user turns only)."""
 
     role: str
     text: str
@@ -35,7 +35,7 @@ class EncodedConversation:
     """Token ids of one conversation.
 
     `labels` repeats `input_ids` on assistant text and its end token and is IGNORE_INDEX elsewhere. `image_positions`
-    holds the index of the first token of each picture. `turn_ends` holds, for every assistant turn, the length of the
+    holds the index of the first token of each image. `turn_ends` holds, for every assistant turn, the length of the
     conversation up to and including it, which is where a too long conversation may be cut.
     """
 
@@ -53,11 +53,11 @@ def clean(text: str) -> str:
 
 
 def render_turn(turn: Turn, first: bool, eos: str, tokens_per_image: int = 1) -> str:
-    """Text of one turn, each picture as `tokens_per_image` placeholders."""
+    """Text of one turn, each image as `tokens_per_image` placeholders."""
     text = clean(turn.text)
     if turn.role == "user":
-        pictures = IMAGE_TOKEN * (tokens_per_image * turn.images)
-        return f"{'' if first else chr(10)}{pictures}{USER}\n{text}{eos}\n{ASSISTANT}\n"
+        images = IMAGE_TOKEN * (tokens_per_image * turn.images)
+        return f"{'' if first else chr(10)}{images}{USER}\n{text}{eos}\n{ASSISTANT}\n"
     return f"{text}{eos}"
 
 
@@ -77,7 +77,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
         if not clean(turn.text):
             raise ValueError(f"turn {i} ({turn.role}) is empty")
         if turn.images and turn.role != "user":
-            raise ValueError(f"turn {i} is the assistant's but has {turn.images} pictures; only users show pictures")
+            raise ValueError(f"turn {i} is the assistant's but has {turn.images} images; only users show images")
 
 
 def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedConversation:
@@ -86,7 +86,7 @@ def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedCo
     Args:
         tokenizer: a transformers tokenizer with an `eos_token` and a single id for IMAGE_TOKEN.
         turns: alternating user and assistant turns.
-        tokens_per_image: length of one picture's placeholder run.
+        tokens_per_image: length of one image's placeholder run.
 
     Raises:
         ValueError: the turns break the rules of `check_turns`.
@@ -96,7 +96,7 @@ def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedCo
     ids, labels, positions, ends = [], [], [], []
     for i, turn in enumerate(turns):
         text = render_turn(Turn(turn.role, turn.text), i == 0, tokenizer.eos_token)
-        if turn.images and i:  # the newline that opens a later user turn stands before its pictures
+        if turn.images and i:  # the newline that opens a later user turn stands before its images
             text = text[1:]
             ids += tokenizer("\n", add_special_tokens=False)["input_ids"]
             labels += [IGNORE_INDEX] * (len(ids) - len(labels))

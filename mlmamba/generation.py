@@ -1,7 +1,7 @@
-"""How `generate` drives the model: state in place of a key-value cache, pictures that belong to their row, any padding.
+"""How `generate` drives the model: state in place of a key-value cache, images that belong to their row, any padding.
 
 Greedy search, sampling and beam search work, with several answers per prompt. What would have to take tokens back is
-refused: a recurrent state cannot return to an earlier position. Shapes: b batch, l length, n pictures.
+refused: a recurrent state cannot return to an earlier position. Shapes: b batch, l length, n images.
 """
 
 import torch
@@ -47,7 +47,7 @@ class MLMambaGenerationMixin(GenerationMixin):
                 `image_features`, and `cache_params`, a state to go on from (the prompts are then the new part only).
 
         Raises:
-            ValueError: a prompt is empty or over `max_position_embeddings`, pictures and placeholders do not match, or
+            ValueError: a prompt is empty or over `max_position_embeddings`, images and placeholders do not match, or
                 a way of decoding is asked for that a recurrent model cannot do.
         """
         for name, reason in _REFUSED.items():
@@ -71,10 +71,10 @@ class MLMambaGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, dict]:
-        """Repeat every row with all its pictures and its state, for several answers or beams per prompt.
+        """Repeat every row with all its images and its state, for several answers or beams per prompt.
 
-        transformers repeats picture by picture, which mixes up the pictures of a prompt that has more than one, and
-        does not know the state. Pictures are encoded once, before they are repeated.
+        transformers repeats image by image, which mixes up the images of a prompt that has more than one, and
+        does not know the state. Images are encoded once, before they are repeated.
         """
         if expand_size == 1:
             return input_ids, kwargs

@@ -1,15 +1,15 @@
-"""The picture half of the processor as transformers knows it, for tools that ask a processor for it."""
+"""The image half of the processor as transformers knows it, for tools that ask a processor for it."""
 
 import numpy as np
 import torch
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 
-from mlmamba.pictures import as_picture, to_pixels
+from mlmamba.images import as_image, to_pixels
 
 
 class MLMambaImageProcessor(ImageProcessingMixin):
-    """Pictures, as `mlmamba.pictures.as_picture` takes them, to uint8 (n, 3, s, s).
+    """Images, as `mlmamba.images.as_image` takes them, to uint8 (n, 3, s, s).
 
     Normalisation is part of the model, because encoders of different families share one batch.
 
@@ -24,7 +24,7 @@ class MLMambaImageProcessor(ImageProcessingMixin):
         self.image_size = image_size
 
     def __call__(self, images, return_tensors: str = "pt") -> BatchFeature:
-        """`pixel_values` of one picture or a list. Raises PictureError where one cannot be used."""
+        """`pixel_values` of one image or a list. Raises ImageError where one cannot be used."""
         images = images if isinstance(images, (list, tuple)) else [images]
-        pixels = np.stack([to_pixels(as_picture(image), self.image_size) for image in images])
+        pixels = np.stack([to_pixels(as_image(image), self.image_size) for image in images])
         return BatchFeature({"pixel_values": torch.from_numpy(pixels)})

@@ -1,8 +1,8 @@
-"""MLMambaForConditionalGeneration: pictures and text in, text out (ML-Mamba equation 9), as a transformers model.
+"""MLMambaForConditionalGeneration: images and text in, text out (ML-Mamba equation 9), as a transformers model.
 
 Placeholders `image_token_id` in `input_ids` are replaced by connector outputs, in order. The recurrent state is
 constant in size and passes between calls as `cache_params`, so a prompt may be read in pieces and one prefix may start
-many continuations. Shapes: b batch, l length, n pictures, N tokens per picture, d width.
+many continuations. Shapes: b batch, l length, n images, N tokens per image, d width.
 """
 
 import threading
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mlmamba.checks import check_device, check_pictures, check_state, check_text
+from mlmamba.checks import check_device, check_images, check_state, check_text
 from mlmamba.configuration import MLMambaConfig
 from mlmamba.connector import build_connector
 from mlmamba.conversation import IGNORE_INDEX
@@ -148,7 +148,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             return super().is_gradient_checkpointing
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pictures uint8 (n, 3, s, s) -> language embeddings (n, N, d). Raises ValueError on other pictures."""
+        """Images uint8 (n, 3, s, s) -> language embeddings (n, N, d). Raises ValueError on other images."""
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features = self.vision(pixel_values)
@@ -175,9 +175,9 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
 
         Args:
             input_ids: (b, l).
-            pixel_values: uint8 (n, 3, s, s), all pictures of the batch in reading order.
+            pixel_values: uint8 (n, 3, s, s), all images of the batch in reading order.
             image_features: (n, N, d) from `get_image_features`, in place of `pixel_values`; or (k, d), one vector for
-                each placeholder, for a piece of a prompt that begins or ends within a picture.
+                each placeholder, for a piece of a prompt that begins or ends within an image.
             attention_mask: (b, l), 0 at padding on either side.
             seq_idx: (b, l) integers marking the sequences of packed rows; state and loss do not cross them.
             labels: (b, l) like input_ids, IGNORE_INDEX where there is no loss. Shifted inside.
@@ -190,7 +190,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             output_attentions, output_hidden_states: accepted because tools pass them; True is an error.
 
         Raises:
-            ValueError: the placeholders and the pictures do not match, neither or both inputs are given, or a tensor is
+            ValueError: the placeholders and the images do not match, neither or both inputs are given, or a tensor is
                 of the wrong shape, dtype or device (mlmamba/checks.py).
             TypeError: `cache_params` is no MambaState.
         """
@@ -198,7 +198,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             raise ValueError("ML-Mamba has no attentions and returns no hidden states of its blocks")
         per_token = {"attention_mask": attention_mask, "seq_idx": seq_idx, "labels": labels}
         rows, _ = check_text(input_ids, inputs_embeds, per_token, self.config)
-        check_pictures(input_ids, pixel_values, image_features, self.config)
+        check_images(input_ids, pixel_values, image_features, self.config)
         check_state(cache_params, rows, self.config)
         if not self._weights_are_managed():
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
@@ -231,34 +231,34 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         return embeds.masked_scatter(places[..., None], features.to(embeds).flatten(0, -2))
 
     def image_places(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Where the placeholders of pictures are in input_ids (b, l): a mask (b, l).
+        """Where the placeholders of images are in input_ids (b, l): a mask (b, l).
 
         Args:
-            features: (n, N, d) or (k, d), see `forward`, or None where there are no pictures.
+            features: (n, N, d) or (k, d), see `forward`, or None where there are no images.
 
         Raises:
-            ValueError: the features do not fill the placeholders exactly, or a picture would be split over two rows.
+            ValueError: the features do not fill the placeholders exactly, or an image would be split over two rows.
         """
         places = input_ids == self.config.image_token_id
         found = places.sum(1).tolist()
         if features is None:
-            expected, given = 0, "no pictures were given"
+            expected, given = 0, "no images were given"
         elif features.ndim == 2:
             expected, given = len(features), f"{len(features)} feature vectors were given"
         else:
             expected = features.shape[0] * features.shape[1]
-            given = f"{features.shape[0]} pictures of {features.shape[1]} tokens were given ({expected} expected)"
+            given = f"{features.shape[0]} images of {features.shape[1]} tokens were given ({expected} expected)"
         if sum(found) != expected:
             raise ValueError(
                 f"the prompt has {sum(found)} image placeholders but {given}; expand each <image> with "
-                "MLMambaProcessor and pass every picture"
+                "MLMambaProcessor and pass every image"
             )
         if features is not None and features.ndim == 3:
             for row, count in enumerate(found):
                 if count % features.shape[1]:
                     raise ValueError(
                         f"row {row} has {count} image placeholders, no multiple of the {features.shape[1]} tokens of a "
-                        "picture; a picture does not go on in the next row"
+                        "image; an image does not go on in the next row"
                     )
         return places
 

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         }
         for name, (blocks, width) in SIZES.items()
     },
-    # For tests and first steps: patch tokens, and feature maps; 4 tokens a picture.
+    # For tests and first steps: patch tokens, and feature maps; 4 tokens an image.
     "tiny": {
         "vision": {"towers": [{"model": "test_vit", "block": -2}], "image_size": 32},
         "connector": _TINY_CONNECTOR,

@@ -1,4 +1,4 @@
-"""MLMambaProcessor: chats and pictures to model inputs."""
+"""MLMambaProcessor: chats and images to model inputs."""
 
 import torch
 from transformers import BatchFeature
@@ -10,15 +10,15 @@ from mlmamba.image_processing import MLMambaImageProcessor
 
 
 class MLMambaProcessor(ProcessorMixin):
-    """Turns chats with pictures into `input_ids`, `attention_mask` and `pixel_values`.
+    """Turns chats with images into `input_ids`, `attention_mask` and `pixel_values`.
 
     A chat in transformers' form goes through `apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
-    return_dict=True)`, which renders the prompt format of mlmamba/conversation.py and loads the pictures.
+    return_dict=True)`, which renders the prompt format of mlmamba/conversation.py and loads the images.
 
     Args:
         tokenizer: a tokenizer with an id for `<image>`.
         image_size: side in pixels of the encoder's input.
-        tokens_per_image: placeholders that one picture takes.
+        tokens_per_image: placeholders that one image takes.
         max_length: longest prompt in tokens; longer ones are an error, never cut.
         chat_template: Jinja template of a chat; mlmamba/chat_template.py by default.
 
@@ -42,7 +42,7 @@ class MLMambaProcessor(ProcessorMixin):
 
     @property
     def image_processor(self) -> MLMambaImageProcessor:
-        """The picture half; batches of transformers' pipelines need to know it."""
+        """The image half; batches of transformers' pipelines need to know it."""
         return MLMambaImageProcessor(self.image_size)
 
     @property
@@ -65,12 +65,12 @@ class MLMambaProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         **kwargs,
     ) -> BatchFeature:
-        """Tokenize prompts and stack pictures.
+        """Tokenize prompts and stack images.
 
         Args:
-            images: one picture, a list in reading order over all prompts, or one list for each prompt. A picture is
-                whatever `mlmamba.pictures.as_picture` takes.
-            text: one prompt or a list, each `<image>` standing for one picture; None for pictures alone.
+            images: one image, a list in reading order over all prompts, or one list for each prompt. An image is
+                whatever `mlmamba.images.as_image` takes.
+            text: one prompt or a list, each `<image>` standing for one image; None for images alone.
             padding: True; False is an error where prompts differ in length.
             padding_side: "left" or "right"; the model honours the mask on either side, and `generate` both.
             return_tensors: "pt".
@@ -78,11 +78,11 @@ class MLMambaProcessor(ProcessorMixin):
                 `add_special_tokens` and `truncation` only as False.
 
         Returns:
-            `input_ids` and `attention_mask` int64 (b, l), and, with pictures, `pixel_values` uint8 (n, 3, s, s).
+            `input_ids` and `attention_mask` int64 (b, l), and, with images, `pixel_values` uint8 (n, 3, s, s).
 
         Raises:
-            ValueError: placeholders and pictures differ in number, or a prompt is empty or over `max_length`.
-            PictureError: a picture cannot be used.
+            ValueError: placeholders and images differ in number, or a prompt is empty or over `max_length`.
+            ImageError: an image cannot be used.
             TypeError: an option that there is not.
         """
         offsets = {
@@ -90,16 +90,16 @@ class MLMambaProcessor(ProcessorMixin):
         }
         self._refuse_options(padding, padding_side, return_tensors, kwargs)
         groups, grouped = _group(images)
-        pictures = [picture for group in groups for picture in group]
-        if text is None and not pictures:
+        flat = [image for group in groups for image in group]
+        if text is None and not flat:
             raise ValueError("neither text nor images were given")
         batch = BatchFeature()
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             self._check_counts(texts, groups, grouped)
             batch = self.tokenize(texts, padding_side, padding=bool(padding), **offsets)
-        if pictures:
-            batch.update(self.image_processor(pictures))
+        if flat:
+            batch.update(self.image_processor(flat))
         return batch
 
     def tokenize(
@@ -168,17 +168,17 @@ class MLMambaProcessor(ProcessorMixin):
         counts = [text.count(IMAGE_TOKEN) for text in texts]
         if grouped and groups:
             if len(groups) != len(texts):
-                raise ValueError(f"{len(texts)} prompts but {len(groups)} lists of pictures were given")
+                raise ValueError(f"{len(texts)} prompts but {len(groups)} lists of images were given")
             for row, (count, group) in enumerate(zip(counts, groups, strict=True)):
                 if count != len(group):
-                    raise ValueError(f"prompt {row} has {count} {IMAGE_TOKEN} but {len(group)} pictures were given")
+                    raise ValueError(f"prompt {row} has {count} {IMAGE_TOKEN} but {len(group)} images were given")
         given = sum(map(len, groups))
         if sum(counts) != given:
-            raise ValueError(f"the prompts have {sum(counts)} {IMAGE_TOKEN} but {given} pictures were given")
+            raise ValueError(f"the prompts have {sum(counts)} {IMAGE_TOKEN} but {given} images were given")
 
 
 def _group(images) -> tuple[list[list], bool]:
-    """Pictures as lists, and whether they came as one list for each prompt."""
+    """Images as lists, and whether they came as one list for each prompt."""
     if images is None:
         return [], False
     if not isinstance(images, (list, tuple)):

@@ -1,6 +1,6 @@
 """Vision encoders from timm, one or several, fused on channels (ML-Mamba equation 5).
 
-Pictures come as uint8 (n, 3, s, s); every tower normalises them with its own mean and standard deviation, so one batch
+Images come as uint8 (n, 3, s, s); every tower normalises them with its own mean and standard deviation, so one batch
 serves towers of different families. Prefix tokens (class, registers) are dropped. All towers must give one grid.
 Pretrained weights: mlmamba/vision_weights.py.
 """
@@ -123,7 +123,7 @@ class VisionEncoder(nn.Module):
         size = (3, self.image_size, self.image_size)
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != size:
             raise ValueError(
-                f"pictures are {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (n, {', '.join(map(str, size))})"
+                f"images are {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (n, {', '.join(map(str, size))})"
             )
         return torch.cat([tower(pixels) for tower in self.towers], dim=-1)
 
@@ -132,7 +132,7 @@ def measure(config) -> tuple[int, tuple[int, int]]:
     """Channels and grid (height, width) of a VisionConfig, found by running it without weights.
 
     Raises:
-        ValueError: the encoders cannot be built, do not fit together, or cannot read pictures of that size.
+        ValueError: the encoders cannot be built, do not fit together, or cannot read images of that size.
     """
     return _measure(json.dumps(config.towers), config.image_size, config.grid)
 
@@ -141,18 +141,18 @@ def measure(config) -> tuple[int, tuple[int, int]]:
 def _measure(towers: str, image_size: int, grid: int | None) -> tuple[int, tuple[int, int]]:
     with torch.device("meta"):
         encoder = VisionEncoder(VisionConfig(towers=json.loads(towers), image_size=image_size, grid=grid)).eval()
-        picture = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+        image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
         for tower in encoder.towers:
             try:
-                tower(picture)
+                tower(image)
             except (AssertionError, RuntimeError) as error:  # timm's own ways of refusing a size
-                message = f"vision tower {tower.name!r} cannot read pictures of {image_size} pixels: {error}"
+                message = f"vision tower {tower.name!r} cannot read images of {image_size} pixels: {error}"
                 raise ValueError(message) from error
     return encoder.channels, encoder.grid
 
 
 def _create(name: str, image_size: int, **options) -> nn.Module:
-    """A timm model without pretrained weights, told the picture's size if it is built for one size only."""
+    """A timm model without pretrained weights, told the image's size if it is built for one size only."""
     if ":" in name:  # a hub repository or a folder, which timm reads itself: taken for a vision transformer
         fixed = "features_only" not in options
     else:

@@ -29,7 +29,7 @@ class SourceBase(StrictModel):
     seed: int = 0
     """Another number keeps another share of a source whose weight is not whole."""
     repeated_ids: Literal["quarantine", "number"] = "quarantine"
-    """`number` keeps a record whose id came before and calls it id#2, id#3, ...: LLaVA's files use the picture's id for
+    """`number` keeps a record whose id came before and calls it id#2, id#3, ...: LLaVA's files use the image's id for
     several conversations. Otherwise the later ones are set aside as duplicate_id."""
 
     @property
@@ -52,15 +52,15 @@ class TextFields(StrictModel):
     conversation: str | None = None
     """Field with a list of messages: {from, value} as LLaVA has them, {role, content}, or {user, assistant}."""
     question: str | None = None
-    """Field with a question about the pictures."""
+    """Field with a question about the images."""
     answer: str | None = None
     """Field with its answer."""
     caption: str | None = None
-    """Field with a description of the picture, the answer to one of the `prompts`."""
+    """Field with a description of the image, the answer to one of the `prompts`."""
     prompts: list[str] = Field(default=["Describe the image."], min_length=1)
     """What the user asks for a caption. Of several, the record's id decides which."""
     no_placeholders: Literal["quarantine", "first_turn"] = "quarantine"
-    """What happens to a conversation with pictures and no `<image>` in its text: it is set aside, or its first turn
+    """What happens to a conversation with images and no `<image>` in its text: it is set aside, or its first turn
     shows all of them. (A question and a prompt always show them.)"""
 
     @model_validator(mode="after")
@@ -82,11 +82,11 @@ class EasyVQASource(SourceBase):
     split: Literal["train", "validation", "test"]
     """`validation` is taken out of the package's train split, `test` is the official test split."""
     validation_images: int = Field(default=300, ge=0, lt=4000)
-    """Pictures of the package's train split that `validation` gets and `train` lacks."""
+    """Images of the package's train split that `validation` gets and `train` lacks."""
 
 
 class LlavaSource(SourceBase):
-    """Records in LLaVA's conversation format, and their pictures in a folder or a zip."""
+    """Records in LLaVA's conversation format, and their images in a folder or a zip."""
 
     PATHS = ("annotations", "images")
 
@@ -97,12 +97,12 @@ class LlavaSource(SourceBase):
     images: str
     """Folder or .zip file, path or URI, that the records' `image` paths are relative to. A zip is not unpacked."""
     no_placeholders: Literal["quarantine", "first_turn"] = "quarantine"
-    """What happens to a record with pictures and no `<image>` in its text: it is set aside, or its first turn shows all
+    """What happens to a record with images and no `<image>` in its text: it is set aside, or its first turn shows all
     of them."""
 
 
 class QuestionsSource(SourceBase):
-    """One question about one picture per entry, in JSON; LRV-Instruct is published so."""
+    """One question about one image per entry, in JSON; LRV-Instruct is published so."""
 
     PATHS = ("annotations", "images")
 
@@ -113,7 +113,7 @@ class QuestionsSource(SourceBase):
     images: str
     """Folder or .zip file, path or URI."""
     image: str = "image_id"
-    """Field that names the picture. An entry without it is text only."""
+    """Field that names the image. An entry without it is text only."""
     image_suffix: str = ""
     """What the name lacks to be a file's, for example .jpg."""
     question: str = "question"
@@ -123,11 +123,11 @@ class QuestionsSource(SourceBase):
     question_type: str | None = None
     """Field with the kind of question, which evaluation reports accuracy by."""
     id: str | None = None
-    """Field with the record's id. Default: the picture's name."""
+    """Field with the record's id. Default: the image's name."""
 
 
 class CaptionsSource(SourceBase):
-    """A CSV or TSV table of pictures and their captions."""
+    """A CSV or TSV table of images and their captions."""
 
     PATHS = ("table", "images")
 
@@ -141,7 +141,7 @@ class CaptionsSource(SourceBase):
     columns: list[str] | None = None
     """Names of the columns of a table whose first line is not a header."""
     image: str = "image"
-    """Column with the picture's path."""
+    """Column with the image's path."""
     caption: str = "caption"
     """Column with the caption."""
     id: str | None = None
@@ -153,7 +153,7 @@ class CaptionsSource(SourceBase):
 class WebDatasetSource(SourceBase, TextFields):
     """Tar shards as the webdataset package writes them: files with one name before the first dot are one sample.
 
-    Files with a picture's ending are the sample's pictures (k.jpg, or k.0.jpg, k.1.jpg, ...). Text fields are named by
+    Files with an image's ending are the sample's images (k.jpg, or k.0.jpg, k.1.jpg, ...). Text fields are named by
     the file's ending (`caption: txt`) and, within a JSON file, the key (`conversation: json.conversations`).
     """
 
@@ -166,7 +166,7 @@ class WebDatasetSource(SourceBase, TextFields):
 
 
 class ParquetSource(SourceBase, TextFields):
-    """Parquet files with pictures inside, as Hugging Face datasets writes them."""
+    """Parquet files with images inside, as Hugging Face datasets writes them."""
 
     PATHS = ("files",)
 
@@ -175,7 +175,7 @@ class ParquetSource(SourceBase, TextFields):
     files: str | list[str]
     """Paths or URIs of .parquet files, with {000..123}, {a,b}, * and ? as in a shell."""
     image: str | None = "image"
-    """Column with the encoded picture: {bytes, path}, binary, or a list of either. null for text only."""
+    """Column with the encoded image: {bytes, path}, binary, or a list of either. null for text only."""
     id: str | None = None
     """Column with the record's id. Default: file and number of the row."""
 
@@ -244,13 +244,13 @@ class DataConfig(StrictModel):
     test: Annotated[list[SourceConfig], Decides.RUN] = Field(default=[])
     """Sources that evaluation asks questions from. Never tokenized or packed here."""
     deduplicate: bool = True
-    """Set aside every record whose pictures and text are, to the byte, those of an earlier record of its split, of
+    """Set aside every record whose images and text are, to the byte, those of an earlier record of its split, of
     whatever source. Repeats that a source's `weight` asks for stay."""
     exclude_evaluation_images: bool = True
-    """Set aside every training record that shows a picture of the recipe's own `validation` or `test` sources (the same
+    """Set aside every training record that shows an image of the recipe's own `validation` or `test` sources (the same
     file, to the byte)."""
     exclude_images_of: list[SourceConfig] = Field(default=[])
-    """More evaluation sets whose pictures training must not show. Only their pictures count, not their text."""
+    """More evaluation sets whose images training must not show. Only their images count, not their text."""
     tokenizer: TokenizerConfig
     """How text becomes ids."""
     max_tokens: int = Field(ge=2)
@@ -258,9 +258,9 @@ class DataConfig(StrictModel):
     partition_records: Annotated[int, Decides.RUN] = Field(default=1000, ge=1)
     """Records in one unit of tokenizing work, which is what a killed run repeats at most (per CPU)."""
     shard_rows: int = Field(default=256, ge=1)
-    """Packed rows in one shard, which is what one packing task holds in memory (encoded pictures included)."""
+    """Packed rows in one shard, which is what one packing task holds in memory (encoded images included)."""
     max_quarantined: Annotated[float, Decides.RUN] = Field(default=0.01, ge=0, le=1)
-    """Share of all records that may be set aside before the run fails. Duplicates and records that show a picture of an
+    """Share of all records that may be set aside before the run fails. Duplicates and records that show an image of an
     evaluation set do not count: nothing is wrong with them."""
     too_long: Literal["cut", "quarantine"] = "cut"
     """What happens to a conversation over `max_tokens`: cut after the last answer that fits, or set aside."""
@@ -275,7 +275,7 @@ class DataConfig(StrictModel):
         return self
 
     def evaluation_sets(self) -> dict[str, SourceConfig]:
-        """The sources besides `validation` whose pictures training must not show, by a name for people."""
+        """The sources besides `validation` whose images training must not show, by a name for people."""
         own = {f"test/{source.label}": source for source in self.test} if self.exclude_evaluation_images else {}
         more = {f"exclude_images_of.{i}/{source.label}": source for i, source in enumerate(self.exclude_images_of)}
         return own | more
@@ -284,7 +284,7 @@ class DataConfig(StrictModel):
 def data_identity(config: DataConfig, tokens_per_image: int, seed: int) -> str:
     """sha256 in hex of everything that decides a data set's content: its folder's name and its manifest hold it.
 
-    Of the test sources it covers what keeps their pictures out of training, which is nothing when
+    Of the test sources it covers what keeps their images out of training, which is nothing when
     `exclude_evaluation_images` is off.
     """
     content = identity(config, Decides.RUN)

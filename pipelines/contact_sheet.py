@@ -1,4 +1,4 @@
-"""A PNG of samples as the model sees them: square pictures, decoded conversation, and what has loss in green."""
+"""A PNG of samples as the model sees them: square images, decoded conversation, and what has loss in green."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, USER
-from mlmamba.pictures import PictureError, load_pixels
+from mlmamba.images import ImageError, load_pixels
 from pipelines import storage
 from pipelines.manifest import TOKENIZER_PATH
 from pipelines.packed import PackedDataset, PackedRow
@@ -18,7 +18,7 @@ from pipelines.sheet_text import Style, Typesetter
 from pipelines.shuffle import permutation
 
 _ROWS = 100  # rows that the choice is made from
-PLAIN, LOSS, PICTURE, WRONG = "plain", "loss", "picture", "wrong"
+PLAIN, LOSS, IMAGE, WRONG = "plain", "loss", "image", "wrong"
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Sample:
     tokens: int
     loss_tokens: int
     images: list[bytes]
-    """Encoded pictures."""
+    """Encoded images."""
     pieces: list[tuple[str, str]]
     """(text, kind) in reading order. Kinds: LOSS where the model learns to write the text, PLAIN where it only reads
-    it, PICTURE for a picture's tokens, and WRONG for what should not be: a label that differs from its token, or a
-    picture with too many or too few tokens."""
+    it, IMAGE for an image's tokens, and WRONG for what should not be: a label that differs from its token, or a
+    image with too many or too few tokens."""
 
 
 def choose(uri: str, split: str, count: int, seed: int) -> list[Sample]:
-    """Up to `count` samples of a split, of every source and with no, one and several pictures as far as there are.
+    """Up to `count` samples of a split, of every source and with no, one and several images as far as there are.
 
     Raises:
         FileNotFoundError, ValueError: as PackedDataset.
@@ -75,13 +75,13 @@ def sample_of(row: PackedRow, index: int, place: int, tokenizer: Tokenizer, toke
         found = min(int(after[0]) if len(after) else len(ids) - start, int(limit))
         right = found == tokens_per_image and (kinds[start : start + found] == PLAIN).all()
         name = f"<image {number} x {found}>" if len(starts) > 1 else f"<image x {found}>"
-        texts[int(start)] = name.replace(" ", "\u00a0"), PICTURE if right else WRONG
-        kinds[start : start + found] = f"picture {start}"
+        texts[int(start)] = name.replace(" ", "\u00a0"), IMAGE if right else WRONG
+        kinds[start : start + found] = f"image {start}"
     pieces, at = [], 0
     for kind, group in groupby(kinds):
         length = len(list(group))
         decoded = tokenizer.decode(ids[at : at + length].tolist(), skip_special_tokens=False)
-        pieces.append(texts[at] if re.match("picture ", kind) else (decoded, kind))
+        pieces.append(texts[at] if re.match("image ", kind) else (decoded, kind))
         at += length
     return Sample(
         row.sample_ids[place],
@@ -95,13 +95,13 @@ def sample_of(row: PackedRow, index: int, place: int, tokenizer: Tokenizer, toke
 
 
 _COLUMNS, _CARD, _GAP, _MARGIN = 2, 860, 24, 28  # pixels, but for the first
-_PICTURES, _MOST_PICTURES = 224, 9  # side of the place for a card's pictures; how many are drawn there
+_IMAGES, _MOST_IMAGES = 224, 9  # side of the place for a card's images; how many are drawn there
 _LINES, _TAIL = 24, 7  # lines of a card at most; of these, how many are the end of what is longer
 _INK, _QUIET, _EDGE = "#1c1c1c", "#8a8f98", "#d5d9df"
 _STYLES = {
     PLAIN: Style(_INK),
     LOSS: Style(_INK, "#bdf0c4"),
-    PICTURE: Style("#0b3d91", "#d6e6ff"),
+    IMAGE: Style("#0b3d91", "#d6e6ff"),
     WRONG: Style("#ffffff", "#d0103a"),
 }
 _MARK = re.compile("(" + "|".join(re.escape(mark) for mark in (USER, ASSISTANT)) + r"|<\|endoftext\|>|\n)")
@@ -145,10 +145,10 @@ def _page(title: str, cards: list[Image.Image], text: Typesetter) -> Image.Image
     legend: list[tuple[str, Style]] = [
         (" trained to write ", _STYLES[LOSS]),
         ("   read only   ", _STYLES[PLAIN]),
-        (" <image x tokens> ", _STYLES[PICTURE]),
+        (" <image x tokens> ", _STYLES[IMAGE]),
         ("   ", _STYLES[PLAIN]),
         (" wrong label or number of image tokens ", _STYLES[WRONG]),
-        ("   pictures are square because the model gets them so", Style(_QUIET)),
+        ("   images are square because the model gets them so", Style(_QUIET)),
     ]
     if text.missing:
         scripts = ", ".join(f"{script} {count}" for script, count in text.missing.most_common(6))
@@ -171,21 +171,21 @@ def _page(title: str, cards: list[Image.Image], text: Typesetter) -> Image.Image
 
 
 def _card(sample: Sample, text: Typesetter) -> Image.Image:
-    """One sample: where it is from, its pictures on the left, its conversation beside them."""
+    """One sample: where it is from, its images on the left, its conversation beside them."""
     pad, small = 14, Typesetter(12)
-    left = pad + (_PICTURES + pad if sample.images else 0)
+    left = pad + (_IMAGES + pad if sample.images else 0)
     facts = f"{sample.source}, row {sample.row}, {sample.tokens:,} tokens, {sample.loss_tokens:,} with loss"
     heading = small.lines([(sample.id, Style(_INK)), (f"   {facts}", Style(_QUIET))], _CARD - 2 * pad)
     body = _shortened(text.lines(_pieces(sample), _CARD - left - pad), text)
-    pictures, captions = _pictures(sample.images)
-    notes = small.lines([(captions, Style(_QUIET))], _PICTURES) if captions else []
+    images, captions = _images(sample.images)
+    notes = small.lines([(captions, Style(_QUIET))], _IMAGES) if captions else []
     top = pad + len(heading) * small.line_height + 8
-    bottom = top + max(len(body) * text.line_height, pictures.height + 4 + len(notes) * small.line_height)
+    bottom = top + max(len(body) * text.line_height, images.height + 4 + len(notes) * small.line_height)
     card = Image.new("RGB", (_CARD, bottom + pad), "white")
     ImageDraw.Draw(card).rectangle((0, 0, card.width - 1, card.height - 1), outline=_EDGE)
     small.draw(card, (pad, pad), heading)
-    card.paste(pictures, (pad, top))
-    small.draw(card, (pad, top + pictures.height + 4), notes)
+    card.paste(images, (pad, top))
+    small.draw(card, (pad, top + images.height + 4), notes)
     text.draw(card, (left, top), body)
     return card
 
@@ -210,15 +210,15 @@ def _shortened(lines: list, text: Typesetter) -> list:
     return lines[:head] + note + lines[-_TAIL:]
 
 
-def _pictures(images: list[bytes]) -> tuple[Image.Image, str]:
-    """A sample's pictures in a square grid, numbered when there are several, and their sizes as text."""
+def _images(images: list[bytes]) -> tuple[Image.Image, str]:
+    """A sample's images in a square grid, numbered when there are several, and their sizes as text."""
     if not images:
         return Image.new("RGB", (1, 1), "white"), ""
-    shown = images[:_MOST_PICTURES]
+    shown = images[:_MOST_IMAGES]
     across = next(n for n in (1, 2, 3) if n * n >= len(shown))
-    side = (_PICTURES - 4 * (across - 1)) // across
+    side = (_IMAGES - 4 * (across - 1)) // across
     down = -(-len(shown) // across)
-    grid = Image.new("RGB", (_PICTURES, down * (side + 4) - 4), "white")
+    grid = Image.new("RGB", (_IMAGES, down * (side + 4) - 4), "white")
     sizes = []
     for i, data in enumerate(shown):
         x, y = (i % across) * (side + 4), (i // across) * (side + 4)
@@ -235,10 +235,10 @@ def _pictures(images: list[bytes]) -> tuple[Image.Image, str]:
 
 
 def _tile(data: bytes, side: int) -> tuple[Image.Image, str]:
-    """A picture decoded as training decodes it, and its stored size."""
+    """An image decoded as training decodes it, and its stored size."""
     try:
         tile = Image.fromarray(load_pixels(data, side).transpose(1, 2, 0))
-    except PictureError as error:
+    except ImageError as error:
         return Image.new("RGB", (side, side), "#d0103a"), str(error)
     with Image.open(io.BytesIO(data)) as stored:
         return tile, f"{stored.width} x {stored.height} {stored.format}, {len(data) / 1024:,.1f} KiB"

@@ -1,4 +1,4 @@
-"""Which tokenized records are not used: those with an id or content that came before, and those with the picture of an
+"""Which tokenized records are not used: those with an id or content that came before, and those with the image of an
 evaluation set.
 
 It is decided on one machine between the two passes, from digests that pass 1 left, in the order in which the sources
@@ -27,7 +27,7 @@ class Removal:
     reason: str
     cause: tuple[str, int]
     """The earlier record: name of its partition, row in its outcomes. Of a contaminated one: evaluation set, number of
-    the record's picture."""
+    the record's image."""
 
 
 class Removals:
@@ -74,7 +74,7 @@ def find_removals(partitions: list[Partition], work: str, excluded: Excluded, de
     Args:
         partitions: of all splits, in order, tokenized.
         work: folder of their files.
-        excluded: pictures that the train split must not show.
+        excluded: images that the train split must not show.
         deduplicate: whether records of one content are removed; those of one id always are.
     """
     removals = Removals()
@@ -101,11 +101,11 @@ def _decide(partitions: list[Partition], work: str, excluded: Excluded, deduplic
     """The removals of one split, as an array of _REMOVAL."""
     owners, rows, ids, contents = [], [], [], []
     removed = []
-    columns = ["reason", "id", "content", *(["pictures"] if excluded else [])]
+    columns = ["reason", "id", "content", *(["images"] if excluded else [])]
     for owner, (_, outcomes) in enumerate(iter_outcomes(partitions, work, columns)):
         usable = outcomes["reason"].is_null().to_numpy().copy()
         if excluded:
-            found = _contaminated(outcomes["pictures"].combine_chunks(), excluded)
+            found = _contaminated(outcomes["images"].combine_chunks(), excluded)
             removed += [(owner, row, _REASONS.index(CONTAMINATED), *cause) for row, cause in found.items()]
             usable[list(found)] = False
         place = np.flatnonzero(usable)
@@ -129,13 +129,13 @@ def _decide(partitions: list[Partition], work: str, excluded: Excluded, deduplic
     return np.concatenate(results)
 
 
-def _contaminated(pictures, excluded: Excluded) -> dict[int, tuple[int, int]]:
-    """Rows with an excluded picture: index of the set, and the number of the first such picture in its record."""
-    lengths = pictures.value_lengths().fill_null(0).to_numpy()
+def _contaminated(images, excluded: Excluded) -> dict[int, tuple[int, int]]:
+    """Rows with an excluded image: index of the set, and the number of the first such image in its record."""
+    lengths = images.value_lengths().fill_null(0).to_numpy()
     row_of = np.repeat(np.arange(len(lengths)), lengths)
     before = np.cumsum(lengths) - lengths
     found = {}
-    for place, number in excluded.find(pictures.flatten()):
+    for place, number in excluded.find(images.flatten()):
         row = int(row_of[place])
         found.setdefault(row, (number, place - int(before[row]) + 1))
     return found

@@ -1,7 +1,7 @@
-"""The pictures of the evaluation sets, which no training record may show: their digests, taken on Ray.
+"""The images of the evaluation sets, which no training record may show: their digests, taken on Ray.
 
-The pictures of the `validation` split are known from pass 1; those of the other sets are read here, once: a killed run
-goes on where it was. Every one must be readable, because a picture that is not compared is not kept out.
+The images of the `validation` split are known from pass 1; those of the other sets are read here, once: a killed run
+goes on where it was. Every one must be readable, because an image that is not compared is not kept out.
 """
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ from pipelines.config import DataConfig
 from pipelines.execution import run_tasks
 from pipelines.progress import ProgressMeter
 from pipelines.records import Partition, cut, read_records
-from pipelines.schema import DIGEST_BYTES, PICTURES, WORK_VERSION, digest
+from pipelines.schema import DIGEST_BYTES, IMAGES, WORK_VERSION, digest
 from pipelines.tokenize import iter_outcomes, worker_source
 
 _DIGEST_KEY = b"mlmamba.digest"
@@ -23,28 +23,28 @@ class ExclusionError(RuntimeError):
 
 
 class Excluded:
-    """Digests of the pictures of evaluation sets."""
+    """Digests of the images of evaluation sets."""
 
     def __init__(self):
         self._set_of: dict[bytes, int] = {}
         self.counts: dict[str, int] = {}
-        """Pictures by evaluation set, each counted once."""
+        """Images by evaluation set, each counted once."""
 
     def __bool__(self) -> bool:
         return bool(self._set_of)
 
-    def add(self, name: str, pictures: pa.Array | pa.ChunkedArray) -> None:
-        """Add digests of a set. A picture of several sets counts for the first."""
+    def add(self, name: str, images: pa.Array | pa.ChunkedArray) -> None:
+        """Add digests of a set. An image of several sets counts for the first."""
         self.counts.setdefault(name, 0)
         number = list(self.counts).index(name)
-        for picture in pictures.unique().to_pylist():
-            if picture not in self._set_of:
-                self._set_of[picture] = number
+        for image in images.unique().to_pylist():
+            if image not in self._set_of:
+                self._set_of[image] = number
                 self.counts[name] += 1
 
-    def find(self, pictures: pa.Array) -> list[tuple[int, int]]:
+    def find(self, images: pa.Array) -> list[tuple[int, int]]:
         """Places within an array of digests that are in a set, and the set's place in `counts`."""
-        found = enumerate(map(self._set_of.get, pictures.to_pylist()))
+        found = enumerate(map(self._set_of.get, images.to_pylist()))
         return [(place, number) for place, number in found if number is not None]
 
 
@@ -58,16 +58,16 @@ def read_excluded(config: DataConfig, partitions: list[Partition], work: str, on
         on_progress: as for `prepare`.
 
     Raises:
-        ExclusionError: a set has records or pictures that cannot be read.
+        ExclusionError: a set has records or images that cannot be read.
         FileNotFoundError: a set is not there.
     """
     excluded = Excluded()
     if config.exclude_evaluation_images:
         validation = [partition for partition in partitions if partition.split == "validation"]
-        for _, outcomes in iter_outcomes(validation, work, ["source", "pictures"]):
+        for _, outcomes in iter_outcomes(validation, work, ["source", "images"]):
             for source in outcomes["source"].unique().to_pylist():
                 own = outcomes.filter(pc.equal(outcomes["source"], source))
-                excluded.add(f"validation/{source}", own["pictures"].combine_chunks().flatten())
+                excluded.add(f"validation/{source}", own["images"].combine_chunks().flatten())
     sets = config.evaluation_sets()
     names, tasks = {}, []
     for number, (name, source) in enumerate(sets.items()):
@@ -79,7 +79,7 @@ def read_excluded(config: DataConfig, partitions: list[Partition], work: str, on
                     "digest": partition.digest,
                     "size": partition.records,
                     "records": partition.records_file(work),
-                    "pictures": storage.join(work, "pictures", f"{partition.name}.arrow"),
+                    "images": storage.join(work, "images", f"{partition.name}.arrow"),
                     "source": source.absolute().model_dump_json(),
                 }
             )
@@ -87,25 +87,25 @@ def read_excluded(config: DataConfig, partitions: list[Partition], work: str, on
         return excluded
     meter = ProgressMeter("exclude", "records", on_progress, sum(task["size"] for task in tasks))
     files = {}
-    for result in run_tasks(digest_pictures, tasks):
+    for result in run_tasks(digest_images, tasks):
         if result["problem"]:
             raise ExclusionError(
-                f"{names[result['name']]}: {result['problem']}. Its pictures must all be read to keep them out of "
+                f"{names[result['name']]}: {result['problem']}. Its images must all be read to keep them out of "
                 "training: repair it, or leave the set out (exclude_evaluation_images: false, exclude_images_of)"
             )
-        files[result["name"]] = result["pictures"]
+        files[result["name"]] = result["images"]
         meter.add(result["size"], skipped=result["size"] if result["skipped"] else 0)
     for task in tasks:
-        excluded.add(names[task["name"]], storage.open_arrow(files[task["name"]]).read_all()["picture"])
+        excluded.add(names[task["name"]], storage.open_arrow(files[task["name"]]).read_all()["image"])
     return excluded
 
 
-def digest_pictures(task: dict) -> dict:
-    """Write the digests of the pictures of a partition of an evaluation set. Runs inside a Ray task."""
-    result = {"name": task["name"], "size": task["size"], "pictures": task["pictures"], "problem": None}
+def digest_images(task: dict) -> dict:
+    """Write the digests of the images of a partition of an evaluation set. Runs inside a Ray task."""
+    result = {"name": task["name"], "size": task["size"], "images": task["images"], "problem": None}
     metadata = {_DIGEST_KEY: task["digest"]}
-    if storage.exists(task["pictures"]):
-        written = storage.open_arrow(task["pictures"]).schema.metadata or {}
+    if storage.exists(task["images"]):
+        written = storage.open_arrow(task["images"]).schema.metadata or {}
         if written.get(_DIGEST_KEY) == task["digest"].encode():
             return result | {"skipped": True}
     source, digests = worker_source(task["source"]), []
@@ -118,5 +118,5 @@ def digest_pictures(task: dict) -> dict:
             except (OSError, ValueError) as error:
                 return result | {"problem": f"record {record.id}: {location}: {error}"}
     column = pa.array(digests, pa.binary(DIGEST_BYTES))
-    storage.write_table(task["pictures"], pa.table([column], schema=PICTURES.with_metadata(metadata)))
+    storage.write_table(task["images"], pa.table([column], schema=IMAGES.with_metadata(metadata)))
     return result | {"skipped": False}

@@ -9,9 +9,10 @@ come from. A field takes part in every one of them unless it is marked:
 import enum
 import hashlib
 import json
-from typing import Any
+import logging
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Decides(enum.Enum):
@@ -30,6 +31,20 @@ class StrictModel(BaseModel):
     """Base of all config and manifest models: unknown keys are errors, the string under a field documents it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    RENAMED: ClassVar[dict[str, str]] = {}
+    """Fields by the names that they had before, which are accepted with a note."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_earlier_names(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not cls.RENAMED.keys() & content.keys():
+            return content
+        for before, now in cls.RENAMED.items():
+            if before in content and now in content:
+                raise ValueError(f"{before} and {now} are one field: give {now} alone")
+            if before in content:
+                logging.getLogger("mlmamba").warning("%s is called %s now; the old name is still read", before, now)
+        return {cls.RENAMED.get(name, name): value for name, value in content.items()}
 
 
 def identity(model: BaseModel, *without: Decides) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What is in a finished data set: counts, lengths, sources and what was set aside, as plain data.
 
-The counts are the manifest's. Lengths, pictures per sample and samples per row are counted from rows: all of them or,
-in a split of more than `ROWS`, that many drawn at random. Of those only the small columns are read, no pictures.
+The counts are the manifest's. Lengths, images per sample and samples per row are counted from rows: all of them or,
+in a split of more than `ROWS`, that many drawn at random. Of those only the small columns are read, no images.
 """
 
 from collections import Counter
@@ -65,7 +65,7 @@ def _distribution(numbers: np.ndarray) -> dict:
 
 
 def _count(uri: str, split: SplitInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and pictures of each sample, samples of each row, int64, of the rows that are counted."""
+    """Tokens and images of each sample, samples of each row, int64, of the rows that are counted."""
     rows = np.arange(split.rows) if split.rows <= ROWS else np.sort(permutation(split.rows, "inspect")[:ROWS])
     ends = np.cumsum([shard.rows for shard in split.shards])
     shards = np.searchsorted(ends, rows, side="right")
@@ -82,7 +82,7 @@ def _count(uri: str, split: SplitInfo) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _count_row(batch) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and pictures of each sample of a row."""
+    """Tokens and images of each sample of a row."""
     seq_idx, positions = (values(batch, name).to_numpy() for name in ("seq_idx", "image_positions"))
     samples = len(values(batch, "sample_ids"))
     return np.bincount(seq_idx, minlength=samples), np.bincount(seq_idx[positions], minlength=samples)
@@ -135,7 +135,7 @@ def report(content: dict) -> str:
         content["uri"],
         f"digest {content['digest']}",
         f"made by {content['created_by']}",
-        f"a row has up to {content['max_tokens']:,} tokens, a picture takes {content['tokens_per_image']:,}",
+        f"a row has up to {content['max_tokens']:,} tokens, an image takes {content['tokens_per_image']:,}",
         "",
         *_numbers(splits),
     ]
@@ -146,7 +146,7 @@ def report(content: dict) -> str:
                 part = drawn if "bins" in table and split["rows_counted"] < split["rows"] else ""
                 lines += _table(f"{name}: {title.replace('_', ' ')}{part}", table)
     if content["excluded"]:
-        lines += _bars("pictures of evaluation sets, which training records must not show", content["excluded"])
+        lines += _bars("images of evaluation sets, which training records must not show", content["excluded"])
     lines += _set_aside(content["quarantine"])
     return "\n".join(lines)
 

@@ -78,7 +78,7 @@ class Manifest(StrictModel):
     sources: dict[str, str]
     """Fingerprint of each source's list of records, by split/name."""
     excluded: dict[str, int] = Field(default_factory=dict)
-    """Pictures that training records must not show, by evaluation set."""
+    """Images that training records must not show, by evaluation set."""
     max_tokens: int
     tokens_per_image: int
     splits: dict[str, SplitInfo]
@@ -170,7 +170,7 @@ def _created_by() -> str:
 
 
 def fingerprints(config: DataConfig) -> dict[str, str]:
-    """Digest of the list of records of each source that is packed or kept out, by split/name. Pictures are not read."""
+    """Digest of the list of records of each source that is packed or kept out, by split/name. Images are not read."""
     return {key: open_source(source).fingerprint() for key, source in _sources(config).items()}
 
 

@@ -25,7 +25,7 @@ OPEN_SHARDS = 128  # each takes a file descriptor
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One training row. `T` tokens, `S` samples, `P` pictures; arrays are read-only views of the shard."""
+    """One training row. `T` tokens, `S` samples, `P` images; arrays are read-only views of the shard."""
 
     sample_ids: list[str]
     """(S,)"""
@@ -36,9 +36,9 @@ class PackedRow:
     seq_idx: np.ndarray
     """int32 (T,), the sample each token belongs to: 0, 1, 2, ..."""
     images: list[bytes]
-    """(P,) encoded pictures."""
+    """(P,) encoded images."""
     image_positions: np.ndarray
-    """int32 (P,), index of the first token of each picture."""
+    """int32 (P,), index of the first token of each image."""
     source: list[str]
     """(S,)"""
 

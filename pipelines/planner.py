@@ -7,7 +7,7 @@ the fewest rows is taken.
 
 Best-fit alone (a share of none) puts samples of one length side by side when many fit into a row. On easy-vqa at 1,024
 tokens it fills 97.4 % and lengths within a row vary 0.39 times as much as in the corpus; with the spread it is 97.2 %
-and 0.75. On lengths like LLaVA's (729 tokens a picture, rows of 4,096) it is 94 % and 0.65 against 98 % and 1.15.
+and 0.75. On lengths like LLaVA's (729 tokens an image, rows of 4,096) it is 94 % and 0.65 against 98 % and 1.15.
 """
 
 import math

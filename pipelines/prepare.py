@@ -44,19 +44,19 @@ def prepare(
     Args:
         config: sources, tokenizer and sizes.
         out: folder, path or URI. Every Ray node must see it under this name.
-        tokens_per_image: tokens that one picture takes in a row.
+        tokens_per_image: tokens that one image takes in a row.
         seed: of the packing plan.
         on_progress: called with every event; drawing it is the caller's business.
 
     Raises:
         PrepareError: `out` cannot be written, too many records were set aside, none is left, or an evaluation set whose
-            pictures are kept out cannot be read.
-        ValueError: the tokenizer cannot be used, a picture does not fit into a row, or an annotations file is broken.
+            images are kept out cannot be read.
+        ValueError: the tokenizer cannot be used, an image does not fit into a row, or an annotations file is broken.
         FileNotFoundError, ModuleNotFoundError: a source is not there.
     """
     if not 1 <= tokens_per_image < config.max_tokens:
         raise ValueError(
-            f"a picture takes {tokens_per_image} tokens and a row has {config.max_tokens}: "
+            f"an image takes {tokens_per_image} tokens and a row has {config.max_tokens}: "
             "raise max_tokens or choose an encoder or connector with fewer tokens"
         )
     recipe = data_identity(config, tokens_per_image, seed)
@@ -160,7 +160,7 @@ def _tokenize(
             tallies = write_quarantine(out, work, own, Removals())
             raise PrepareError(over_limit(config.max_quarantined, total, tallies, out))
     if meter.skipped < meter.done:
-        # Shards of an earlier, killed run may hold pictures that have been repaired since under the same names.
+        # Shards of an earlier, killed run may hold images that have been repaired since under the same names.
         storage.delete_folder(storage.join(work, "packed"))
 
 
@@ -170,7 +170,7 @@ def _remove(
     """Find the records that are not used, and write the table of all that are set aside.
 
     Returns:
-        The tokenized records that are not used, counts by split, and pictures kept out by evaluation set.
+        The tokenized records that are not used, counts by split, and images kept out by evaluation set.
     """
     try:
         excluded = read_excluded(config, partitions, work, on_progress)

@@ -113,6 +113,6 @@ def over_limit(limit: float, total: int, tallies: dict[str, Tally], out: str) ->
 
 def _detail(removal: Removal, causes: dict[tuple[str, int], str]) -> str:
     if removal.reason == CONTAMINATED:
-        return f"picture {removal.cause[1]} is one of {removal.cause[0]}"
-    what = "the id of" if removal.reason == DUPLICATE_ID else "the same pictures and text as"
+        return f"image {removal.cause[1]} is one of {removal.cause[0]}"
+    what = "the id of" if removal.reason == DUPLICATE_ID else "the same images and text as"
     return f"{what} {causes[removal.cause]}"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mlmamba.conversation import IGNORE_INDEX
-from mlmamba.pictures import load_pixels
+from mlmamba.images import load_pixels
 from pipelines.packed import PackedDataset, PackedRow, batches, step_indices
 
 __all__ = ["PackedDataset", "PackedRow", "batches", "collate", "prefetch", "step_indices"]
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int) -> dict[str, torch.Tensor]:
-    """Pad rows to one length and decode their pictures.
+    """Pad rows to one length and decode their images.
 
     Args:
         rows: B rows.
@@ -36,7 +36,7 @@ def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int
 
     Returns:
         `input_ids` int64 (B, L), `labels` int64 (B, L) with IGNORE_INDEX on padding, `seq_idx` int32 (B, L) where
-        padding is one more sequence, `attention_mask` bool (B, L), `pixel_values` uint8 (N, 3, S, S) with the pictures
+        padding is one more sequence, `attention_mask` bool (B, L), `pixel_values` uint8 (N, 3, S, S) with the images
         of all rows in reading order.
 
     Raises:
@@ -67,7 +67,7 @@ def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int
 def prefetch(function: Callable[[T], R], items: Iterable[T], threads: int = 2, depth: int | None = None) -> Iterator[R]:
     """`map(function, items)` with the next results made in background threads.
 
-    Results, their order and an error of the function are those of `map`. Decoding pictures and reading files release
+    Results, their order and an error of the function are those of `map`. Decoding images and reading files release
     the interpreter lock, so threads are enough. Closing the generator ends the threads.
 
     Args:

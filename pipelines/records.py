@@ -1,6 +1,6 @@
 """Cutting a split into partitions: what one tokenizing task works on, and what a rerun repeats at most.
 
-The driver lists the records (no pictures) and writes each partition's descriptions to a small file; tasks get its
+The driver lists the records (no images) and writes each partition's descriptions to a small file; tasks get its
 name. So the driver's memory holds one partition, whatever the size of the corpus.
 """
 
@@ -24,7 +24,7 @@ class Partition:
     records: int
     """How many."""
     digest: str
-    """Changes with anything the partition's token file depends on, except the pictures' content."""
+    """Changes with anything the partition's token file depends on, except the images' content."""
 
     @property
     def name(self) -> str:

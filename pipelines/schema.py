@@ -11,7 +11,7 @@ import pyarrow as pa
 # Of the columns of PACKED. A reader of one version does not read another.
 PACKED_VERSION = 1
 # Of what pass 1 writes. Another one makes a killed run of an older version start over.
-WORK_VERSION = 2
+WORK_VERSION = 3
 
 _INTS = pa.list_(pa.int32())
 _BYTES = pa.list_(pa.binary())
@@ -33,8 +33,8 @@ DIGEST_BYTES = 16
 _DIGEST = pa.binary(DIGEST_BYTES)
 
 # What became of each record of a partition, in order. `reason` is null for those that are in the token file; only they
-# have digests: of source and id; of the tokens, the pictures and the `repeat` that a source's weight asks for; and of
-# each picture.
+# have digests: of source and id; of the tokens, the images and the `repeat` that a source's weight asks for; and of
+# each image.
 OUTCOMES = pa.schema(
     [
         ("record_id", pa.string()),
@@ -46,12 +46,12 @@ OUTCOMES = pa.schema(
         ("detail", pa.string()),
         ("id", _DIGEST),
         ("content", _DIGEST),
-        ("pictures", pa.list_(_DIGEST)),
+        ("images", pa.list_(_DIGEST)),
     ]
 )
 
-# The digests of the pictures of an evaluation set.
-PICTURES = pa.schema([("picture", _DIGEST)])
+# The digests of the images of an evaluation set.
+IMAGES = pa.schema([("image", _DIGEST)])
 
 # The table of records that were set aside, for people to read.
 QUARANTINE = pa.schema([(name, pa.string()) for name in ("split", "record_id", "source", "reason", "detail")])

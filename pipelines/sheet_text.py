@@ -1,4 +1,4 @@
-"""Coloured, wrapped text in any script on a Pillow picture.
+"""Coloured, wrapped text in any script on a Pillow image.
 
 Fonts: matplotlib's own DejaVu Sans (Latin, Greek, Cyrillic, Arabic, ...), then whatever the machine has for the
 characters that it lacks. A character that no font has becomes a box that names its script, and counts in `missing`.
@@ -68,9 +68,9 @@ class Typesetter:
                     used += word.width
         return lines
 
-    def draw(self, picture: Image.Image, at: tuple[int, int], lines: list[list[_Word]]) -> None:
+    def draw(self, image: Image.Image, at: tuple[int, int], lines: list[list[_Word]]) -> None:
         """Draw lines, the first with its upper left corner at `at`."""
-        canvas = ImageDraw.Draw(picture)
+        canvas = ImageDraw.Draw(image)
         for number, line in enumerate(lines):
             x, y = at[0], at[1] + number * self.line_height
             for word in _visual(line):

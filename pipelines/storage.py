@@ -148,7 +148,7 @@ def open_arrow(uri: str, columns: list[str] | None = None, mapped: bool = True) 
 
     Args:
         uri: the file.
-        columns: give only these. Nothing is fetched of the others, which matters where pictures are among them.
+        columns: give only these. Nothing is fetched of the others, which matters where images are among them.
         mapped: False reads byte ranges also on a local disk, which is faster for rows that are read only once.
     """
     filesystem, path = open_fs(uri)

@@ -1,6 +1,6 @@
-"""Pass 1: records to token ids, labels and encoded pictures, one file per partition.
+"""Pass 1: records to token ids, labels and encoded images, one file per partition.
 
-Each partition is one Ray task that reads its records one at a time, so a task's memory holds one record's pictures.
+Each partition is one Ray task that reads its records one at a time, so a task's memory holds one record's images.
 A record that cannot be used goes to the outcomes table with a reason and its neighbours go on. A partition whose
 outcomes file carries the right digest is not done again, which is what makes a killed run cheap to repeat.
 """
@@ -135,10 +135,10 @@ def iter_outcomes(
 def encode_record(
     record: Record, source: Source, tokenizer, settings: TokenizeSettings
 ) -> tuple[EncodedConversation, list[bytes], int] | Problem:
-    """Turn a record into a sample: its encoding, its encoded pictures, how many turns it lost; or say what is wrong.
+    """Turn a record into a sample: its encoding, its encoded images, how many turns it lost; or say what is wrong.
 
     The sample ends with the last answer that fits into `max_tokens`; a question after the last answer is dropped
-    (it has no loss). Pictures that only dropped turns show are dropped with them.
+    (it has no loss). Images that only dropped turns show are dropped with them.
     """
     problem = check_record(record, settings.eos_token)
     if problem:
@@ -168,7 +168,7 @@ def encode_record(
 def _finished(task: dict) -> pa.Table | None:
     """The outcomes of a partition that is done with the same digest.
 
-    The digest does not cover what is in the pictures. So those that were bad are looked at once more, and if somebody
+    The digest does not cover what is in the images. So those that were bad are looked at once more, and if somebody
     has repaired one, the partition is not done.
     """
     if not (storage.exists(task["outcomes"]) and storage.exists(task["tokens"])):
@@ -177,9 +177,9 @@ def _finished(task: dict) -> pa.Table | None:
     if (reader.schema.metadata or {}).get(_DIGEST_KEY) != task["digest"].encode():
         return None
     outcomes = reader.read_all()
-    bad_picture = [(reason or "").startswith("image_") for reason in outcomes["reason"].to_pylist()]
-    if any(bad_picture):
-        for record, bad in zip(read_records(task["records"]), bad_picture, strict=True):
+    bad_image = [(reason or "").startswith("image_") for reason in outcomes["reason"].to_pylist()]
+    if any(bad_image):
+        for record, bad in zip(read_records(task["records"]), bad_image, strict=True):
             if bad and not record.problem and read_images(record, _source(task, record))[1] is None:
                 return None
     return outcomes
@@ -224,13 +224,13 @@ def _tokenize_partition(task: dict) -> pa.Table:
 
 
 def _digests(record: Record, ids: np.ndarray, images: list[bytes]) -> dict:
-    """What tells whether another record is the same, and whether its pictures occur elsewhere."""
-    pictures = [digest(image) for image in images]
+    """What tells whether another record is the same, and whether its images occur elsewhere."""
+    digests = [digest(image) for image in images]
     tokens = ids.astype("<i4", copy=False).tobytes()
     return {
         "id": digest(record.source.encode(), record.id.encode()),
-        "content": digest(str(record.repeat).encode(), tokens, *pictures),
-        "pictures": pictures,
+        "content": digest(str(record.repeat).encode(), tokens, *digests),
+        "images": digests,
     }
 
 

@@ -1,8 +1,8 @@
 """What a record must be to become a training sample. Each failure has a reason code, listed in `REASONS`.
 
-The picture check decodes with the function that training decodes with, so that a picture that passes here cannot stop a
+The image check decodes with the function that training decodes with, so that an image that passes here cannot stop a
 training run. A JPEG is decoded at an eighth of its size: its data is still read to the end, so the verdict is the same
-(tests/unit/test_pipelines_picture_check.py), in half the time.
+(tests/unit/test_pipelines_image_check.py), in half the time.
 """
 
 import io
@@ -12,7 +12,7 @@ import warnings
 from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, USER, check_turns
-from mlmamba.pictures import MAX_PIXELS, PictureError, open_picture, upright
+from mlmamba.images import MAX_PIXELS, ImageError, open_image, upright
 from pipelines.sources.source import Problem, Record, Source
 from pipelines.storage import TooLarge
 
@@ -20,18 +20,18 @@ REASONS = {
     "malformed": "the entry is not what the source's format asks for",
     "shard_damaged": "a tar or Parquet file cannot be read to its end; what could be read of it is used",
     "duplicate_id": "an earlier record of the source that is used has the same id",
-    "duplicate_content": "an earlier record of the split has the same pictures and text, to the byte",
-    "contaminated": "a picture is, to the byte, one of an evaluation set's",
+    "duplicate_content": "an earlier record of the split has the same images and text, to the byte",
+    "contaminated": "an image is, to the byte, one of an evaluation set's",
     "role_order": "the turns do not alternate user, assistant, or there is no answer",
     "empty_turn": "a turn has no text, or there are no turns",
     "control_text": "a message holds a text that the prompt format uses as a mark, such as the end token",
-    "placeholder_mismatch": "a placeholder is missing or extra: the turns do not show each picture once",
+    "placeholder_mismatch": "a placeholder is missing or extra: the turns do not show each image once",
     "too_long": "not even the first answer fits, or the recipe does not cut",
     "image_missing": "there is no such file",
     "image_format": "not one of the formats in FORMATS",
     "image_aspect": "one side is more than MAX_ASPECT times the other",
     "image_bomb": "more than MAX_PIXELS pixels, or an enormous file",
-    "image_truncated": "the file ends before the picture does",
+    "image_truncated": "the file ends before the image does",
     "image_unreadable": "the file cannot be read or decoded",
 }
 
@@ -45,7 +45,7 @@ _RETRY_SECONDS = 0.5
 
 
 def check_record(record: Record, end_token: str = "<|endoftext|>") -> Problem | None:
-    """The first thing wrong with a record's description and turns, or None. Reads no pictures.
+    """The first thing wrong with a record's description and turns, or None. Reads no images.
 
     Args:
         record: to check.
@@ -55,7 +55,7 @@ def check_record(record: Record, end_token: str = "<|endoftext|>") -> Problem | 
         return record.problem
     shown = sum(turn.images for turn in record.turns)
     if shown != len(record.images):
-        return Problem("placeholder_mismatch", f"the turns show {shown} pictures, the record has {len(record.images)}")
+        return Problem("placeholder_mismatch", f"the turns show {shown} images, the record has {len(record.images)}")
     try:
         check_turns(record.turns)
     except ValueError as error:
@@ -70,16 +70,16 @@ def check_record(record: Record, end_token: str = "<|endoftext|>") -> Problem | 
 
 
 def check_image(data: bytes) -> Problem | None:
-    """The first thing wrong with an encoded picture, or None. Reads it to its end; of an animation, the first frame."""
+    """The first thing wrong with an encoded image, or None. Reads it to its end; of an animation, the first frame."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-    except Exception:  # open_picture says below what is wrong with it
+    except Exception:  # open_image says below what is wrong with it
         image = None
     try:
         if image is None:
-            open_picture(data, MAX_PIXELS)
+            open_image(data, MAX_PIXELS)
             return None
         if image.format not in FORMATS:
             return Problem("image_format", f"{image.format} is not one of {', '.join(FORMATS)}")
@@ -89,28 +89,28 @@ def check_image(data: bytes) -> Problem | None:
         if width * height <= MAX_PIXELS:
             image.draft(None, (1, 1))
         upright(image, MAX_PIXELS)
-    except PictureError as error:
+    except ImageError as error:
         return Problem(error.reason, str(error))
     return None
 
 
 def read_images(record: Record, source: Source) -> tuple[list[bytes], Problem | None]:
-    """A record's encoded pictures and the first problem with them. The list is complete only without a problem."""
-    pictures = []
+    """A record's encoded images and the first problem with them. The list is complete only without a problem."""
+    images = []
     for location in record.images:
         try:
             data = _read(source, location)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return pictures, Problem("image_missing", f"no file {location}")
+            return images, Problem("image_missing", f"no file {location}")
         except TooLarge as error:
-            return pictures, Problem("image_bomb", f"{location}: {error}")
+            return images, Problem("image_bomb", f"{location}: {error}")
         except (OSError, ValueError) as error:
-            return pictures, Problem("image_unreadable", f"{location}: {error}")
+            return images, Problem("image_unreadable", f"{location}: {error}")
         problem = check_image(data)
         if problem:
-            return pictures, Problem(problem.reason, f"{location}: {problem.detail}")
-        pictures.append(data)
-    return pictures, None
+            return images, Problem(problem.reason, f"{location}: {problem.detail}")
+        images.append(data)
+    return images, None
 
 
 def _read(source: Source, location: str) -> bytes:

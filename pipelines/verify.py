@@ -110,7 +110,7 @@ def _compare(file: str, shard: ShardInfo, manifest: Manifest, image_id: int | No
         )
     if image_id is not None and image_tokens != facts["images"] * manifest.tokens_per_image:
         problems.append(
-            f"{shard.path} has {image_tokens} image tokens for {facts['images']} pictures, the manifest says "
+            f"{shard.path} has {image_tokens} image tokens for {facts['images']} images, the manifest says "
             f"tokens_per_image {manifest.tokens_per_image}"
         )
     return problems

@@ -1,6 +1,6 @@
 """A corpus in five layouts with damaged records among good ones, and what should become of each.
 
-Every kind of damage is a function of a whole picture, conversation or row, beside the reason that it should be set
+Every kind of damage is a function of a whole image, conversation or row, beside the reason that it should be set
 aside for. Which records are damaged, and how, is drawn at random.
 """
 
@@ -24,7 +24,7 @@ GOOD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def noise(rng: random.Random, kind: str = "PNG", size: tuple[int, int] = (24, 20)) -> bytes:
-    """An encoded picture of noise: no two are alike."""
+    """An encoded image of noise: no two are alike."""
     buffer = io.BytesIO()
     Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(buffer, kind)
     return buffer.getvalue()
@@ -45,11 +45,11 @@ def flipped(rng: random.Random) -> bytes:
     return bytes(data)
 
 
-PICTURES: dict[str, tuple[Callable[[random.Random], bytes], str]] = {
+IMAGES: dict[str, tuple[Callable[[random.Random], bytes], str]] = {
     "png cut": (lambda rng: (data := noise(rng))[: rng.randrange(len(data) // 4, len(data) - 40)], "image_truncated"),
     "jpeg cut": (lambda rng: noise(rng, "JPEG", (64, 64))[: -rng.randrange(100, 800)], "image_truncated"),
     "bit flipped": (flipped, "image_unreadable"),
-    "not a picture": (lambda rng: rng.randbytes(rng.randrange(1, 500)), "image_unreadable"),
+    "not an image": (lambda rng: rng.randbytes(rng.randrange(1, 500)), "image_unreadable"),
     "web page": (lambda rng: b"<html><body>404 Not Found</body></html>", "image_unreadable"),
     "empty file": (lambda rng: b"", "image_unreadable"),
     "bomb": (bomb, "image_bomb"),
@@ -59,7 +59,7 @@ PICTURES: dict[str, tuple[Callable[[random.Random], bytes], str]] = {
     "tall stripe": (lambda rng: noise(rng, "JPEG", (4, rng.randrange(81, 200))), "image_aspect"),
 }
 
-# Of LLaVA-like messages that show one picture. The number makes each text one of its own.
+# Of LLaVA-like messages that show one image. The number makes each text one of its own.
 CONVERSATIONS: dict[str, tuple[Callable[[int], object], str]] = {
     "no placeholder": (lambda i: conversation(f"What {i}?", "This."), "placeholder_mismatch"),
     "two placeholders": (lambda i: conversation(f"<image><image> What {i}?", "This."), "placeholder_mismatch"),
@@ -119,18 +119,18 @@ class BadInput:
         self.number += 1
         return self.number
 
-    def _picture(self) -> bytes:
+    def _image(self) -> bytes:
         return noise(self.rng, self.rng.choice(GOOD_FORMATS))
 
     def _record(self, kind: str | None, make: Callable | None) -> tuple[int, bytes, object]:
-        """Number, picture and messages of a record, one of which may be damaged."""
+        """Number, image and messages of a record, one of which may be damaged."""
         number = self._next()
-        image = make(self.rng) if kind in PICTURES else self._picture()
-        messages = conversation(f"<image>\nWhat is in picture {number}?", f"Noise number {number}.")
+        image = make(self.rng) if kind in IMAGES else self._image()
+        messages = conversation(f"<image>\nWhat is in image {number}?", f"Noise number {number}.")
         return number, image, make(number) if kind in CONVERSATIONS else messages
 
     def _llava(self, place: str) -> dict:
-        """JSONL, with the pictures in a folder or in a zip."""
+        """JSONL, with the images in a folder or in a zip."""
         extra = {
             "missing file": (None, "image_missing"),
             "outside": (None, "malformed"),
@@ -139,10 +139,10 @@ class BadInput:
             "no id": (None, "malformed"),
             "id twice": (None, "duplicate_id"),
             "content twice": (None, "duplicate_content"),
-            "picture of the test set": (None, "contaminated"),
+            "image of the test set": (None, "contaminated"),
         }
         lines, images = [], {}
-        for line, (kind, make, reason) in enumerate(self._plan(PICTURES, CONVERSATIONS, extra)):
+        for line, (kind, make, reason) in enumerate(self._plan(IMAGES, CONVERSATIONS, extra)):
             number, image, messages = self._record(kind, make)
             name, path = f"record-{number}", f"{number % 7}/{number}.jpg"
             images[path] = image
@@ -157,8 +157,8 @@ class BadInput:
                 entry, name = [entry], f"{place}[{line}]"
             elif kind == "no id":
                 entry["id"], name = None, f"{place}[{line}]"
-            elif kind == "picture of the test set":
-                images[path] = self._test_picture(number)
+            elif kind == "image of the test set":
+                images[path] = self._test_image(number)
             elif kind in ("id twice", "content twice"):
                 # The record that it repeats is one more good one, before it.
                 first, words = f"first-{number}", conversation(f"<image>\nThe first {number}?", "Yes.")
@@ -201,20 +201,20 @@ class BadInput:
         """Tar shards, whose samples may lack or double a file."""
         extra = {
             "no text file": (None, "malformed"),
-            "no picture file": (None, "placeholder_mismatch"),
+            "no image file": (None, "placeholder_mismatch"),
             "broken json": (None, "malformed"),
             "json without the key": (None, "malformed"),
             "text file twice": (None, "malformed"),
-            "second picture": (None, "placeholder_mismatch"),
+            "second image": (None, "placeholder_mismatch"),
         }
         shards: dict[str, list] = {f"s-{i}": [] for i in range(4)}
-        for (kind, make, reason), shard in zip(self._plan(PICTURES, CONVERSATIONS, extra), cycle(shards), strict=False):
+        for (kind, make, reason), shard in zip(self._plan(IMAGES, CONVERSATIONS, extra), cycle(shards), strict=False):
             number, image, messages = self._record(kind, make)
             text = (f"{number}.json", {"conversations": messages})
             files = [(f"{number}.jpg", image), text]
             if kind == "no text file":
                 files.remove(text)
-            elif kind == "no picture file":
+            elif kind == "no image file":
                 files = [text]
             elif kind == "broken json":
                 files[1] = (f"{number}.json", json.dumps(text[1])[:-10])
@@ -222,8 +222,8 @@ class BadInput:
                 files[1] = (f"{number}.json", {"conversation": messages})
             elif kind == "text file twice":
                 files.append(text)
-            elif kind == "second picture":
-                files.append((f"{number}.png", self._picture()))
+            elif kind == "second image":
+                files.append((f"{number}.png", self._image()))
             shards[shard] += files
             self.expected["webdataset", f"{shard}/{number}"] = reason
         for shard, files in shards.items():
@@ -239,7 +239,7 @@ class BadInput:
             "no json": (None, "malformed"),
         }
         columns: dict[str, list] = {"image": [], "conversations": [], "id": []}
-        for kind, make, reason in self._plan(PICTURES, CONVERSATIONS, extra):
+        for kind, make, reason in self._plan(IMAGES, CONVERSATIONS, extra):
             number, image, messages = self._record(kind, make)
             stored = {"bytes": None if kind == "no bytes" else image, "path": f"{number}.jpg"}
             columns["image"].append(None if kind == "null" else stored)
@@ -264,9 +264,9 @@ class BadInput:
             "not Unicode": (None, "malformed"),
         }
         images, table, line = {}, b"image,caption\n", 2
-        for kind, make, reason in self._plan(PICTURES, extra):
+        for kind, make, reason in self._plan(IMAGES, extra):
             number, image, _ = self._record(kind, make)
-            path, caption = f"{number}.jpg", f'Picture {number}, "noise"' + "\non two lines" * (number % 3 == 0)
+            path, caption = f"{number}.jpg", f'Image {number}, "noise"' + "\non two lines" * (number % 3 == 0)
             buffer = io.StringIO()
             csv.writer(buffer, lineterminator="\n").writerow([f"/{path}" if kind == "outside" else path, caption])
             row = {
@@ -286,12 +286,12 @@ class BadInput:
         own = self.root / "captions"
         return {"type": "captions", "table": str(own / "t.csv"), "images": str(own / "images")}
 
-    def _test_picture(self, number: int) -> bytes:
+    def _test_image(self, number: int) -> bytes:
         return noise(random.Random(f"test {number}"))
 
     def _evaluation_set(self) -> dict:
-        """Questions about the pictures that some records of the folder and the zip show."""
-        images = {f"{number}.png": self._test_picture(number) for number in range(1, self.number + 1)}
+        """Questions about the images that some records of the folder and the zip show."""
+        images = {f"{number}.png": self._test_image(number) for number in range(1, self.number + 1)}
         entries = [{"image_id": name, "question": "What?", "answer": "Noise."} for name in images]
         write_files(self.root / "test", {"q.json": entries})
         write_files(self.root / "test/images", images)

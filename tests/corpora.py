@@ -1,4 +1,4 @@
-"""Small pictures and files of the layouts that sources read, for tests."""
+"""Small images and files of the layouts that sources read, for tests."""
 
 import io
 import json
@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 
-def picture(number: int = 0, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
-    """An encoded picture of one colour; another number is quite another one, also as a JPEG."""
+def image(number: int = 0, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
+    """An encoded image of one colour; another number is quite another one, also as a JPEG."""
     mixed = number * 0x9E3779B1
     buffer = io.BytesIO()
     Image.new("RGB", size, (mixed & 255, mixed >> 8 & 255, mixed >> 16 & 255)).save(buffer, kind)

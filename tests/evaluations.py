@@ -12,12 +12,12 @@ HOSTILE = '<script>document.title="owned"</script><img src=x onerror=alert(1)> $
 
 
 def write_evaluation(folder: Path, rows: list[Answered], benchmark: str, **changes) -> dict:
-    """answers.jsonl, scores.json and a picture for every row that has one. Returns the scores."""
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True)
+    """answers.jsonl, scores.json and an image for every row that has one. Returns the scores."""
+    images = folder / "images"
+    images.mkdir(parents=True)
     for number, name in enumerate(sorted({row.image for row in rows if row.image})):
         shade = np.full((48, 64, 3), (number * 37) % 255, dtype=np.uint8)
-        Image.fromarray(shade).save(pictures / name)
+        Image.fromarray(shade).save(images / name)
     blind = all(row.blind_score is not None for row in rows)
     scores = {
         "benchmark": benchmark,
@@ -31,7 +31,7 @@ def write_evaluation(folder: Path, rows: list[Answered], benchmark: str, **chang
         "complete": True,
         "missing": {"count": 0, "ids": [], "reasons": {}},
         "notes": [],
-        "pictures": [{"kind": "folder", "uri": str(pictures)}],
+        "images": [{"kind": "folder", "uri": str(images)}],
         "data_digest": "abc123",
     } | changes
     write_answers(folder, rows)
@@ -39,24 +39,24 @@ def write_evaluation(folder: Path, rows: list[Answered], benchmark: str, **chang
     return scores
 
 
-def vqa_rows(seed: int = 0, pictures: int = 60, right: float = 0.8, blind: float = 0.4) -> list[Answered]:
-    """Questions of two types about pictures, some of which are hard for a model whatever is asked."""
+def vqa_rows(seed: int = 0, images: int = 60, right: float = 0.8, blind: float = 0.4) -> list[Answered]:
+    """Questions of two types about images, some of which are hard for a model whatever is asked."""
     rng, rows = np.random.default_rng(seed), []
-    hard = np.random.default_rng(99).random(pictures) < 0.25
-    for picture in range(pictures):
+    hard = np.random.default_rng(99).random(images) < 0.25
+    for image in range(images):
         for k, kind in enumerate(("colour", "shape", "colour")):
-            score = float(rng.random() < (right - 0.6 * hard[picture]))
-            answer = ("red", "green")[picture % 2] if kind == "colour" else "circle"
+            score = float(rng.random() < (right - 0.6 * hard[image]))
+            answer = ("red", "green")[image % 2] if kind == "colour" else "circle"
             rows.append(
                 Answered(
-                    id=f"{picture}/{k}",
+                    id=f"{image}/{k}",
                     question=f"what {kind}?",
                     answer=answer,
                     answers=[answer],
                     type=kind,
                     prediction=answer if score else "blue",
                     score=score,
-                    image=f"{picture}.png",
+                    image=f"{image}.png",
                     blind_prediction="blue",
                     blind_score=float(rng.random() < blind),
                     prompt_tokens=20 + k,
@@ -67,17 +67,17 @@ def vqa_rows(seed: int = 0, pictures: int = 60, right: float = 0.8, blind: float
     return rows
 
 
-def pope_rows(seed: int = 0, pictures: int = 30) -> list[Answered]:
+def pope_rows(seed: int = 0, images: int = 30) -> list[Answered]:
     """Yes/No questions of POPE's three splits with probabilities, not asked blind."""
     rng, rows = np.random.default_rng(seed), []
     for split in ("random", "popular", "adversarial"):
-        for picture in range(pictures):
+        for image in range(images):
             positive = int(rng.random() < 0.5)
             p_yes = float(np.clip(positive * 0.5 + 0.25 + rng.normal(0, 0.3), 0, 1))
             said = float(p_yes >= 0.5)
             rows.append(
                 Answered(
-                    id=f"{split}/{picture}",
+                    id=f"{split}/{image}",
                     question="is there a cat?",
                     answer="yes" if positive else "no",
                     answers=["yes" if positive else "no"],
@@ -87,7 +87,7 @@ def pope_rows(seed: int = 0, pictures: int = 30) -> list[Answered]:
                     text_score=float(said == positive),
                     text_yes=said,
                     p_yes=p_yes,
-                    image=f"{picture}.png",
+                    image=f"{image}.png",
                     details={"positive": positive},
                 )
             )

@@ -82,8 +82,8 @@ def post(body: bytes, path: str = CHAT, extra: str = "", length: object = None) 
     return head.encode("latin-1") + body
 
 
-def picture_request(data: bytes, count: int = 1, head: str = "data:image/png;base64,") -> bytes:
-    """A question about encoded pictures."""
+def image_request(data: bytes, count: int = 1, head: str = "data:image/png;base64,") -> bytes:
+    """A question about encoded images."""
     part = {"type": "image_url", "image_url": {"url": head + base64.b64encode(data).decode()}}
     return post(json.dumps(question([part] * count)).encode())
 
@@ -177,7 +177,7 @@ def _odd_json(chance: random.Random, _) -> bytes:
     return post(body if isinstance(body, bytes) else body.encode())
 
 
-def _bad_picture(chance: random.Random, _) -> bytes:
+def _bad_image(chance: random.Random, _) -> bytes:
     data = bytearray(encoded(chance.randrange(99), chance.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])))
     action = chance.random()
     if action < 0.4:
@@ -191,7 +191,7 @@ def _bad_picture(chance: random.Random, _) -> bytes:
         data = bytearray(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run")
     else:
         return post(json.dumps(question([{"type": "image_url", "image_url": {"url": _bad_uri(chance)}}])).encode())
-    return picture_request(bytes(data))
+    return image_request(bytes(data))
 
 
 def _bad_uri(chance: random.Random) -> str:
@@ -231,7 +231,7 @@ def _bomb(chance: random.Random, _) -> bytes:
             (gif, 1),
         ]
     )
-    return picture_request(data, count)
+    return image_request(data, count)
 
 
 def _too_much(chance: random.Random, _) -> Hostile | bytes:
@@ -245,7 +245,7 @@ def _too_much(chance: random.Random, _) -> Hostile | bytes:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
         piece = f"{len(block):x}\r\n".encode() + block + b"\r\n"
         return Hostile("too much", ((head, 0.0), *[(piece, 0.0)] * 40))
-    return picture_request(chance.randbytes(1_500_000))
+    return image_request(chance.randbytes(1_500_000))
 
 
 def _slow(chance: random.Random, pause: float) -> Hostile:
@@ -294,7 +294,7 @@ def _odd_http(chance: random.Random, _) -> Hostile:
 KINDS: list[tuple[str, Callable]] = [
     ("fields", _mutated),
     ("bytes", _bytes_changed),
-    ("picture", _bad_picture),
+    ("image", _bad_image),
     ("json", _odd_json),
     ("fields", _mutated),
     ("bomb", _bomb),

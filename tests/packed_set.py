@@ -25,7 +25,7 @@ SET_ASIDE = [
 
 
 def turns_of(i: int) -> list[Turn]:
-    """Conversation i: two questions; by i modulo 3, its first one shows no, one or two pictures."""
+    """Conversation i: two questions; by i modulo 3, its first one shows no, one or two images."""
     return [
         Turn("user", f"what is number {i}?", images=i % 3),
         Turn("assistant", f"it is {'very ' * (i % 7)}small"),
@@ -34,8 +34,8 @@ def turns_of(i: int) -> list[Turn]:
     ]
 
 
-def picture(i: int, size: tuple[int, int] = (20, 10)) -> bytes:
-    """An encoded picture of one colour."""
+def image(i: int, size: tuple[int, int] = (20, 10)) -> bytes:
+    """An encoded image of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (i * 40 % 256, 90, 200)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -84,7 +84,7 @@ def _row(split: str, samples: list[tuple[int, EncodedConversation]]) -> dict:
         "input_ids": np.concatenate([encoded.input_ids for _, encoded in samples]).astype(np.int32),
         "labels": np.concatenate([encoded.labels for _, encoded in samples]).astype(np.int32),
         "seq_idx": np.repeat(np.arange(len(samples), dtype=np.int32), np.diff(starts)),
-        "images": [picture(i) for i, encoded in samples for _ in encoded.image_positions],
+        "images": [image(i) for i, encoded in samples for _ in encoded.image_positions],
         "image_positions": [
             int(start) + place
             for start, (_, encoded) in zip(starts, samples, strict=False)

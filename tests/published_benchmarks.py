@@ -1,29 +1,29 @@
 """Small sets in the layouts in which the benchmarks are published, for tests.
 
 Every writer makes the files of one benchmark under a folder and returns how many questions they have. Every
-picture has another colour.
+image has another colour.
 """
 
 import json
 from pathlib import Path
 
-from tests.corpora import picture
+from tests.corpora import image
 
 PEOPLE = 10
 
 
-def write_vqav2(root: Path, pictures: int = 3, per_picture: int = 4) -> int:
-    """VQAv2's val split: questions and annotations apart, pictures called as COCO calls them."""
+def write_vqav2(root: Path, images: int = 3, per_image: int = 4) -> int:
+    """VQAv2's val split: questions and annotations apart, images called as COCO calls them."""
     kinds = [
         ("Is it red?", "yes", "yes/no"),
         ("How many are there?", "2", "number"),
         ("What is it?", "square", "other"),
     ]
     questions, annotations = [], []
-    for i in range(pictures):
+    for i in range(images):
         image = 42 + 31 * i
-        _picture(root / f"val2014/COCO_val2014_{image:012d}.jpg", i)
-        for j in range(per_picture):
+        _image(root / f"val2014/COCO_val2014_{image:012d}.jpg", i)
+        for j in range(per_image):
             text, answer, kind = kinds[(i + j) % len(kinds)]
             number = image * 1000 + j
             questions.append({"image_id": image, "question": text, "question_id": number})
@@ -47,16 +47,16 @@ def write_vqav2(root: Path, pictures: int = 3, per_picture: int = 4) -> int:
     return len(questions)
 
 
-def write_gqa(root: Path, pictures: int = 3, per_picture: int = 4) -> int:
-    """GQA's balanced test-dev split: one object, questions about a picture scattered over it."""
+def write_gqa(root: Path, images: int = 3, per_image: int = 4) -> int:
+    """GQA's balanced test-dev split: one object, questions about an image scattered over it."""
     kinds = [
         ("Is it red?", "yes", "verify"),
         ("What colour is it?", "red", "query"),
         ("Red or blue?", "red", "choose"),
     ]
     content = {}
-    for j in range(per_picture):
-        for i in range(pictures):
+    for j in range(per_image):
+        for i in range(images):
             text, answer, kind = kinds[(i + j) % len(kinds)]
             content[f"20{i:04d}{j:03d}"] = {
                 "imageId": f"n{100 + i}",
@@ -66,8 +66,8 @@ def write_gqa(root: Path, pictures: int = 3, per_picture: int = 4) -> int:
                 "isBalanced": True,
                 "types": {"structural": kind, "semantic": "attr", "detailed": "verifyAttr"},
             }
-    for i in range(pictures):
-        _picture(root / f"images/n{100 + i}.jpg", i)
+    for i in range(images):
+        _image(root / f"images/n{100 + i}.jpg", i)
     _json(root / "testdev_balanced_questions.json", content)
     return len(content)
 
@@ -89,7 +89,7 @@ def write_vizwiz(root: Path, count: int = 6) -> int:
                 "answerable": int(i % 3 != 2),
             }
         )
-        _picture(root / "val" / name, i)
+        _image(root / "val" / name, i)
     _json(root / "val.json", entries)
     return count
 
@@ -118,7 +118,7 @@ def write_textvqa(root: Path, count: int = 4, ocr: str = "rosetta") -> int:
             f"{question}\nReference OCR token: {', '.join(words)}\nAnswer the question using a single word or phrase."
         )
         llava.append({"question_id": image, "image": f"{image}.jpg", "text": text})
-        _picture(root / f"train_images/{image}.jpg", i)
+        _image(root / f"train_images/{image}.jpg", i)
     _json(root / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "dataset_version": "0.5.1", "data": data})
     if ocr == "rosetta":
         _json(root / "TextVQA_Rosetta_OCR_v0.2_val.json", {"dataset_version": "0.2", "data": rosetta})
@@ -127,34 +127,34 @@ def write_textvqa(root: Path, count: int = 4, ocr: str = "rosetta") -> int:
     return count
 
 
-def write_pope(root: Path, pictures: int = 2, per_picture: int = 4) -> int:
+def write_pope(root: Path, images: int = 2, per_image: int = 4) -> int:
     """POPE on COCO: three files of JSON lines, whose question ids begin anew in each."""
-    names = [f"COCO_val2014_{310196 + i:012d}.jpg" for i in range(pictures)]
+    names = [f"COCO_val2014_{310196 + i:012d}.jpg" for i in range(images)]
     for i, name in enumerate(names):
-        _picture(root / "val2014" / name, i)
+        _image(root / "val2014" / name, i)
     for number, split in enumerate(("random", "popular", "adversarial")):
         things = ("snowboard", "dining table", "person", "car")
         lines = [
             {
-                "question_id": i * per_picture + j + 1,
+                "question_id": i * per_image + j + 1,
                 "image": name,
                 "text": f"Is there a {things[(j + number) % len(things)]} in the image?",
                 "label": "yes" if j % 2 == 0 else "no",
             }
             for i, name in enumerate(names)
-            for j in range(per_picture)
+            for j in range(per_image)
         ]
         _lines(root / f"coco_pope_{split}.json", lines)
-    return 3 * pictures * per_picture
+    return 3 * images * per_image
 
 
 def write_vsr(root: Path, count: int = 6, split: str = "zeroshot") -> int:
-    """A test split of VSR; two statements about each picture."""
+    """A test split of VSR; two statements about each image."""
     relations = ["behind", "facing", "touching", "next to", "right of", "near"]
     lines = []
     for i in range(count):
         name = f"{50403 + i // 2:012d}.jpg"
-        _picture(root / "images" / name, i // 2)
+        _image(root / "images" / name, i // 2)
         relation = relations[i % len(relations)]
         lines.append(
             {
@@ -184,9 +184,9 @@ def _people(answers: list[str]) -> list[dict]:
     return [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i, answer in enumerate(answers, start=1)]
 
 
-def _picture(path: Path, seed: int) -> None:
+def _image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(seed, "JPEG", (32, 32)))
+    path.write_bytes(image(seed, "JPEG", (32, 32)))
 
 
 def _json(path: Path, content) -> None:

@@ -24,7 +24,7 @@ from workflows.train.initial import save
 
 
 def load_tiny(folder: Path):
-    """Model and processor. Its answers are noise that depends on every word and picture."""
+    """Model and processor. Its answers are noise that depends on every word and image."""
     torch.set_num_threads(1)
     save(tiny_model({"tie_word_embeddings": False}, max_position_embeddings=300), tiny_tokenizer(), folder)
     return load_model(folder)
@@ -70,7 +70,7 @@ def raw(url, path, body=None, method=None, headers=None):
 
 
 def encoded(seed: int = 0, kind: str = "PNG", size=(40, 30)) -> bytes:
-    """An encoded picture of a few large blocks: noise would be all alike to the encoder."""
+    """An encoded image of a few large blocks: noise would be all alike to the encoder."""
     pixels = np.random.default_rng(seed).integers(0, 255, (2, 2, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(buffer, kind)

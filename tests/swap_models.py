@@ -14,7 +14,7 @@ from tests.registry_server import add_model, add_version
 from tests.tiny import tiny_model, tiny_tokenizer
 from workflows.registry.models import open_package
 from workflows.registry.register import Example
-from workflows.serve.swap import drawn_picture
+from workflows.serve.swap import drawn_image
 from workflows.train.initial import save
 
 TOKENS = 12
@@ -34,9 +34,9 @@ def write_model(folder: Path, number: int) -> Path:
 
 
 def drawn_example(answer: str) -> Example:
-    """A stored example with the drawn picture of the smoke test, and what is said to have been answered."""
+    """A stored example with the drawn image of the smoke test, and what is said to have been answered."""
     buffer = io.BytesIO()
-    drawn_picture().save(buffer, "PNG")
+    drawn_image().save(buffer, "PNG")
     return Example(buffer.getvalue(), QUESTION, answer, max_tokens=8)
 
 
@@ -68,6 +68,6 @@ def register_models(client: MlflowClient, name: str, folders: list[Path], packag
     client.set_registered_model_alias(name, "champion", "1")
 
 
-def answer_of(folder: Path, question: str = QUESTION, picture: bytes | None = None, tokens: int = TOKENS) -> str:
+def answer_of(folder: Path, question: str = QUESTION, image: bytes | None = None, tokens: int = TOKENS) -> str:
     """The model's greedy answer, without any service."""
-    return Answerer(folder, tokens).answer([Asked(picture, [question])])[0][0]
+    return Answerer(folder, tokens).answer([Asked(image, [question])])[0][0]

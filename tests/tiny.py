@@ -1,4 +1,4 @@
-"""Models and tokenizers small enough for every test: random weights, two layers, pictures of 32 pixels."""
+"""Models and tokenizers small enough for every test: random weights, two layers, images of 32 pixels."""
 
 from pathlib import Path
 
@@ -61,13 +61,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prompt(length: int, images: int = 0, seed: int = 0) -> torch.Tensor:
-    """(1, length) random ids that open with the placeholders of some pictures."""
+    """(1, length) random ids that open with the placeholders of some images."""
     ids = torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
     ids[:, : images * PER_IMAGE] = IMAGE_ID
     return ids
 
 
-def pictures(count: int, seed: int = 0) -> torch.Tensor:
+def images(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
 

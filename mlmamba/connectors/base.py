@@ -17,7 +17,7 @@ class Connector(nn.Module):
 
     @classmethod
     def tokens(cls, grid: tuple[int, int]) -> int:
-        """M: how many embeddings one picture becomes."""
+        """M: how many embeddings one image becomes."""
         height, width = cls.grid_out(grid)
         return height * width
 

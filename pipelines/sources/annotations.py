@@ -1,4 +1,4 @@
-"""What the sources share that have one file of annotations, and their pictures in a folder or a zip."""
+"""What the sources share that have one file of annotations, and their images in a folder or a zip."""
 
 import hashlib
 import io
@@ -6,25 +6,25 @@ from collections.abc import Iterator
 
 from pipelines import storage
 from pipelines.sources.entries import EntryError, check_path, conversation, question_and_answer
+from pipelines.sources.images import open_images
 from pipelines.sources.json_stream import BrokenLine, read_entries
-from pipelines.sources.pictures import open_pictures
 from pipelines.sources.source import Record
 
 _CHUNK = 1 << 22
 
 
-class AnnotatedPictures:
-    """A file (`PATH_FIELD` of the config) whose entries name pictures in the config's `images`."""
+class AnnotatedImages:
+    """A file (`PATH_FIELD` of the config) whose entries name images in the config's `images`."""
 
     PATH_FIELD = "annotations"
 
     def __init__(self, config):
         self.config = config
-        self._pictures = open_pictures(config.images)
+        self._images = open_images(config.images)
 
     def read_image(self, location: str) -> bytes:
-        """The picture's file, untouched."""
-        return self._pictures.read(location)
+        """The image's file, untouched."""
+        return self._images.read(location)
 
     def fingerprint(self) -> str:
         """Digest of the annotations file (about a second per gigabyte from a local disk) and of a zip's directory."""
@@ -32,12 +32,12 @@ class AnnotatedPictures:
         with self.open_text() as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
-        digest.update(self._pictures.fingerprint().encode())
+        digest.update(self._images.fingerprint().encode())
         return digest.hexdigest()
 
     def locate(self, path: str) -> str:
-        """The location of a picture. Raises EntryError when it is known not to be there."""
-        location = self._pictures.locate(path)
+        """The location of an image. Raises EntryError when it is known not to be there."""
+        location = self._images.locate(path)
         if location is None:
             raise EntryError(f"{storage.shown(self.config.images)} has no member {path}", "image_missing")
         return location
@@ -59,7 +59,7 @@ class AnnotatedPictures:
             ) from error
 
 
-class JsonAnnotations(AnnotatedPictures):
+class JsonAnnotations(AnnotatedImages):
     """Entries of a JSON list or JSONL file. A kind of entry says how one is called and how it reads."""
 
     def name(self, entry: dict) -> object:
@@ -120,7 +120,7 @@ class Questions(JsonAnnotations):
     """Reader of a `QuestionsSource`."""
 
     def name(self, entry: dict) -> object:
-        """The entry's id, or its picture's name."""
+        """The entry's id, or its image's name."""
         return entry.get(self.config.id or self.config.image)
 
     def parse(self, entry: dict, record_id: str) -> Record:

@@ -1,4 +1,4 @@
-"""A table of pictures and captions as a source.
+"""A table of images and captions as a source.
 
 The table is read line by line, so that one bad line costs one record: a quoted field that never ends would else take
 all that follows for a caption.
@@ -9,14 +9,14 @@ import io
 from collections import deque
 from collections.abc import Iterator
 
-from pipelines.sources.annotations import AnnotatedPictures
+from pipelines.sources.annotations import AnnotatedImages
 from pipelines.sources.entries import EntryError, captioned, check_path, check_text
 from pipelines.sources.source import Record
 
 _LONGEST_ROW = 1000  # lines of one row with line breaks in its quotes
 
 
-class Captions(AnnotatedPictures):
+class Captions(AnnotatedImages):
     """Reader of a `CaptionsSource`."""
 
     PATH_FIELD = "table"

@@ -1,7 +1,7 @@
-"""The easy-vqa package as a source: one record per picture, with all its questions as one conversation.
+"""The easy-vqa package as a source: one record per image, with all its questions as one conversation.
 
-The picture is shown in the first turn. Every later question is asked without it, which makes the model carry what it
-saw in its state, and costs one picture's tokens instead of ten.
+The image is shown in the first turn. Every later question is asked without it, which makes the model carry what it
+saw in its state, and costs one image's tokens instead of ten.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class EasyVQA:
         self._folder = "test" if config.split == "test" else "train"
 
     def records(self) -> Iterator[Record]:
-        """One record per picture of the split, by picture number; turns in the package's order."""
+        """One record per image of the split, by image number; turns in the package's order."""
         questions: dict[int, list[tuple[str, str]]] = {}
         for question, answer, image in json.loads(self._questions()):
             questions.setdefault(image, []).append((question, answer))
@@ -68,7 +68,7 @@ class EasyVQA:
     def _images(self, images: list[int]) -> list[int]:
         if self.config.split == "test":
             return images
-        # A fixed key, not the recipe's seed: another training seed must not move pictures between the splits.
+        # A fixed key, not the recipe's seed: another training seed must not move images between the splits.
         order = permutation(len(images), "easy_vqa")
         first_held_out = len(images) - self.config.validation_images
         chosen = order[first_held_out:] if self.config.split == "validation" else order[:first_held_out]

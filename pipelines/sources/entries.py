@@ -1,8 +1,8 @@
-"""From what an annotations file says to turns and picture paths, with a problem where it makes no sense.
+"""From what an annotations file says to turns and image paths, with a problem where it makes no sense.
 
 Shared by the sources. Messages are {"from": "human" | "gpt", "value"} as in LLaVA, {"role": "user" | "assistant",
 "content": text or parts} as in chat services, or {"user", "assistant"} pairs. Each `<image>` in a user's message shows
-the record's next picture in that turn.
+the record's next image in that turn.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ def conversation(
 
     Args:
         messages: from the annotations.
-        images: pictures of the record.
+        images: images of the record.
         no_placeholders: as in `TextFields`.
         name: of the field, for errors.
 
     Raises:
-        EntryError: the messages break the format, or do not show `images` pictures.
+        EntryError: the messages break the format, or do not show `images` images.
     """
     if not isinstance(messages, list):
         raise EntryError(f"{name} is a {type(messages).__name__}, expected a list")
@@ -48,17 +48,17 @@ def conversation(
         return [replace(turns[0], images=images), *turns[1:]]
     if shown != images:
         raise EntryError(
-            f"the human turns have {shown} {IMAGE_TOKEN} but the entry has {images} pictures", "placeholder_mismatch"
+            f"the human turns have {shown} {IMAGE_TOKEN} but the entry has {images} images", "placeholder_mismatch"
         )
     return turns
 
 
 def question_and_answer(question: object, answer: object, images: int) -> list[Turn]:
-    """The turns of one question about all pictures. Raises EntryError."""
+    """The turns of one question about all images. Raises EntryError."""
     for name, text in (("question", question), ("answer", answer)):
         check_text(name, text)
         if IMAGE_TOKEN in text:
-            raise EntryError(f"the {name} has {IMAGE_TOKEN}, but shows its pictures without", "placeholder_mismatch")
+            raise EntryError(f"the {name} has {IMAGE_TOKEN}, but shows its images without", "placeholder_mismatch")
     return [Turn("user", question, images), Turn("assistant", answer)]
 
 
@@ -76,7 +76,7 @@ def text_turns(text, read, record_id: str, images: int) -> list[Turn]:
         text: a `TextFields`.
         read: function from a field's name to its value, None where there is none.
         record_id: for the choice of a prompt.
-        images: pictures of the record.
+        images: images of the record.
 
     Raises:
         EntryError: as the functions above.
@@ -96,10 +96,10 @@ def check_text(name: str, value: object) -> None:
 
 
 def check_path(name: str, path: object) -> None:
-    """Raise EntryError unless the value is a path that stays where the pictures are."""
+    """Raise EntryError unless the value is a path that stays where the images are."""
     if not isinstance(path, str) or not path or not is_text(path) or "\0" in path:
         raise EntryError(f"{name} is {path!r}, expected a path")
-    # Annotations come from elsewhere: they must not name files outside the pictures' folder.
+    # Annotations come from elsewhere: they must not name files outside the images' folder.
     if path.startswith("/") or ".." in path.split("/"):
         raise EntryError(f"{name} {path!r} leaves the images folder; give a path relative to it")
 
@@ -134,7 +134,7 @@ def _turn(name: str, role: str, content: object, field: str) -> Turn:
 
 
 def _part(name: str, part: object) -> str:
-    """Text of one part of a message's content; a picture is a placeholder."""
+    """Text of one part of a message's content; an image is a placeholder."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         check_text(f"{name}.text", part.get("text"))

@@ -1,7 +1,7 @@
 """Many files of one source, named by patterns, and reads of byte ranges from them.
 
-A picture that is stored within a larger file has the location `FILE!OFFSET+LENGTH!NAME`: the file (relative to the
-folder that the patterns have in common), where in it, and the name that people know the picture by. So a worker reads
+An image that is stored within a larger file has the location `FILE!OFFSET+LENGTH!NAME`: the file (relative to the
+folder that the patterns have in common), where in it, and the name that people know the image by. So a worker reads
 it without knowing the rest of the file, and messages say where it is.
 """
 
@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from pipelines import storage
 
-MAX_FILE_BYTES = 256 << 20  # an encoded picture larger than this would take a worker's memory
+MAX_FILE_BYTES = 256 << 20  # an encoded image larger than this would take a worker's memory
 _LOCATION = re.compile(r"(.*?)!(\d+)\+(\d+)!(.*)", re.DOTALL)
 _OPEN_FILES = 8
 _MARKS = "*?[{"

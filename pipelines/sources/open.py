@@ -31,7 +31,7 @@ class Selection:
             yield from share(self._listed(whole + 1), fraction, self._config.label, self._config.seed)
 
     def read_image(self, location: str) -> bytes:
-        """The picture's file."""
+        """The image's file."""
         return self._source.read_image(location)
 
     def fingerprint(self) -> str:

@@ -1,7 +1,7 @@
-"""Parquet files with pictures inside as a source, as Hugging Face datasets writes them.
+"""Parquet files with images inside as a source, as Hugging Face datasets writes them.
 
-Listing reads the text columns alone, and of the picture column only its small `path` leaf, which says how many pictures
-a row has. Workers read the picture column row group by row group, some rows at a time. A worker that starts in the
+Listing reads the text columns alone, and of the image column only its small `path` leaf, which says how many images
+a row has. Workers read the image column row group by row group, some rows at a time. A worker that starts in the
 middle of a row group has to skip the rows before: row groups much larger than `partition_records` make it read them
 several times.
 """
@@ -17,18 +17,18 @@ from pipelines.sources.entries import EntryError, check_text, text_turns
 from pipelines.sources.files import FileSet, location, parse_location
 from pipelines.sources.source import Problem, Record
 
-_TEXT_ROWS, _PICTURE_ROWS = 1024, 32
+_TEXT_ROWS, _IMAGE_ROWS = 1024, 32
 _BUFFER = 1 << 20
 
 
 class Parquet:
-    """Reader of a `ParquetSource`. Pictures are read quickest in the order of the rows."""
+    """Reader of a `ParquetSource`. Images are read quickest in the order of the rows."""
 
     def __init__(self, config: ParquetSource):
         self.config = config
         self._files = FileSet(config.files)
         self._file: tuple[str, pq.ParquetFile] | None = None
-        self._rows: _PictureRows | None = None
+        self._rows: _ImageRows | None = None
 
     def records(self) -> Iterator[Record]:
         """One record per row. A file or row group that cannot be read is one record with a problem.
@@ -41,13 +41,13 @@ class Parquet:
             yield from self._list(name)
 
     def read_image(self, location: str) -> bytes:
-        """The encoded picture."""
+        """The encoded image."""
         name, group, row, index = parse_location(location)
         if self._file is None or self._file[0] != name:
             self._file, self._rows = (name, self._parquet(name)), None
         if self._rows is None or self._rows.group != group or row < self._rows.first:
-            self._rows = _PictureRows(self._file[1], group, self.config.image)
-        return self._rows.picture(row, int(index))
+            self._rows = _ImageRows(self._file[1], group, self.config.image)
+        return self._rows.image(row, int(index))
 
     def fingerprint(self) -> str:
         """Digest of the files' names, sizes and times of change."""
@@ -103,10 +103,10 @@ class Parquet:
                     raise EntryError(f"{self.config.id} is {own!r}, expected a string")
                 record_id = str(own)
             check_text("the id", record_id)
-            pictures = values.get(self.config.image)
-            if not isinstance(pictures, list):
-                pictures = [] if pictures is None else [pictures]
-            images = [location(name, group, row, str(i)) for i in range(len(pictures))]
+            cells = values.get(self.config.image)
+            if not isinstance(cells, list):
+                cells = [] if cells is None else [cells]
+            images = [location(name, group, row, str(i)) for i in range(len(cells))]
             if self.config.conversation is not None:
                 values[self.config.conversation] = _parsed(values[self.config.conversation])
             turns = text_turns(self.config, values.get, record_id, len(images))
@@ -115,16 +115,16 @@ class Parquet:
             return Record(record_id, self.config.label, problem=error.problem)
 
 
-class _PictureRows:
-    """The picture column of one row group, read forwards."""
+class _ImageRows:
+    """The image column of one row group, read forwards."""
 
     def __init__(self, file: pq.ParquetFile, group: int, column: str):
         self.group, self.first = group, 0
-        self._batches = file.iter_batches(_PICTURE_ROWS, row_groups=[group], columns=[_leaves(file, column)[0]])
+        self._batches = file.iter_batches(_IMAGE_ROWS, row_groups=[group], columns=[_leaves(file, column)[0]])
         self._rows: pa.Array = pa.array([])
 
-    def picture(self, row: int, index: int) -> bytes:
-        """A picture of a row that is not before the current batch."""
+    def image(self, row: int, index: int) -> bytes:
+        """An image of a row that is not before the current batch."""
         while row >= self.first + len(self._rows):
             self.first += len(self._rows)
             batch = next(self._batches, None)
@@ -132,15 +132,15 @@ class _PictureRows:
                 raise ValueError(f"the row group has no row {row}: the file was changed since it was listed")
             self._rows = batch.column(0)
         value = self._rows[row - self.first].as_py()
-        picture = value[index] if isinstance(value, list) else value
-        data = picture.get("bytes") if isinstance(picture, dict) else picture
+        image = value[index] if isinstance(value, list) else value
+        data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
-            raise FileNotFoundError(f"row {row} has no bytes of picture {index}")
+            raise FileNotFoundError(f"row {row} has no bytes of image {index}")
         return data
 
 
 def _leaves(file: pq.ParquetFile, column: str) -> tuple[str, str]:
-    """The leaf of a picture column with the bytes, and a small one that has as many values where there is one."""
+    """The leaf of an image column with the bytes, and a small one that has as many values where there is one."""
     paths = [file.schema.column(i).path for i in range(len(file.schema))]
     leaves = [path for path in paths if path == column or path.startswith(f"{column}.")]
     content = next((path for path in leaves if path.endswith(".bytes")), leaves[0])

@@ -1,4 +1,4 @@
-"""What a source is: something that lists records without touching their pictures, and reads a picture on request."""
+"""What a source is: something that lists records without touching their images, and reads an image on request."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation about zero or more pictures, as a source lists it."""
+    """One conversation about zero or more images, as a source lists it."""
 
     id: str
     """Unique in its source."""
@@ -39,10 +39,10 @@ class Source(Protocol):
     """A reader of one source config."""
 
     def records(self) -> Iterator[Record]:
-        """Every record, always in the same order, without reading pictures. A bad entry is yielded with a problem."""
+        """Every record, always in the same order, without reading images. A bad entry is yielded with a problem."""
 
     def read_image(self, location: str) -> bytes:
-        """The picture's file as it is stored. Raises FileNotFoundError when it is not there."""
+        """The image's file as it is stored. Raises FileNotFoundError when it is not there."""
 
     def fingerprint(self) -> str:
         """A digest that changes when the listed records do, so that a finished data set is known to be out of date."""

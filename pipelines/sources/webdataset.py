@@ -1,8 +1,8 @@
 """WebDataset tar shards as a source.
 
 Files whose names are the same up to the first dot of the last part, and that follow one another, are one sample.
-Listing reads the tar headers and the text files; pictures are skipped, and read later by range from where they lie. A
-picture smaller than the read-ahead is read with its neighbours all the same, which from an object store is quicker than
+Listing reads the tar headers and the text files; images are skipped, and read later by range from where they lie. A
+image smaller than the read-ahead is read with its neighbours all the same, which from an object store is quicker than
 a request for every header. Compressed tars cannot be read by range and are refused.
 """
 
@@ -21,7 +21,7 @@ from pipelines.sources.entries import EntryError, check_text, text_turns
 from pipelines.sources.files import FileSet, RangeReader, location, parse_location
 from pipelines.sources.source import Problem, Record
 
-PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2"}  # validation says which may pass
+IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2"}  # validation says which may pass
 _READ_AHEAD = 1 << 20
 _LONGEST_TEXT = 16 << 20
 _SHARDS_AT_ONCE = 8  # from a store; the records of as many shards are held
@@ -47,8 +47,8 @@ class WebDataset:
         compressed = [name for name in names if name.endswith(_COMPRESSED)]
         if compressed:
             raise ValueError(
-                f"source {self.config.label!r}: {compressed[0]} is compressed, and pictures cannot be read by range "
-                "from it; unpack the shards to .tar (pictures are compressed already)"
+                f"source {self.config.label!r}: {compressed[0]} is compressed, and images cannot be read by range "
+                "from it; unpack the shards to .tar (images are compressed already)"
             )
         if isinstance(self._files.filesystem, fs.LocalFileSystem):
             for name in names:
@@ -105,9 +105,9 @@ class WebDataset:
             yield Record(f"{name}[damaged]", self.config.label, problem=damage)
 
     def _content(self, shard: str, member: tarfile.TarInfo, ending: str, stream) -> object:
-        """The location of a picture, the text or JSON of a file, or the EntryError that it is."""
-        if ending.rpartition(".")[2] in PICTURES:
-            return _Picture(location(shard, member.offset_data, member.size, posixpath.basename(member.name)))
+        """The location of an image, the text or JSON of a file, or the EntryError that it is."""
+        if ending.rpartition(".")[2] in IMAGES:
+            return _Image(location(shard, member.offset_data, member.size, posixpath.basename(member.name)))
         if ending.partition(".")[0] not in self._texts:
             return None
         if member.size > _LONGEST_TEXT:
@@ -133,7 +133,7 @@ class WebDataset:
             for content in members.values():
                 if isinstance(content, EntryError):
                     raise content
-            endings = sorted((e for e, content in members.items() if isinstance(content, _Picture)), key=_number)
+            endings = sorted((e for e, content in members.items() if isinstance(content, _Image)), key=_number)
             images = [str(members[ending]) for ending in endings]
             turns = text_turns(self.config, lambda field: _field(members, field), record_id, len(images))
             return Record(record_id, self.config.label, images, turns)
@@ -142,8 +142,8 @@ class WebDataset:
             return Record(record_id, self.config.label, problem=error.problem)
 
 
-class _Picture(str):
-    """A picture's location, among the texts of a sample."""
+class _Image(str):
+    """An image's location, among the texts of a sample."""
 
 
 def _members(stream) -> Iterator[tarfile.TarInfo]:
@@ -166,7 +166,7 @@ def _members(stream) -> Iterator[tarfile.TarInfo]:
 
 
 def _number(ending: str) -> int:
-    """Place of a picture within its sample: 1 for k.1.jpg. Those without a number come first, as they stand."""
+    """Place of an image within its sample: 1 for k.1.jpg. Those without a number come first, as they stand."""
     first = ending.partition(".")[0]
     return int(first) if first.isdecimal() else -1
 

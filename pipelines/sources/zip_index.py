@@ -1,7 +1,7 @@
 """Where the members of a zip archive lie, from its central directory alone, and how one of them is read.
 
 The archive is neither unpacked nor read whole, so it can stay in an object store. The directory is kept as sorted
-hashes of the names: 25 bytes a member, where zipfile's own takes some 600, and LLaVA's 558K pictures are one archive.
+hashes of the names: 25 bytes a member, where zipfile's own takes some 600, and LLaVA's 558K images are one archive.
 Format: PKWARE's APPNOTE 6.3.10, sections 4.3 and 4.5.3 (zip64).
 """
 

@@ -1,8 +1,8 @@
 """One run of the ablation (tests/benchmarks/ablation.py): build, train, save, score.
 
 The parts are those of `mlmamba run`: model, freezing, parameter groups, schedule, reader, loss, saved folder, answers
-and score. Ray and DeepSpeed are left out, and the frozen encoder reads each picture once per process, since its
-features are the same in every run. One thread, and each picture encoded alone, so a run does not depend on what its
+and score. Ray and DeepSpeed are left out, and the frozen encoder reads each image once per process, since its
+features are the same in every run. One thread, and each image encoded alone, so a run does not depend on what its
 process did before.
 """
 
@@ -25,7 +25,7 @@ from mlmamba.vision import VisionEncoder
 from pipelines.reader import PackedDataset, prefetch, step_indices
 from tests.benchmarks.ablation_settings import BLIND, Series, Setting, variant
 from workflows.evaluate.benchmarks.own_data import TestSources
-from workflows.evaluate.collect import blind_pictures
+from workflows.evaluate.collect import blind_images
 from workflows.evaluate.probe import count_parameters
 from workflows.evaluate.questions import open_store
 from workflows.evaluate.results import columns, measure, row_of
@@ -115,10 +115,10 @@ def train_stage(
 
 
 class Remembered(nn.Module):
-    """A frozen VisionEncoder that reads each picture once per process."""
+    """A frozen VisionEncoder that reads each image once per process."""
 
     seen: dict[tuple[bytes, bytes], Tensor] = {}  # noqa: RUF012 - shared by the models of a process
-    """Features (N, channels) by the digests of the encoder's weights and of the picture."""
+    """Features (N, channels) by the digests of the encoder's weights and of the image."""
 
     def __init__(self, encoder: VisionEncoder):
         super().__init__()
@@ -153,23 +153,23 @@ def score(folder: Path, recipe: Recipe, blind: bool) -> dict[str, dict[str, floa
     answerer = Answerer(folder, benchmark.max_new_tokens, threads=1)
     answerer.model.vision = Remembered(answerer.model.vision)
     shown = {item.id: (item.source, item.image) for item in benchmark.items}
-    at_once = recipe.evaluate.batch_pictures
+    at_once = recipe.evaluate.batch_images
     found = {"scores": _answers(answerer, benchmark, shown, at_once)}
     if blind:
-        found["blind"] = _answers(answerer, benchmark, blind_pictures(benchmark.items, recipe.seed), at_once)
+        found["blind"] = _answers(answerer, benchmark, blind_images(benchmark.items, recipe.seed), at_once)
         found["majority"] = dict.fromkeys(shown, benchmark.majority())
     return {name: _measure(benchmark, texts) for name, texts in found.items()}
 
 
 def _answers(answerer: Answerer, benchmark: TestSources, shown: dict[str, tuple], at_once: int) -> dict[str, str]:
-    """Answers by id of the item, each item asked with the picture (source, location) that is shown for it."""
+    """Answers by id of the item, each item asked with the image (source, location) that is shown for it."""
     stores = [open_store(store) for store in benchmark.stores]
     groups: dict[tuple, list] = {}
     for item in benchmark.items:
         groups.setdefault(shown[item.id], []).append(item)
-    pictures, texts = list(groups.items()), {}
-    for first in range(0, len(pictures), at_once):
-        some = pictures[first : first + at_once]
+    images, texts = list(groups.items()), {}
+    for first in range(0, len(images), at_once):
+        some = images[first : first + at_once]
         asked = [Asked(stores[source].read(image), [i.prompt for i in items]) for (source, image), items in some]
         for (_, items), answers in zip(some, answerer.answer(asked), strict=True):
             texts |= {item.id: text for item, text in zip(items, answers, strict=True)}

@@ -39,7 +39,7 @@ class Setting:
 
 
 BLIND = Setting(LARGEST, True, 0)
-"""The run that is also asked about other pictures."""
+"""The run that is also asked about other images."""
 
 
 @dataclass(frozen=True)

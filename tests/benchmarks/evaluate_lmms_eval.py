@@ -1,6 +1,6 @@
 """Does an outside evaluator get our score? lmms-eval asks the served model; `mlmamba evaluate` asks it directly.
 
-    python -m tests.benchmarks.evaluate_lmms_eval --model MODEL-FOLDER [--pictures 60] [--venv FOLDER]
+    python -m tests.benchmarks.evaluate_lmms_eval --model MODEL-FOLDER [--images 60] [--venv FOLDER]
 
 lmms-eval (github.com/EvolvingLMMs-Lab/lmms-eval) is installed from PyPI into an environment of its own (7 GB, most of
 it torch; --venv keeps it for the next time). Its tasks read a local Parquet file and ask `mlmamba serve` over HTTP
@@ -9,7 +9,7 @@ through its `openai` model. The same items lie in the layouts that `mlmamba eval
     exact   the bare questions, lmms-eval's exact_match          --benchmark llava
     vqav2   lmms-eval's own VQAv2 task, its prompt and scorer    --benchmark vqav2
 
-Pictures and questions are easy-vqa's. For vqav2 each has ten people's answers, some of them wrong, unsure or written in
+Images and questions are easy-vqa's. For vqav2 each has ten people's answers, some of them wrong, unsure or written in
 another way, so that scores lie between 0 and 1 and the answer normaliser has work.
 
 Printed are both scores and how many answers and item scores agree; exits 1 unless all answers and scores are equal.
@@ -31,7 +31,7 @@ import urllib.request
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
-from PIL import Image as Pictures
+from PIL import Image as Images
 
 from pipelines.config import EasyVQASource
 from pipelines.sources import open_source
@@ -86,14 +86,14 @@ def main() -> int:
     """Write the files, ask both ways, compare. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder, as the quickstart's stages/full")
-    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--venv", type=Path, help="environment with lmms-eval; made if it is not there")
     parser.add_argument("--work", type=Path, help="where files and logs go; by default a temporary folder")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = (a.work or Path(temporary)).absolute()
         python = prepare_venv((a.venv or work / "venv").absolute())
-        items = write_published(work / "vqav2", work / "llava", a.pictures)
+        items = write_published(work / "vqav2", work / "llava", a.images)
         write_tasks(work / "task", items)
         ours = {name: ask_directly(name, a.model.absolute(), work, len(items)) for name in TASKS}
         theirs = ask_through_lmms_eval(python, a.model.absolute(), work)
@@ -113,14 +113,14 @@ def prepare_venv(folder: Path) -> Path:
     return python
 
 
-def write_published(folder: Path, llava: Path, pictures: int) -> list[dict]:
-    """Questions, answers and pictures as VQAv2 publishes them, and the same in LLaVA's layout. Returns the items."""
-    source = open_source(EasyVQASource(type="easy_vqa", split="test", limit=pictures))
+def write_published(folder: Path, llava: Path, images: int) -> list[dict]:
+    """Questions, answers and images as VQAv2 publishes them, and the same in LLaVA's layout. Returns the items."""
+    source = open_source(EasyVQASource(type="easy_vqa", split="test", limit=images))
     (folder / "val2014").mkdir(parents=True)
     rng, items = random.Random(7), []
     for number, record in enumerate(source.records(), start=1):
         buffer = io.BytesIO()
-        Pictures.open(io.BytesIO(source.read_image(record.images[0]))).convert("RGB").save(buffer, "JPEG", quality=95)
+        Images.open(io.BytesIO(source.read_image(record.images[0]))).convert("RGB").save(buffer, "JPEG", quality=95)
         (folder / "val2014" / f"COCO_val2014_{number:012d}.jpg").write_bytes(buffer.getvalue())
         turns = [turn.text for turn in record.turns]
         for k, (question, answer, kind) in enumerate(zip(turns[::2], turns[1::2], record.question_types, strict=True)):
@@ -132,7 +132,7 @@ def write_published(folder: Path, llava: Path, pictures: int) -> list[dict]:
                     "answers": ten_answers(answer, rng),
                     "multiple_choice_answer": answer,
                     "answer_type": "yes/no" if kind == "yes/no" else "other",
-                    "picture": buffer.getvalue(),
+                    "image": buffer.getvalue(),
                 }
             )
     head = {"info": {"version": "2.0"}, "data_subtype": "val2014"}
@@ -180,7 +180,7 @@ def write_tasks(folder: Path, items: list[dict]) -> None:
             "question": item["question"],
             "answer": item["multiple_choice_answer"],
             "answers": item["answers"],
-            "image": {"bytes": item["picture"], "path": None},
+            "image": {"bytes": item["image"], "path": None},
         }
         for item in items
     ]
@@ -278,7 +278,7 @@ def report(name: str, result: dict, rows: list[Answered], score: float, theirs: 
     print(f"  equal answers {same_text:,}, equal item scores {same_score:,}")
     print(f"  lmms-eval, asking mlmamba serve {score:9.4%}")
     own, blind = result["scores"]["overall"], result["blind"]["overall"]
-    print(f"  mlmamba evaluate                {own:9.4%}   (with other pictures {blind:.4%})")
+    print(f"  mlmamba evaluate                {own:9.4%}   (with other images {blind:.4%})")
     for row, (text, points) in pairs:
         if row.prediction != text.strip() or abs(row.score - points) > 1e-9:
             shown = f"{row.prediction!r} {row.score}"

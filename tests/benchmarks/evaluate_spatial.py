@@ -2,13 +2,13 @@
 
     nice -n 19 python -m tests.benchmarks.evaluate_spatial --out FOLDER [--steps 2000] [--seeds 2]
 
-Pictures and questions are those of tests/spatial_pictures.py. A frozen encoder's features (EfficientNet-lite0, as in
+Images and questions are those of tests/spatial_images.py. A frozen encoder's features (EfficientNet-lite0, as in
 the quickstart) are computed once. Every connector is then trained with every backbone, Mamba-2 or a Transformer of
 transformers, on the same rows in the same order. The backbones have the same number of parameters, and the connectors'
 hidden width is chosen so that all pairs have: a difference is then of the kind of the part, not of its size. The
 defaults are settings in which the MLP learns with either backbone, fixed before other connectors ran with them.
 
-Printed: accuracy by distance with 95% intervals (pictures are the unit), of each seed, and blind (pictures shuffled);
+Printed: accuracy by distance with 95% intervals (images are the unit), of each seed, and blind (images shuffled);
 then the paired interval of what a part does beside each other part, and on average over them. FOLDER keeps every
 finished run, so a killed series goes on, and the table, also as JSON.
 """
@@ -38,7 +38,7 @@ from tests.benchmarks.evaluate_spatial_run import (
     run,
     save_rows,
 )
-from tests.spatial_pictures import DISTANCES
+from tests.spatial_images import DISTANCES
 from workflows.evaluate.statistics import bootstrap, ratios
 from workflows.storage.layout import write_atomic
 
@@ -54,10 +54,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--size", type=int, default=400_000, help="trainable parameters of each pair, about")
-    parser.add_argument("--train", type=int, default=9_600, help="pictures")
-    parser.add_argument("--test", type=int, default=1_200, help="pictures")
+    parser.add_argument("--train", type=int, default=9_600, help="images")
+    parser.add_argument("--test", type=int, default=1_200, help="images")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16, help="pictures, each with all lessons")
+    parser.add_argument("--batch", type=int, default=16, help="images, each with all lessons")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--runs-at-once", type=int, default=2, help="processes, each with one thread")
@@ -74,13 +74,13 @@ def main() -> None:
 
 
 def prepare_series(a: argparse.Namespace) -> Series:
-    """The folder of runs with these settings, with the encoded pictures in it."""
+    """The folder of runs with these settings, with the encoded images in it."""
     shared = {name: getattr(a, name) for name in ("width", "layers", "steps", "batch", "rate")}
     folder = a.out / digest(shared, a.size, a.train, a.test)
     folder.mkdir(parents=True, exist_ok=True)
     for split, count, seed in (("train", a.train, 1), ("test", a.test, 2)):
         if not (folder / f"{split}.safetensors").exists():
-            print(f"encoding {count:,} pictures of {split}", flush=True)
+            print(f"encoding {count:,} images of {split}", flush=True)
             save_rows(count, seed, folder / f"{split}.safetensors")
     channels = load_rows(folder / "test.safetensors").features.shape[-1]
     hidden = {name: matching_width(channels, name, a.width, a.layers, a.size) for name in a.connectors}
@@ -162,7 +162,7 @@ def table(found: dict) -> str:
         shown = "".join(_shown(effect["scores"][name], "+") for name in names)
         seeds = " ".join(f"{100 * value:+.1f}" for value in effect["seeds"])
         lines.append(f"{effect['from']} -> {effect['to']}, {beside}".ljust(48) + f"{shown}  {seeds}")
-    lines += ["intervals: 95%, over test pictures; they do not hold the spread between seeds, so look at those too"]
+    lines += ["intervals: 95%, over test images; they do not hold the spread between seeds, so look at those too"]
     return "\n".join([*lines, "* the interval leaves out zero"])
 
 

@@ -19,7 +19,7 @@ from mlmamba.connector import build_connector
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.vision import VisionEncoder, VisionTower
 from mlmamba.vision_weights import load_tower_weights
-from tests.spatial_pictures import DISTANCES, WORDS, Lesson, draw_questions
+from tests.spatial_images import DISTANCES, WORDS, Lesson, draw_questions
 from workflows.evaluate.probe import count_parameters, same_size_transformer
 from workflows.train.initial import locate
 
@@ -46,7 +46,7 @@ class Series:
     """What all runs share."""
 
     folder: Path
-    """Of the runs' results and of the encoded pictures, train.safetensors and test.safetensors."""
+    """Of the runs' results and of the encoded images, train.safetensors and test.safetensors."""
     hidden: dict[str, int]
     """Hidden width by connector, so that all pairs have the same size."""
     width: int
@@ -67,7 +67,7 @@ class Result:
     right: np.ndarray
     """(n,) 1 where the answer to a test question is right."""
     blind: np.ndarray
-    """The same with the pictures shuffled."""
+    """The same with the images shuffled."""
     parameters: int
     loss: float
     seconds: float
@@ -75,7 +75,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Rows:
-    """Pictures: features (n, N, c); places and relations (n, 4, l + 1), lessons whose last word is the answer; asked
+    """Images: features (n, N, c); places and relations (n, 4, l + 1), lessons whose last word is the answer; asked
     (n, l + 1), the test's question and answer; distances (n,)."""
 
     features: Tensor
@@ -104,7 +104,7 @@ class Answerer(nn.Module):
         self.backbone = backbone
 
     def forward(self, features: Tensor, questions: Tensor) -> Tensor:
-        """(b, N, c), (b q, l) -> (b q, words): q questions of each picture."""
+        """(b, N, c), (b q, l) -> (b q, words): q questions of each image."""
         seen = self.connector(features, (GRID, GRID)).repeat_interleave(len(questions) // len(features), 0)
         if self.backbone == MAMBA:
             embeds = torch.cat([seen, self.language_model.backbone.embeddings(questions)], 1)
@@ -146,14 +146,14 @@ def _words(values: dict) -> dict[str, str]:
 
 
 def save_rows(count: int, seed: int, file: Path) -> None:
-    """Draw questions, run the frozen encoder over their pictures and write the rows.
+    """Draw questions, run the frozen encoder over their images and write the rows.
 
     Beside the encoder's channels there are two times GRID that say row and column of the cell. The paper's encoders
     are transformers that add positions to what they see; this convolution net has none, and a connector that treats
     each cell by itself could not tell where it is.
     """
     made, encoder, names = draw_questions(count, seed), _encoder(), list(DISTANCES)
-    pixels = torch.from_numpy(np.stack([np.asarray(one.picture).transpose(2, 0, 1) for one in made]).copy())
+    pixels = torch.from_numpy(np.stack([np.asarray(one.image).transpose(2, 0, 1) for one in made]).copy())
     with torch.inference_mode():
         features = torch.cat([encoder(part) for part in pixels.split(128)])
     line = torch.eye(GRID)
@@ -209,7 +209,7 @@ def matching_width(channels: int, connector: str, width: int, layers: int, size:
 def fit(model: Answerer, rows: Rows, steps: int, batch: int, rate: float, seed: int) -> float:
     """Train with AdamW and a one-cycle rate: places alone in the first half of the steps, then all lessons alike.
 
-    A step asks all its lessons of each of `batch` pictures: the same picture with another answer to another colour is
+    A step asks all its lessons of each of `batch` images: the same image with another answer to another colour is
     what tells the colours apart. Returns the mean loss of the last tenth.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
@@ -218,9 +218,9 @@ def fit(model: Answerer, rows: Rows, steps: int, batch: int, rate: float, seed: 
     everything = torch.cat([rows.places, rows.relations], 1)
     for step in range(steps):
         lessons = rows.places if step < steps // 2 else everything
-        picture = torch.randint(len(lessons), (batch,), generator=generator)
-        chosen = lessons[picture]
-        logits = model(rows.features[picture], chosen[..., :-1].flatten(0, 1))
+        image = torch.randint(len(lessons), (batch,), generator=generator)
+        chosen = lessons[image]
+        logits = model(rows.features[image], chosen[..., :-1].flatten(0, 1))
         loss = F.cross_entropy(logits, chosen[..., -1].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -243,7 +243,7 @@ def answers_right(model: Answerer, features: Tensor, asked: Tensor) -> np.ndarra
 
 
 def _shuffled(features: Tensor) -> Tensor:
-    """Every picture in another one's place."""
+    """Every image in another one's place."""
     order = list(range(len(features)))
     random.Random(0).shuffle(order)
     return features[torch.tensor(order).roll(1)[torch.tensor(order).argsort()]]

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.prepare_by_hand CORPUS TOKENIZER.JSON OUT PROCESSES [--prepares-check]
 
-It reads each picture, checks format, size and shape and decodes it with Pillow as such loops do (with --prepares-check:
+It reads each image, checks format, size and shape and decodes it with Pillow as such loops do (with --prepares-check:
 as the pipeline does, which spares half the decoding), tokenizes the conversation with the model's own function, packs
 each chunk's samples into rows first-come, and writes an Arrow file per chunk. Prints its seconds as JSON.
 """
@@ -20,7 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import Turn, encode
-from mlmamba.pictures import MAX_PIXELS
+from mlmamba.images import MAX_PIXELS
 from pipelines.schema import PACKED, one_row
 from pipelines.validate import FORMATS, MAX_ASPECT, check_image
 
@@ -69,12 +69,12 @@ def _open_worker(tokenizer: str, prepares_check: bool) -> None:
 
 
 def _check_by_hand(data: bytes) -> None:
-    with Image.open(io.BytesIO(data)) as picture:
-        width, height = picture.size
-        assert picture.format in FORMATS
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        assert image.format in FORMATS
         assert width * height <= MAX_PIXELS
         assert max(width, height) <= MAX_ASPECT * min(width, height)
-        picture.convert("RGB")
+        image.convert("RGB")
 
 
 def _nothing(number: int) -> int:
@@ -90,15 +90,15 @@ def _chunk(task: tuple[Path, list[dict], Path]) -> int:
                 Turn(_ROLES[turn["from"]], turn["value"], turn["value"].count("<image>"))
                 for turn in entry["conversations"]
             ]
-            pictures = []
+            encoded_images = []
             if "image" in entry:
-                pictures.append((images / entry["image"]).read_bytes())
-                assert _check(pictures[0]) is None
+                encoded_images.append((images / entry["image"]).read_bytes())
+                assert _check(encoded_images[0]) is None
             encoded = encode(_tokenizer, turns, TOKENS_PER_IMAGE)
             if len(encoded.input_ids) > room:
                 writer.write_batch(_join(row))
                 row, room = [], MAX_TOKENS
-            row.append((entry["id"], encoded, pictures))
+            row.append((entry["id"], encoded, encoded_images))
             room -= len(encoded.input_ids)
         writer.write_batch(_join(row))
     return len(entries)
@@ -112,7 +112,7 @@ def _join(row: list) -> pa.RecordBatch:
         "input_ids": np.concatenate([np.array(sample.input_ids, np.int32) for _, sample, _ in row]),
         "labels": np.concatenate([np.array(sample.labels, np.int32) for _, sample, _ in row]),
         "seq_idx": np.repeat(np.arange(len(row), dtype=np.int32), lengths),
-        "images": [picture for _, _, pictures in row for picture in pictures],
+        "images": [image for _, _, images in row for image in images],
         "image_positions": [int(starts[i]) + p for i, (_, sample, _) in enumerate(row) for p in sample.image_positions],
         "source": ["llava"] * len(row),
     }

@@ -1,4 +1,4 @@
-"""Corpora in LLaVA's layout for the preparation benchmarks: made-up pictures and texts of the real ones' sizes."""
+"""Corpora in LLaVA's layout for the preparation benchmarks: made-up images and texts of the real ones' sizes."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ TEXT = (
 WORDS = TEXT.split()
 
 
-def write_corpus(root: Path, records: int, pictures: int, sides: tuple[int, int] = (336, 640), seed: int = 0) -> Path:
-    """Write `records` conversations about `pictures` JPEG files, one picture each, 6 in 100 without any.
+def write_corpus(root: Path, records: int, images: int, sides: tuple[int, int] = (336, 640), seed: int = 0) -> Path:
+    """Write `records` conversations about `images` JPEG files, one image each, 6 in 100 without any.
 
     Args:
         root: folder; gets `records.json` and `images/`.
         records: how many. Each has a text of its own.
-        pictures: how many files; record i shows file i modulo this.
+        images: how many files; record i shows file i modulo this.
         sides: least and most pixels of a side.
         seed: of everything.
 
@@ -30,11 +30,11 @@ def write_corpus(root: Path, records: int, pictures: int, sides: tuple[int, int]
     folder = root / "images"
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    for i in range(pictures):
-        _picture(rng, sides).save(folder / f"{i:06d}.jpg", quality=85)
+    for i in range(images):
+        _image(rng, sides).save(folder / f"{i:06d}.jpg", quality=85)
     with open(root / "records.json", "w") as file:
         for i in range(records):
-            file.write(("[" if i == 0 else ",\n") + json.dumps(_entry(rng, i, pictures)))
+            file.write(("[" if i == 0 else ",\n") + json.dumps(_entry(rng, i, images)))
         file.write("]")
     return root
 
@@ -52,7 +52,7 @@ def data_config(root: Path, **changes) -> dict:
     return settings | changes
 
 
-def _picture(rng: np.random.Generator, sides: tuple[int, int]) -> Image.Image:
+def _image(rng: np.random.Generator, sides: tuple[int, int]) -> Image.Image:
     """Coarse colours under fine texture: compresses about as a photo does (1.3 bits a pixel at quality 85)."""
     width, height = (int(side) for side in rng.integers(sides[0], sides[1] + 1, 2))
     coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -61,7 +61,7 @@ def _picture(rng: np.random.Generator, sides: tuple[int, int]) -> Image.Image:
     return Image.blend(base, noise.convert("RGB"), 0.35)
 
 
-def _entry(rng: np.random.Generator, i: int, pictures: int) -> dict:
+def _entry(rng: np.random.Generator, i: int, images: int) -> dict:
     def text(mean: float) -> str:
         return " ".join(rng.choice(WORDS, 1 + int(rng.lognormal(np.log(mean), 0.6))))
 
@@ -72,4 +72,4 @@ def _entry(rng: np.random.Generator, i: int, pictures: int) -> dict:
         conversation.append({"from": "human", "value": f"{opening}{text(10)}?"})
         # The number makes every record one of its kind; digit by digit, it makes no words that only one record has.
         conversation.append({"from": "gpt", "value": f"{text(35)}, number {' '.join(str(i))}."})
-    return {"id": f"{i:07d}", **({"image": f"{i % pictures:06d}.jpg"} if shows else {}), "conversations": conversation}
+    return {"id": f"{i:07d}", **({"image": f"{i % images:06d}.jpg"} if shows else {}), "conversations": conversation}

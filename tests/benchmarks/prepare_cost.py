@@ -1,12 +1,12 @@
-"""CPU seconds and memory of `prepare` by the size of its pictures: what workflows/plan/data.py reckons with.
+"""CPU seconds and memory of `prepare` by the size of its images: what workflows/plan/data.py reckons with.
 
     python -m tests.benchmarks.prepare_cost --records 6000
 
-Corpora that differ in the bytes of their pictures are prepared on two CPUs, and the multiprocessing loop of
+Corpora that differ in the bytes of their images are prepared on two CPUs, and the multiprocessing loop of
 prepare_throughput does the same work by hand. CPU time is counted, not the clock's, so that other work on the machine
 matters little; and of two lengths of a corpus the difference, so that starting does not count. It falls into what the
 worker processes do, which more nodes share, and what the driver does alone. The workers' part is fitted by a constant
-per record and one per byte of picture. The last columns are the peak resident memory of a worker that has loaded its
+per record and one per byte of image. The last columns are the peak resident memory of a worker that has loaded its
 packages, and what the largest worker had more than that, over the bytes of a shard.
 """
 
@@ -35,7 +35,7 @@ from tests.benchmarks.prepare_corpus import WORDS, data_config, write_corpus
 from tests.benchmarks.prepare_throughput import _warm
 
 SIDES = ((240, 480), (336, 640), (640, 1280))
-"""Least and most pixels of a picture's side, by corpus."""
+"""Least and most pixels of an image's side, by corpus."""
 _CPUS = 2
 _UNITS = {"partition_records": 250, "shard_rows": 256}
 
@@ -44,7 +44,7 @@ _UNITS = {"partition_records": 250, "shard_rows": 256}
 class Cost:
     """One preparation, per record."""
 
-    picture_bytes: float
+    image_bytes: float
     worker: float
     driver: float
     loop: float
@@ -59,45 +59,45 @@ def main() -> None:
     """Prepare every corpus and print a table and the fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=6000)
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--images", type=int, default=500)
     arguments = parser.parse_args()
     print(f"{arguments.records:,} records, {_CPUS} CPUs; CPU milliseconds per record, MiB")
-    print(f"{'KiB a picture':>14}{'workers':>9}{'driver':>8}{'loop':>8}{'of the loop':>13}{'worker':>8}{'task':>7}")
+    print(f"{'KiB an image':>14}{'workers':>9}{'driver':>8}{'loop':>8}{'of the loop':>13}{'worker':>8}{'task':>7}")
     costs = []
     for sides in SIDES:
         with tempfile.TemporaryDirectory() as folder:
-            cost = _measure(Path(folder), arguments.records, arguments.pictures, sides)
+            cost = _measure(Path(folder), arguments.records, arguments.images, sides)
         costs.append(cost)
         print(
-            f"{cost.picture_bytes / 1024:14.0f}{1e3 * cost.worker:9.2f}{1e3 * cost.driver:8.2f}{1e3 * cost.loop:8.2f}"
+            f"{cost.image_bytes / 1024:14.0f}{1e3 * cost.worker:9.2f}{1e3 * cost.driver:8.2f}{1e3 * cost.loop:8.2f}"
             f"{(cost.worker + cost.driver) / cost.loop:13.2f}{cost.base / 2**20:8.0f}{cost.task:7.1f}",
             flush=True,
         )
     first, *_, last = costs
-    slope = (last.worker - first.worker) / (last.picture_bytes - first.picture_bytes)
-    fixed = first.worker - slope * first.picture_bytes
-    print(f"workers: {1e3 * fixed:.2f} ms per record and {1e9 * slope:.1f} ms per MB of pictures")
+    slope = (last.worker - first.worker) / (last.image_bytes - first.image_bytes)
+    fixed = first.worker - slope * first.image_bytes
+    print(f"workers: {1e3 * fixed:.2f} ms per record and {1e9 * slope:.1f} ms per MB of images")
     for cost in costs[1:-1]:
-        print(f"between: {1e3 * (fixed + slope * cost.picture_bytes):.2f} ms by this, {1e3 * cost.worker:.2f} measured")
+        print(f"between: {1e3 * (fixed + slope * cost.image_bytes):.2f} ms by this, {1e3 * cost.worker:.2f} measured")
 
 
-def _measure(folder: Path, records: int, pictures: int, sides: tuple[int, int]) -> Cost:
+def _measure(folder: Path, records: int, images: int, sides: tuple[int, int]) -> Cost:
     """The cost of the last three quarters of a corpus."""
-    short, whole = (_spent(folder / str(count), count, pictures, sides) for count in (records // 4, records))
+    short, whole = (_spent(folder / str(count), count, images, sides) for count in (records // 4, records))
     more = records - records // 4
     differences = ((b - a) / more for a, b in zip(short[:3], whole[:3], strict=True))
     return Cost(size_of(folder / str(records)), *differences, *whole[3:])
 
 
 def size_of(corpus: Path) -> float:
-    """Mean bytes of a corpus' pictures."""
+    """Mean bytes of a corpus' images."""
     sizes = [file.stat().st_size for file in (corpus / "images").iterdir()]
     return sum(sizes) / len(sizes)
 
 
-def _spent(root: Path, records: int, pictures: int, sides: tuple[int, int]) -> tuple[float, float, float, int, float]:
+def _spent(root: Path, records: int, images: int, sides: tuple[int, int]) -> tuple[float, float, float, int, float]:
     """CPU seconds of workers, driver and loop, bytes of a worker, and what it gained over the bytes of a shard."""
-    write_corpus(root, records, pictures, sides)
+    write_corpus(root, records, images, sides)
     tokenizer = str(root / "tokenizer")
     save(load_or_train(TokenizerConfig(train_vocab_size=2000), [" ".join(WORDS)] * 50), tokenizer)
     loop = _by_hand(root, tokenizer)

@@ -1,8 +1,8 @@
-"""Pictures per second that training gets from a data set: a plain loop, background threads, background processes.
+"""Images per second that training gets from a data set: a plain loop, background threads, background processes.
 
     python -m tests.benchmarks.prepare_reading
 
-Rows of 4,096 tokens with LLaVA-like pictures are read from a memory map, decoded and resized to 384 pixels, batches of
+Rows of 4,096 tokens with LLaVA-like images are read from a memory map, decoded and resized to 384 pixels, batches of
 four rows. The reader uses threads (pipelines/reader.py); the processes are there for comparison.
 """
 
@@ -44,9 +44,7 @@ def main() -> None:
                 rates.setdefault(name, []).append(_rate(stream, arguments.steps))
     base = statistics.median(rates["plain loop"])
     for name, values in rates.items():
-        print(
-            f"{name:14}{statistics.median(values):8.0f} pictures/s{statistics.median(values) / base:7.2f} of the loop"
-        )
+        print(f"{name:14}{statistics.median(values):8.0f} images/s{statistics.median(values) / base:7.2f} of the loop")
 
 
 def _streams(out: str):
@@ -89,8 +87,8 @@ def _make(rows: np.ndarray) -> dict:
 def _rate(stream, steps: int) -> float:
     next(stream)  # starts what there is to start
     start = time.perf_counter()
-    pictures = sum(len(batch["pixel_values"]) for batch in itertools.islice(stream, steps))
-    return pictures / (time.perf_counter() - start)
+    images = sum(len(batch["pixel_values"]) for batch in itertools.islice(stream, steps))
+    return images / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

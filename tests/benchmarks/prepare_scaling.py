@@ -31,7 +31,7 @@ def main() -> None:
     """Run on one node and on two, in turns, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=15_000)
-    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
@@ -39,7 +39,7 @@ def main() -> None:
     seconds: dict[int, list[float]] = {1: [], 2: []}
     digests = set()
     with tempfile.TemporaryDirectory() as folder:
-        root = write_corpus(Path(folder), arguments.records, arguments.pictures)
+        root = write_corpus(Path(folder), arguments.records, arguments.images)
         tokenizer = str(root / "tokenizer")
         save(load_or_train(TokenizerConfig(train_vocab_size=2000), [" ".join(WORDS)] * 50), tokenizer)
         config = DataConfig(**data_config(root, tokenizer={"name": tokenizer}, partition_records=250))

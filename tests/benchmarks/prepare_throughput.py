@@ -4,9 +4,9 @@
 
 Both run on `--cpus` processes over one corpus with one tokenizer, in turns, and the median of `--repeat` counts. The
 loop (prepare_by_hand.py) makes the same checks, decodes, tokenizes, packs and writes. It has no resume, no quarantine
-table, no checksums and no order that is independent of the number of processes, and it writes every picture once where
+table, no checksums and no order that is independent of the number of processes, and it writes every image once where
 `prepare` writes it twice. To start Ray and one worker process per CPU, with what they import, is timed by itself: the
-rate is given without and with it, for both. The last line is the loop with the pipeline's own check of pictures.
+rate is given without and with it, for both. The last line is the loop with the pipeline's own check of images.
 """
 
 import argparse
@@ -35,13 +35,13 @@ def main() -> None:
     """Run both and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=20_000)
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     ours, loop, same, loop_startup = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        root = write_corpus(Path(folder), arguments.records, arguments.pictures)
+        root = write_corpus(Path(folder), arguments.records, arguments.images)
         tokenizer = str(root / "tokenizer")
         save(load_or_train(TokenizerConfig(train_vocab_size=2000), [" ".join(WORDS)] * 50), tokenizer)
         startup = _start_ray(arguments.cpus)
@@ -60,7 +60,7 @@ def main() -> None:
         ("prepare", own, peer),
         ("multiprocessing loop with start-up", peer + peer_startup, peer + peer_startup),
         ("prepare with Ray's start-up", own + startup, peer + peer_startup),
-        ("loop with prepare's picture check", statistics.median(same), peer),
+        ("loop with prepare's image check", statistics.median(same), peer),
     ):
         print(f"{name:34}{seconds:9.1f}{arguments.records / seconds:11,.0f}{base / seconds:13.2f}")
     print(f"start-up: Ray {startup:.1f} s, loop {peer_startup:.1f} s")

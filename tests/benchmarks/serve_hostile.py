@@ -23,7 +23,7 @@ from workflows.serve.client import ServiceError, ask
 from workflows.serve.options import Limits
 
 LIMITS = Limits(
-    max_batch=8, max_waiting=32, body_bytes=2 * 2**20, picture_bytes=10**6, picture_pixels=10**7, body_seconds=2
+    max_batch=8, max_waiting=32, body_bytes=2 * 2**20, image_bytes=10**6, image_pixels=10**7, body_seconds=2
 )
 
 

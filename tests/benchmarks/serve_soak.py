@@ -3,7 +3,7 @@
     python -m tests.benchmarks.serve_soak [--minutes 10] [--clients 8] [--slack 0.03]
 
 A tiny model behind the whole HTTP interface, in a process of its own; clients here ask in every way: streamed or whole,
-with none to three pictures of several sizes, several turns, sampled with stop strings, malformed, given up half way.
+with none to three images of several sizes, several turns, sampled with stop strings, malformed, given up half way.
 Prints the resident size once a minute. Exits 1 when the mean of the last quarter is more than `--slack` above that of
 the second quarter (the first fills caches), when a good request failed, or when slots are in use in the end.
 """
@@ -47,10 +47,8 @@ def resident(pid: int) -> int:
 
 def body(chance: random.Random) -> dict:
     """A request of any kind; every eighth is refused."""
-    pictures = [
-        data_uri(encoded(chance.randrange(9), "JPEG", chance.choice(SIZES))) for _ in range(chance.randrange(4))
-    ]
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    images = [data_uri(encoded(chance.randrange(9), "JPEG", chance.choice(SIZES))) for _ in range(chance.randrange(4))]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     text = " ".join(
         chance.choice(["what", "is", "red", "\u00fcber", "\U0001f642"]) for _ in range(chance.randrange(1, 20))
     )

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.serve_throughput [--clients 32] [--requests 4] [--tokens 64] [--rounds 3] [--threads 2]
         [--preset small|130m] [--device cuda]
 
-Each client asks its questions one after the other over HTTP, half of them with a picture, streamed, and waits for every
+Each client asks its questions one after the other over HTTP, half of them with an image, streamed, and waits for every
 answer. The service (uvicorn and the whole interface) is in this process, the clients are threads of another. The peer
 answers questions of the same kind with the model's own `generate`, one at a time, without HTTP, on the same threads.
 Rounds alternate, so that a busy machine hits both. Printed are the medians and the median ratio; the CPU time of this
@@ -31,9 +31,9 @@ import torch
 
 from mlmamba.configuration import MLMambaConfig
 from mlmamba.conversation import Turn
+from mlmamba.images import open_image
 from mlmamba.loading import load_model
 from mlmamba.modeling import MLMambaForConditionalGeneration
-from mlmamba.pictures import open_picture
 from mlmamba.presets import preset
 from tests.serving import encoded, running, serve
 from tests.tiny import IMAGE_ID, TINY, tiny_tokenizer
@@ -41,7 +41,7 @@ from workflows.serve.client import data_uri
 from workflows.serve.options import Limits
 from workflows.train.initial import save
 
-WORDS = ("what", "is", "shown", "in", "this", "picture", "and", "where", "stands", "the", "large", "red", "circle")
+WORDS = ("what", "is", "shown", "in", "this", "image", "and", "where", "stands", "the", "large", "red", "circle")
 
 
 def build(name: str, folder: Path, device: str):
@@ -66,7 +66,7 @@ def build(name: str, folder: Path, device: str):
 
 
 def questions(count: int) -> list[tuple[str, bytes | None]]:
-    """Questions of 3 to 30 words, every other with a picture."""
+    """Questions of 3 to 30 words, every other with an image."""
     chance = random.Random(0)
     texts = [" ".join(chance.choice(WORDS) for _ in range(chance.randrange(3, 31))) for _ in range(count)]
     return [(text, encoded(i, size=(320, 240)) if i % 2 else None) for i, text in enumerate(texts)]
@@ -75,8 +75,8 @@ def questions(count: int) -> list[tuple[str, bytes | None]]:
 def generate(model, processor, question: tuple[str, bytes | None], tokens: int) -> str:
     """The text that `generate` makes."""
     text, data = question
-    pictures = [] if data is None else [open_picture(data)]
-    inputs = processor(pictures or None, processor.prompt([Turn("user", text, len(pictures))])).to(model.device)
+    images = [] if data is None else [open_image(data)]
+    inputs = processor(images or None, processor.prompt([Turn("user", text, len(images))])).to(model.device)
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, use_cache=True)
     return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -2,14 +2,14 @@
 
     python -m tests.benchmarks.train_packing --samples 256 --rounds 5
 
-One Mamba-2 language model, random embeddings in place of text and pictures (the encoder's work is the same for both),
+One Mamba-2 language model, random embeddings in place of text and images (the encoder's work is the same for both),
 forward and backward over all samples, four ways in turns: batches of `--batch` samples in random order, padded to the
 longest; the same, but with samples of like length together, which needs no packing yet ties length to what is learned
 in one step; the project's packed rows, as long as the longest sample; and rows twice as long, half as many at once
 (`data.max_tokens` is free: a recurrent model has no longest length, and longer rows are filled better). Useful tokens
 are those that are no padding. Wanted: packed in the longer rows at least 1.5 times padded in random order.
 
-Lengths are an assumption, not a measurement: 94 % of samples have a picture (729 tokens) and log-normal text with a
+Lengths are an assumption, not a measurement: 94 % of samples have an image (729 tokens) and log-normal text with a
 median of 150 tokens (sigma 0.8), as short answers and long descriptions give together; 6 % are text alone with a median
 of 900. All are cut to 2777, ML-Mamba's longest. `--scale` divides everything, to fit a CPU.
 """
@@ -35,9 +35,9 @@ IMAGE, LONGEST, VOCABULARY, WIDTH = 729, 2777, 2048, 256
 def lengths_like_llava(count: int, scale: int, seed: int) -> np.ndarray:
     """Tokens of so many samples."""
     rng = np.random.default_rng(seed)
-    with_picture = IMAGE + rng.lognormal(np.log(150), 0.8, count)
+    with_image = IMAGE + rng.lognormal(np.log(150), 0.8, count)
     text_alone = rng.lognormal(np.log(900), 0.6, count)
-    lengths = np.where(rng.random(count) < 0.94, with_picture, text_alone).clip(16, LONGEST)
+    lengths = np.where(rng.random(count) < 0.94, with_image, text_alone).clip(16, LONGEST)
     return (lengths / scale).astype(np.int64).clip(4)
 
 

@@ -142,7 +142,7 @@ def scrape(cluster) -> set[str]:
 
 
 def ask(service: str, **headers: str) -> requests.Response:
-    """A question without a picture."""
+    """A question without an image."""
     body = {"messages": [{"role": "user", "content": "is it red?"}], "max_tokens": 4}
     return requests.post(f"{service}/v1/chat/completions", json=body, headers=headers, timeout=120)
 

@@ -102,7 +102,7 @@ def test_the_source_of_the_page_reads_records(copy):
     (copy / "pairs").mkdir()
     for name, caption in {"a": "a red square", "b": " "}.items():
         (copy / "pairs" / f"{name}.txt").write_text(caption)
-        (copy / "pairs" / f"{name}.jpg").write_bytes(b"picture " + name.encode())
+        (copy / "pairs" / f"{name}.jpg").write_bytes(b"image " + name.encode())
     use = Block(
         ROOT / page,
         "python",
@@ -116,7 +116,7 @@ config = DataConfig.model_validate({
 source = open_source(config.train[0])
 good, bad = source.records()
 assert good.turns[1].text == "a red square" and bad.problem.reason == "empty_turn"
-assert source.read_image(good.images[0]) == b"picture a"
+assert source.read_image(good.images[0]) == b"image a"
 assert len(source.fingerprint()) == 64
 from docs.generate.pages import recipe_page
 assert "| `folder` | text | required | Folder of the .jpg and .txt files. |" in recipe_page()

@@ -1,7 +1,7 @@
 """Every command of the pages, run as it stands there, on one storage: from the first run to rolling back.
 
 The recipe `quickstart` is a file of that name in the folder, which the commands take before the shipped one: the same
-recipe on few pictures and steps. Ports are free ones. What is not run, and why, is in tests/documents.py.
+recipe on few images and steps. Ports are free ones. What is not run, and why, is in tests/documents.py.
 """
 
 import os
@@ -31,7 +31,7 @@ _TIMEOUT = 900  # seconds of one command
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a small recipe, a picture and the files that pages have described."""
+    """A folder with a small recipe, an image and the files that pages have described."""
     folder = tmp_path_factory.mktemp("story")
     content = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
     for split, limit in (("train", 80), ("validation", 10), ("test", 10)):
@@ -40,7 +40,7 @@ def place(tmp_path_factory) -> Path:
     content["train"]["stages"][1] |= {"epochs": 1}
     content["evaluate"]["gate"] = {}  # so few steps learn nothing
     (folder / "quickstart").write_text(yaml.safe_dump(content))
-    for name in ("PICTURE.png", "picture.png"):
+    for name in ("IMAGE.png", "image.png"):
         Image.new("RGB", (64, 64), (200, 30, 30)).save(folder / name)
     return folder
 

@@ -35,7 +35,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pope(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("pope")
-    write_pope(root, pictures=4, per_picture=2)
+    write_pope(root, images=4, per_image=2)
     return root
 
 
@@ -51,7 +51,7 @@ def ask(benchmark: Benchmark, model: Path, out: Path, how: Workers | None = None
 def undisturbed(pope, model, tmp_path_factory) -> tuple[dict, list[Answered]]:
     """Scores and answers of an evaluation that nothing happened to."""
     out = tmp_path_factory.mktemp("undisturbed")
-    result = ask(read_pope(pope), model, out, Workers(workers=2, batch_pictures=2))
+    result = ask(read_pope(pope), model, out, Workers(workers=2, batch_images=2))
     return result, read_answers(out)
 
 
@@ -62,12 +62,12 @@ def answers(rows: list[Answered]) -> dict[str, tuple]:
 
 def test_the_score_does_not_depend_on_batches_workers_or_order(undisturbed, pope, model, tmp_path):
     result, rows = undisturbed
-    assert len({row.p_yes for row in rows}) > 4  # the model tells pictures and questions apart
+    assert len({row.p_yes for row in rows}) > 4  # the model tells images and questions apart
     turned = read_pope(pope)
     turned.items.reverse()
     others = {
-        "alone": (read_pope(pope), Workers(workers=1, batch_pictures=1, batch_questions=1)),
-        "turned": (turned, Workers(workers=2, batch_pictures=3, batch_questions=2)),
+        "alone": (read_pope(pope), Workers(workers=1, batch_images=1, batch_questions=1)),
+        "turned": (turned, Workers(workers=2, batch_images=3, batch_questions=2)),
     }
     for name, (benchmark, how) in others.items():
         again = ask(benchmark, model, tmp_path / name, how)
@@ -85,7 +85,7 @@ def test_a_stopped_evaluation_goes_on_with_what_it_has_not_asked(undisturbed, po
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ask(read_pope(pope), model, tmp_path, Workers(batch_pictures=1), on_progress=stop)
+        ask(read_pope(pope), model, tmp_path, Workers(batch_images=1), on_progress=stop)
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "parts").iterdir()}
     assert 3 <= len(before) < 8
     assert not (tmp_path / "scores.json").exists()
@@ -94,10 +94,10 @@ def test_a_stopped_evaluation_goes_on_with_what_it_has_not_asked(undisturbed, po
         read_pope(pope),
         model,
         tmp_path,
-        Workers(workers=2, batch_pictures=4),
+        Workers(workers=2, batch_images=4),
         on_progress=lambda done, total: seen.append((done, total, _times(tmp_path, before))),
     )
-    assert seen[0][1] <= 2  # what is left of either mode, in batches of four pictures
+    assert seen[0][1] <= 2  # what is left of either mode, in batches of four images
     assert all(times == before for _, _, times in seen)  # nothing was asked again
     assert result["scores"] == pytest.approx(undisturbed[0]["scores"])
     assert answers(read_answers(tmp_path)) == answers(undisturbed[1])
@@ -109,7 +109,7 @@ def _times(folder: Path, names: dict[str, int]) -> dict[str, int]:
     return {name: (folder / "parts" / name).stat().st_mtime_ns for name in names}
 
 
-def test_pictures_that_cannot_be_used_leave_no_score_until_they_are_mended(model, tmp_path):
+def test_images_that_cannot_be_used_leave_no_score_until_they_are_mended(model, tmp_path):
     count = write_gqa(tmp_path / "gqa")
     damaged = tmp_path / "gqa/images/n101.jpg"
     whole = damaged.read_bytes()
@@ -119,14 +119,14 @@ def test_pictures_that_cannot_be_used_leave_no_score_until_they_are_mended(model
         return open_benchmark("gqa", str(tmp_path / "gqa"), questions=count)
 
     with pytest.raises(
-        Incomplete, match=r"no score, 8 of 12 items .* were not answered: picture n101.jpg: not a picture .* \(8\)"
+        Incomplete, match=r"no score, 8 of 12 items .* were not answered: image n101.jpg: not an image .* \(8\)"
     ):
-        ask(read(), model, tmp_path / "out")  # those of other pictures were to be asked blind with this one
+        ask(read(), model, tmp_path / "out")  # those of other images were to be asked blind with this one
     partial = ask(read(), model, tmp_path / "out", allow_partial=True)
     assert not partial["complete"]
     assert 0 < partial["questions"]["overall"] < count
     damaged.unlink()
-    with pytest.raises(Incomplete, match=r"4 of 12 items .* cannot be asked: there is no picture n101.jpg \(4\)"):
+    with pytest.raises(Incomplete, match=r"4 of 12 items .* cannot be asked: there is no image n101.jpg \(4\)"):
         ask(read(), model, tmp_path / "out")
     damaged.write_bytes(whole)
     result = ask(read(), model, tmp_path / "out")
@@ -153,7 +153,7 @@ def test_the_command_scores_a_benchmark_and_says_what_is_missing(model, tmp_path
     assert out.splitlines()[1].split()[:2] == ["overall", "6"]
     assert "always_true" in out
     assert "PARTIAL" not in out
-    code, out, err = run(capsys, *asked, "--json", "--batch-pictures", "1")
+    code, out, err = run(capsys, *asked, "--json", "--batch-images", "1")
     assert code == 0, err
     assert "batches" not in err  # done before
     result = json.loads(out)
@@ -162,7 +162,7 @@ def test_the_command_scores_a_benchmark_and_says_what_is_missing(model, tmp_path
     (tmp_path / "vsr/images/000000050404.jpg").unlink()
     code, out, err = run(capsys, *asked)
     assert (code, out) == (1, "")
-    assert "2 of 6 items (zeroshot/2, zeroshot/3) cannot be asked: there is no picture 000000050404.jpg (2)" in err
+    assert "2 of 6 items (zeroshot/2, zeroshot/3) cannot be asked: there is no image 000000050404.jpg (2)" in err
     code, out, err = run(capsys, *asked, "--allow-partial")
     assert code == 0, err
     assert "PARTIAL: 2 items are missing (zeroshot/2, zeroshot/3" in out
@@ -236,7 +236,7 @@ def test_benchmarks_of_a_recipe_are_scored_and_logged_beside_the_test_sources(mo
     write_corpus(tmp_path)
     count = write_vsr(tmp_path / "vsr")
     asked = {"name": "vsr", "data": str(tmp_path / "vsr"), "questions": count}
-    settings = {"max_new_tokens": 3, "batch_pictures": 4, "workers": 2}
+    settings = {"max_new_tokens": 3, "batch_images": 4, "workers": 2}
     content = Recipe.model_validate(recipe(tmp_path, evaluate=settings | {"benchmarks": [asked]}))
     root = tmp_path / "evaluation"
     tracker = Tracker(tmp_path, content, "tiny-run", tmp_path / "run", print)

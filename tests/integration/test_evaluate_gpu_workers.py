@@ -31,7 +31,7 @@ def test_workers_with_gpus_give_the_same_answers(two_gpus, tmp_path):
     found = {}
     for gpus in (0, 1):
         benchmark = open_benchmark("gqa", str(tmp_path / "gqa"), questions=count)
-        how = Workers(workers=2, gpus_per_worker=gpus, batch_pictures=1)
+        how = Workers(workers=2, gpus_per_worker=gpus, batch_images=1)
         evaluate_benchmark(benchmark, model, tmp_path / str(gpus), how, max_new_tokens=3)
         found[gpus] = {row.id: (row.prediction, row.blind_prediction) for row in read_answers(tmp_path / str(gpus))}
     assert found[0] == found[1]

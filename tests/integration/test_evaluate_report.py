@@ -94,7 +94,7 @@ def test_the_probe_writes_its_table_and_its_figure(root, capsys):
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium, to open the report")
 def test_a_browser_shows_the_report_and_runs_nothing_of_what_answers_say(tmp_path):
-    rows = [hostile(row) if number % 2 else row for number, row in enumerate(vqa_rows(pictures=10))]
+    rows = [hostile(row) if number % 2 else row for number, row in enumerate(vqa_rows(images=10))]
     write_evaluation(tmp_path, rows, "gqa", notes=[HOSTILE])
     page = write_report(tmp_path)[0]
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]

@@ -30,8 +30,8 @@ def test_inspect_prints_the_counts_and_draws_the_sheet(prepared, tmp_path, capsy
     assert str(prepared[2]) in out
     assert "image_truncated" in out
     assert out.rstrip().endswith(f"samples: {sheet}")
-    with Image.open(sheet) as picture:
-        assert picture.format == "PNG"
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
 
 
 def test_inspect_for_machines(prepared, capsys):

@@ -30,7 +30,7 @@ def printed(outputs: list[dict]) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
-def pictures(outputs: list[dict]) -> int:
+def images(outputs: list[dict]) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
@@ -54,13 +54,13 @@ def test_a_notebook_opens_with_what_it_is_about_and_is_in_the_list(notebook):
 @pytest.mark.slow
 def test_the_scan_connector(tmp_path, monkeypatch):
     outputs = execute(FOLDER / "02-scan-connector.ipynb", tmp_path / "notebooks", monkeypatch)
-    assert pictures(outputs) == 8
+    assert images(outputs) == 8
 
 
 @pytest.mark.slow
 def test_from_corpus_to_shards(tmp_path, monkeypatch):
     outputs = execute(FOLDER / "01-corpus-to-shards.ipynb", tmp_path / "notebooks", monkeypatch)
-    assert pictures(outputs) == 3
+    assert images(outputs) == 3
     text = printed(outputs)
     reasons = ("image_truncated", "image_missing", "image_unreadable", "empty_turn", "duplicate_id", "malformed")
     assert not [reason for reason in (*reasons, "contaminated") if reason not in text]
@@ -71,12 +71,12 @@ def test_from_corpus_to_shards(tmp_path, monkeypatch):
 def test_train_compare_promote_then_serve_and_ask(tmp_path, monkeypatch):
     """The fourth serves what the third has trained."""
     outputs = execute(FOLDER / "03-train-compare-promote.ipynb", tmp_path / "notebooks", monkeypatch)
-    assert pictures(outputs) == 3
+    assert images(outputs) == 3
     text = printed(outputs)
     assert "shapes/1 is now @champion" in text
     assert text.count("done before, skipped") == 1  # the second recipe finds the shards of the first
     outputs = execute(FOLDER / "04-serve-and-ask.ipynb", tmp_path / "notebooks", monkeypatch)
-    assert pictures(outputs) == 1
+    assert images(outputs) == 1
     text = printed(outputs)
     assert '"object": "chat.completion"' in text
     assert "400" in text

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("two_cpus")
 
 
 def write_corpus(root: Path) -> None:
-    """Annotations for both splits and a folder of pictures."""
+    """Annotations for both splits and a folder of images."""
     (root / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     entries = []
@@ -57,7 +57,7 @@ def write_corpus(root: Path) -> None:
                 "id": f"record-{i}",
                 "image": f"{i}.png",
                 "conversations": [
-                    {"from": "human", "value": f"<image>\nWhat is in picture {i}?"},
+                    {"from": "human", "value": f"<image>\nWhat is in image {i}?"},
                     {"from": "gpt", "value": f"A {words} square."},
                 ],
             }
@@ -71,7 +71,7 @@ def _damage(images: Path, entries: list[dict]) -> None:
     of = {reason: i for i, reason in DAMAGE.items()}
     whole = (images / "3.png").read_bytes()
     (images / "3.png").write_bytes(whole[: len(whole) // 2])
-    (images / "8.png").write_text("not a picture")
+    (images / "8.png").write_text("not an image")
     (images / "13.png").unlink()
     header = io.BytesIO()  # 100 million white pixels compress to a few kilobytes
     Image.new("1", (10_000, 10_000), 1).save(header, "PNG")
@@ -167,9 +167,7 @@ def test_shards_open_with_pyarrow_and_hold_the_samples(prepared, corpus):
                 i = int(name.split("-")[1])
                 assert row["images"][k] == (corpus / "images" / f"{i}.png").read_bytes()
                 text = tokenizer.decode(np.array(row["input_ids"])[at])
-                head = (
-                    "<image>" * TOKENS_PER_IMAGE + f"<|user|>\nWhat is in picture {i}?<|endoftext|>\n<|assistant|>\nA"
-                )
+                head = "<image>" * TOKENS_PER_IMAGE + f"<|user|>\nWhat is in image {i}?<|endoftext|>\n<|assistant|>\nA"
                 assert text.startswith(head)
                 assert text.endswith("square.<|endoftext|>")
             seen += row["sample_ids"]
@@ -302,8 +300,8 @@ def test_a_folder_that_cannot_be_written(corpus, tmp_path):
         prepare(config(corpus), str(tmp_path / "file" / "data"), TOKENS_PER_IMAGE, SEED)
 
 
-def test_a_picture_that_fills_the_row(corpus, tmp_path):
-    with pytest.raises(ValueError, match="a picture takes 160 tokens and a row has 160"):
+def test_a_image_that_fills_the_row(corpus, tmp_path):
+    with pytest.raises(ValueError, match="an image takes 160 tokens and a row has 160"):
         prepare(config(corpus), str(tmp_path), MAX_TOKENS, SEED)
 
 

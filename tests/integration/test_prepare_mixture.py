@@ -1,4 +1,4 @@
-"""Mixtures on a real Ray: weights, limits, duplicates across sources, and pictures of evaluation sets."""
+"""Mixtures on a real Ray: weights, limits, duplicates across sources, and images of evaluation sets."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.prepare import PrepareError, prepare
 from pipelines.reader import PackedDataset
-from tests.corpora import conversation, picture, write_files
+from tests.corpora import conversation, image, write_files
 
 TOKENS_PER_IMAGE, SEED = 4, 7
 
@@ -23,9 +23,9 @@ def entry(name: str, image: int | None, answer: str = "") -> dict:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Sources `a` and `b`, a validation set and two evaluation sets, which all name pictures of one folder."""
+    """Sources `a` and `b`, a validation set and two evaluation sets, which all name images of one folder."""
     a = [entry(f"a{i}", i) for i in range(20)]
-    a += [entry("a3", 40), entry("again", 5), entry("text", None, "A model.")]  # an id, a content, and no picture
+    a += [entry("a3", 40), entry("again", 5), entry("text", None, "A model.")]  # an id, a content, and no image
     b = [entry(f"b{i}", i) for i in range(15, 30)]  # 15 to 19 are in `a` as well
     b += [entry("a0", 41), entry("text too", None, "A model."), entry("other words", 2, "Something else.")]
     validation = [entry(f"v{i}", i) for i in (7, 50, 51, 51)]
@@ -33,7 +33,7 @@ def root(tmp_path_factory):
     more = [{"image_id": str(i), "question": "?", "answer": "!"} for i in (9, 26)]
     folder = tmp_path_factory.mktemp("corpus")
     lists = {"a.json": a, "b.json": b, "validation.json": validation, "test.json": test, "more.json": more}
-    return write_files(folder, {**lists, **{f"{i}.png": picture(i) for i in range(70)}})
+    return write_files(folder, {**lists, **{f"{i}.png": image(i) for i in range(70)}})
 
 
 def llava(root, name: str, **options) -> dict:
@@ -79,25 +79,25 @@ def mixed(root, two_cpus, tmp_path_factory):
     return out, prepare(config(root, [llava(root, "a"), llava(root, "b")]), out, TOKENS_PER_IMAGE, SEED)
 
 
-def test_duplicates_and_pictures_of_evaluation_sets_are_set_aside_and_counted(mixed):
+def test_duplicates_and_images_of_evaluation_sets_are_set_aside_and_counted(mixed):
     out, manifest = mixed
     duplicates = {f"b{i}": f"a{i} of a" for i in range(15, 20)} | {"again": "a5 of a", "text too": "text of a"}
-    expected = {("train", name, "duplicate_content"): f"the same pictures and text as {first}"
+    expected = {("train", name, "duplicate_content"): f"the same images and text as {first}"
                 for name, first in duplicates.items()}  # fmt: skip
     expected |= {
         ("train", "a3", "duplicate_id"): "the id of a3 of a",
-        ("train", "a7", "contaminated"): "picture 1 is one of validation/validation",
-        ("train", "a8", "contaminated"): "picture 1 is one of test/test",
-        ("train", "b26", "contaminated"): "picture 1 is one of test/test",
-        ("train", "a9", "contaminated"): "picture 1 is one of exclude_images_of.0/more",
-        ("validation", "v51#2", "duplicate_content"): "the same pictures and text as v51 of validation",
+        ("train", "a7", "contaminated"): "image 1 is one of validation/validation",
+        ("train", "a8", "contaminated"): "image 1 is one of test/test",
+        ("train", "b26", "contaminated"): "image 1 is one of test/test",
+        ("train", "a9", "contaminated"): "image 1 is one of exclude_images_of.0/more",
+        ("validation", "v51#2", "duplicate_content"): "the same images and text as v51 of validation",
     }
     assert set_aside(out) == expected
     train = manifest.splits["train"]
     assert train.quarantined == {"contaminated": 4, "duplicate_content": 7, "duplicate_id": 1}
     assert train.quarantined_by_source["b"] == {"contaminated": 1, "duplicate_content": 6}
     assert (train.records, train.samples) == (41, 29)
-    assert manifest.splits["validation"].samples == 3  # its own picture 7 stays: it is training that must not show it
+    assert manifest.splits["validation"].samples == 3  # its own image 7 stays: it is training that must not show it
     assert manifest.excluded == {"validation/validation": 3, "test/test": 3, "exclude_images_of.0/more": 1}
     names = kept(out)
     assert sum(names.values()) == 29

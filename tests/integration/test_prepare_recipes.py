@@ -34,7 +34,7 @@ def test_llava_558k_from_the_zip_and_unpacked(prepare, tmp_path):
     published.write_llava_558k(tmp_path / "data")
     from_zip = prepare("llava-558k")
     assert (from_zip["samples"], from_zip["images"], from_zip["quarantined"]) == (6, 6, {})
-    assert from_zip["rows"] == 2  # five pictures of 729 tokens fill a row
+    assert from_zip["rows"] == 2  # five images of 729 tokens fill a row
     folder = tmp_path / "data/LLaVA-Pretrain"
     shutil.unpack_archive(folder / "images.zip", folder / "images")
     unpacked = prepare("llava-558k", "data.train.0.images=data/LLaVA-Pretrain/images")

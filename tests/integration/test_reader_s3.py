@@ -21,7 +21,7 @@ from tests.packed_set import MAX_TOKENS, write_packed_set
 ALLOWANCE = 3 << 20  # bytes; the set has three times as many
 
 
-def large_picture(i: int) -> bytes:
+def large_image(i: int) -> bytes:
     """Noise, which PNG does not compress: 60 kilobytes."""
     pixels = np.random.default_rng(i).integers(0, 256, (140, 140, 3), dtype=np.uint8)
     buffer = packed_set.io.BytesIO()
@@ -33,7 +33,7 @@ def large_picture(i: int) -> bytes:
 def local(tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("set")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_set, "picture", large_picture)
+        patch.setattr(packed_set, "image", large_image)
         write_packed_set(out, {"train": 165})
     return str(out)
 

@@ -105,14 +105,14 @@ print("\\n".join(repr(answer) for answer in model.predict(frame)))
 
 
 @pytest.mark.slow
-def test_pyfunc_predicts_on_pictures_and_questions_in_a_fresh_process(server, client, folders, tmp_path):
+def test_pyfunc_predicts_on_images_and_questions_in_a_fresh_process(server, client, folders, tmp_path):
     buffer = io.BytesIO()
     Image.linear_gradient("L").save(buffer, "PNG")
-    (tmp_path / "picture.png").write_bytes(buffer.getvalue())
+    (tmp_path / "image.png").write_bytes(buffer.getvalue())
     questions = ["what is shown?", "say something"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": server[0], "MLFLOW_DISABLE_TELEMETRY": "true"}
     done = subprocess.run(
-        [sys.executable, "-c", PREDICT, str(tmp_path / "picture.png"), *questions],
+        [sys.executable, "-c", PREDICT, str(tmp_path / "image.png"), *questions],
         env=environment,
         capture_output=True,
         text=True,

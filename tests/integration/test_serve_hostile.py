@@ -14,7 +14,7 @@ from workflows.serve.client import data_uri
 from workflows.serve.options import Limits
 
 LIMITS = Limits(
-    max_batch=4, max_waiting=32, body_bytes=2 * 2**20, picture_bytes=10**6, picture_pixels=10**7, body_seconds=0.5
+    max_batch=4, max_waiting=32, body_bytes=2 * 2**20, image_bytes=10**6, image_pixels=10**7, body_seconds=0.5
 )
 
 
@@ -77,23 +77,23 @@ def _as_hostile(data: bytes):
     return Hostile("one", ((data, 0.0),))
 
 
-def test_large_pictures_are_decoded_one_at_a_time(loaded, monkeypatch):
-    """Sixteen pictures of nine million pixels: never two of them decoded in one request at once."""
+def test_large_images_are_decoded_one_at_a_time(loaded, monkeypatch):
+    """Sixteen images of nine million pixels: never two of them decoded in one request at once."""
     import workflows.serve.messages as messages
 
     alive, most = set(), [0]
-    original = messages.open_picture
+    original = messages.open_image
 
     def counted(*args):
-        picture = original(*args)
-        alive.add(id(picture))
+        image = original(*args)
+        alive.add(id(image))
         most[0] = max(most[0], len(alive))
         import weakref
 
-        weakref.finalize(picture, alive.discard, id(picture))
-        return picture
+        weakref.finalize(image, alive.discard, id(image))
+        return image
 
-    monkeypatch.setattr(messages, "open_picture", counted)
+    monkeypatch.setattr(messages, "open_image", counted)
     service = serve(loaded, LIMITS)
     part = {"type": "image_url", "image_url": {"url": data_uri(encoded(1, size=(1000, 1000)))}}
     with running(service) as url:

@@ -76,13 +76,13 @@ def text_of(chunks, index=0):
     return "".join(choice.delta.content or "" for choice in choices)
 
 
-def test_a_conversation_with_several_pictures_is_what_generate_answers(client, loaded):
+def test_a_conversation_with_several_images_is_what_generate_answers(client, loaded):
     answer = create(client, CONVERSATION, max_tokens=30)
     model, processor = loaded
-    from mlmamba.pictures import open_picture
+    from mlmamba.images import open_image
 
     turns = [Turn("user", "Be brief.\n\nwhich is larger?", 2), Turn("assistant", "the first"), Turn("user", "sure?", 1)]
-    inputs = processor([open_picture(encoded(seed)) for seed in (3, 4, 5)], processor.prompt(turns))
+    inputs = processor([open_image(encoded(seed)) for seed in (3, 4, 5)], processor.prompt(turns))
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=30, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     (choice,) = answer.choices

@@ -1,6 +1,6 @@
 """The playground in a real browser without a window: Debian's chromium, driven by playwright.
 
-Set MLMAMBA_SCREENSHOTS to a folder to keep pictures of the page at the sizes of a desk and of a phone.
+Set MLMAMBA_SCREENSHOTS to a folder to keep images of the page at the sizes of a desk and of a phone.
 """
 
 import base64
@@ -124,8 +124,8 @@ def test_the_page_can_be_left_out(loaded):
 
 
 @in_browser
-def test_a_picture_and_two_questions(page, file):
-    page.get_by_label("Choose pictures").set_input_files(file)
+def test_a_image_and_two_questions(page, file):
+    page.get_by_label("Choose images").set_input_files(file)
     page.get_by_role("button", name="Take out blocks.png").wait_for()
     keep(page, "desk-chosen")
     answer = ask(page, "what is shown?")
@@ -139,7 +139,7 @@ def test_a_picture_and_two_questions(page, file):
     assert [part["type"] for part in first["messages"][0]["content"]] == ["image_url", "text"]
     assert first["stream"] is True
     assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
-    assert second["messages"][0] == first["messages"][0]  # the picture is still there
+    assert second["messages"][0] == first["messages"][0]  # the image is still there
     assert [part["type"] for part in second["messages"][2]["content"]] == ["text"]
     page.get_by_role("button", name="New conversation").click()
     ask(page, "hello")
@@ -166,7 +166,7 @@ def test_words_appear_while_they_come_and_stop_frees_the_slot(page, service, loa
 
 
 @in_browser
-def test_dropping_a_picture_and_taking_it_out(page):
+def test_dropping_a_image_and_taking_it_out(page):
     page.evaluate(
         """data => {
             const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), items = new DataTransfer();
@@ -183,9 +183,9 @@ def test_dropping_a_picture_and_taking_it_out(page):
 
 
 @in_browser
-def test_a_large_picture_is_made_smaller_before_it_is_sent(page, tmp_path):
+def test_a_large_image_is_made_smaller_before_it_is_sent(page, tmp_path):
     (tmp_path / "large.png").write_bytes(encoded(3, size=(4000, 1000)))
-    page.get_by_label("Choose pictures").set_input_files(str(tmp_path / "large.png"))
+    page.get_by_label("Choose images").set_input_files(str(tmp_path / "large.png"))
     page.wait_for_selector(".thumb img")
     size = page.evaluate("(({naturalWidth: w, naturalHeight: h}) => [w, h])(document.querySelector('.thumb img'))")
     assert size == [1536, 384]
@@ -203,10 +203,10 @@ def test_a_refusal_is_shown_and_the_question_kept(page):
 
 @in_browser
 def test_everything_can_be_reached_with_the_keyboard(page, file):
-    page.get_by_label("Choose pictures").set_input_files(file)
+    page.get_by_label("Choose images").set_input_files(file)
     page.wait_for_selector(".thumb")
     ask(page, "what?")
-    page.get_by_label("Choose pictures").set_input_files(file)
+    page.get_by_label("Choose images").set_input_files(file)
     page.wait_for_selector(".thumb")
     page.get_by_label("Your question").focus()
     names = set()
@@ -217,14 +217,14 @@ def test_everything_can_be_reached_with_the_keyboard(page, file):
                 "(document.activeElement.getAttribute('aria-label') || document.activeElement.textContent).trim()"
             )
         )
-    assert names >= {"Choose pictures", "Ask", "New conversation", "Take out blocks.png"}
+    assert names >= {"Choose images", "Ask", "New conversation", "Take out blocks.png"}
 
 
 @in_browser
 def test_on_a_phone(phone, file):
-    phone.get_by_label("Choose pictures").set_input_files(file)
+    phone.get_by_label("Choose images").set_input_files(file)
     phone.wait_for_selector(".thumb")
-    ask(phone, "what is shown in this picture, and where in it?")
+    ask(phone, "what is shown in this image, and where in it?")
     ask(phone, "sure?")
     keep(phone, "phone-answered")
     width, wide = phone.evaluate("[innerWidth, document.documentElement.scrollWidth]")

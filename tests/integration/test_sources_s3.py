@@ -13,7 +13,7 @@ from pipelines.packed import PackedDataset
 from pipelines.prepare import prepare
 from pipelines.sources import open_source
 from pipelines.verify import verify
-from tests.corpora import conversation, picture, write_files, write_parquet, write_tar, write_zip
+from tests.corpora import conversation, image, write_files, write_parquet, write_tar, write_zip
 from tests.s3 import running_s3
 
 COUNT = 12
@@ -35,9 +35,9 @@ def two_cpus(s3):
 
 
 def write_corpus(root) -> None:
-    """The same kind of records in every layout; the pictures differ, so that nothing is a duplicate."""
+    """The same kind of records in every layout; the images differ, so that nothing is a duplicate."""
     kinds = ("folder", "zip", "questions", "captions", "tar", "parquet")
-    images = {kind: {f"{i:02}.png": picture(100 * k + i) for i in range(COUNT)} for k, kind in enumerate(kinds)}
+    images = {kind: {f"{i:02}.png": image(100 * k + i) for i in range(COUNT)} for k, kind in enumerate(kinds)}
     texts = [conversation(f"<image>\nWhich one is {i}?", f"Number {i}.") for i in range(COUNT)]
     for kind in ("folder", "zip"):
         entries = [{"id": str(i), "image": f"{i:02}.png", "conversations": texts[i]} for i in range(COUNT)]
@@ -55,9 +55,9 @@ def write_corpus(root) -> None:
         for i in range(4 * shard, 4 * shard + 4):
             members += [(f"{i:02}.png", images["tar"][f"{i:02}.png"]), (f"{i:02}.txt", f"A caption {i}.")]
         write_tar(root / f"tar/s-{shard:03}.tar", members)
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     message = pa.struct([("from", pa.string()), ("value", pa.string())])
-    schema = pa.schema([("image", image), ("conversations", pa.list_(message))])
+    schema = pa.schema([("image", cell), ("conversations", pa.list_(message))])
     columns = {
         "image": [{"bytes": data, "path": name} for name, data in images["parquet"].items()],
         "conversations": texts,

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,21 +84,26 @@ def steps(s3: S3, folder: str) -> list[int]:
 def test_stopped_and_resumed_on_another_machine_the_weights_are_those_of_a_local_run(
     toy, undisturbed, s3, there, far_workers, cache, tmp_path
 ):
-    job = toy.job(tmp_path, save_every=2) | there | {"mark": '{"digest": "x"}'}
-    job |= {"checkpoints": s3.uri("run/checkpoints"), "export_to": s3.uri("run/model")}
+    job = replace(
+        toy.job(tmp_path, save_every=2),
+        **there,
+        mark='{"digest": "x"}',
+        checkpoints=s3.uri("run/checkpoints"),
+        export_to=s3.uri("run/model"),
+    )
     assert far_workers.train(job, stop_after=5).result == "stopped"
     assert steps(s3, "run/checkpoints") == [2, 4]
-    assert not list(cached(job["checkpoints"]).rglob("*.pt"))  # the staging folder is empty again
-    newest = ObjectStore(job["checkpoints"]).newest()
-    unfinished = files.join(job["checkpoints"], "step-00000006.dead", "x.pt")
+    assert not list(cached(job.checkpoints).rglob("*.pt"))  # the staging folder is empty again
+    newest = ObjectStore(job.checkpoints).newest()
+    unfinished = files.join(job.checkpoints, "step-00000006.dead", "x.pt")
     files.write_atomic(unfinished, b"x")
     shutil.rmtree(cache)
     second = far_workers.train(job)
     assert second.of("start")[0]["step"] == newest.step == 4
     assert not files.exists(unfinished)
-    assert is_whole(job["export_to"])
+    assert is_whole(job.export_to)
     shutil.rmtree(cache)
-    model = resolve_model(job["export_to"], tmp_path).folder
+    model = resolve_model(job.export_to, tmp_path).folder
     assert same(load_file(model / "model.safetensors"), undisturbed(2).weights)
     assert json.loads((model / "stage.json").read_text()) == {"digest": "x"}
     assert not list(tmp_path.iterdir())  # nothing is written elsewhere
@@ -106,10 +112,10 @@ def test_stopped_and_resumed_on_another_machine_the_weights_are_those_of_a_local
 @pytest.mark.slow
 def test_another_number_of_workers_goes_on_from_the_store(toy, undisturbed, s3, there, far_workers, tmp_path):
     place = {"checkpoints": s3.uri("fewer/checkpoints"), "export_to": s3.uri("fewer/model")}
-    far_workers.train(toy.job(tmp_path, save_every=2, zero_stage=3) | there | place, stop_after=4)
+    far_workers.train(replace(toy.job(tmp_path, save_every=2, zero_stage=3), **there, **place), stop_after=4)
     alone = Workers(1)
     try:
-        second = alone.train(toy.job(tmp_path, save_every=2, zero_stage=3, workers=1) | there | place)
+        second = alone.train(replace(toy.job(tmp_path, save_every=2, zero_stage=3, workers=1), **there, **place))
     finally:
         alone.close()
     assert second.of("start")[0]["resharded_from"] == 2
@@ -121,12 +127,12 @@ def test_another_number_of_workers_goes_on_from_the_store(toy, undisturbed, s3, 
 def test_a_store_that_goes_away_ends_the_stage_and_what_was_whole_stays(toy, s3, there, far_workers, tmp_path):
     """The bucket's name is another's from step 4 on, so that uploads are refused."""
     place = {"checkpoints": s3.uri("away/checkpoints"), "export_to": s3.uri("away/model")}
-    far_workers.train(toy.job(tmp_path, save_every=2) | there | place, stop_after=2)
+    far_workers.train(replace(toy.job(tmp_path, save_every=2), **there, **place), stop_after=2)
     nowhere = {name: uri.replace("//bucket/", "//other/") for name, uri in place.items()}
-    said = far_workers.train(toy.job(tmp_path, save_every=2) | there | nowhere).result
+    said = far_workers.train(replace(toy.job(tmp_path, save_every=2), **there, **nowhere)).result
     assert "the checkpoint of step 2 could not be written to s3://other/away/checkpoints" in said
     assert steps(s3, "away/checkpoints") == [2]
-    assert far_workers.train(toy.job(tmp_path) | there | place).of("start")[0]["step"] == 2
+    assert far_workers.train(replace(toy.job(tmp_path), **there, **place)).of("start")[0]["step"] == 2
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_lora_is_merged_into_the_weights_that_it_adapts(toy, workers, tmp_path, 
     }
     assert {torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4).item() for name in changed} == {2}
     assert outcome.losses[-1] < outcome.losses[0]
-    again = workers.train(toy.job(tmp_path / "next", {"steps": 1}) | {"start_from": str(outcome.folder / "model")})
+    again = workers.train(replace(toy.job(tmp_path / "next", {"steps": 1}), start_from=str(outcome.folder / "model")))
     assert again.losses[0] < outcome.losses[-1] + 0.2  # what was merged does what the adapters did
 
 

@@ -18,7 +18,9 @@ from pipelines.prepare import prepare
 from tests.integration.toy_worker import serve
 from tests.integration.toy_workflow import recipe, write_corpus
 from workflows.recipe.schema import Recipe
+from workflows.recipe.train import TrainRecipe
 from workflows.train.initial import build_initial, image_tokens
+from workflows.train.job import StageJob
 
 STAGE = {"name": "full", "trains": ["connector", "language_model"], "learning_rate": 0.003, "batch_rows": 4, "steps": 8}
 
@@ -44,23 +46,20 @@ class Toy:
         prepare(self.recipe.data, str(self.data), image_tokens(self.recipe.model), self.recipe.seed)
         build_initial(self.recipe, self.data, self.initial)
 
-    def job(self, out: Path, stage: dict | None = None, **train) -> dict:
-        """A StageJob as plain data, with its results under `out`. `stage` and `train` change the recipe's fields."""
-        from workflows.recipe.train import TrainRecipe
-
+    def job(self, out: Path, stage: dict | None = None, **train) -> StageJob:
+        """A job with its results under `out`. `stage` and `train` change the recipe's fields."""
         settings = {"workers": 2, "save_every": 100, "log_every": 1, **train}
         checked = TrainRecipe.model_validate({**settings, "stages": [STAGE | (stage or {})]})
-        content = checked.model_dump(mode="json")
-        return {
-            "stage": content["stages"][0],
-            "train": content,
-            "seed": self.recipe.seed,
-            "data": str(self.data),
-            "start_from": str(self.initial),
-            "export_to": str(out / "model"),
-            "checkpoints": str(out / "checkpoints"),
-            "threads": 1,
-        }
+        return StageJob(
+            stage=checked.stages[0],
+            train=checked,
+            seed=self.recipe.seed,
+            data=str(self.data),
+            start_from=str(self.initial),
+            export_to=str(out / "model"),
+            checkpoints=str(out / "checkpoints"),
+            threads=1,
+        )
 
 
 def make_toy(root: Path, model: dict | None = None) -> Toy:
@@ -123,7 +122,7 @@ class Workers:
         for pipe in self._pipes[1:]:
             pipe.send(port)
 
-    def train(self, job: dict, stop_after: int | None = None) -> Outcome:
+    def train(self, job: StageJob, stop_after: int | None = None) -> Outcome:
         """Run a stage.
 
         Args:
@@ -142,7 +141,7 @@ class Workers:
                     for process in self._processes:
                         process.kill()
                     raise RuntimeError(answers[pipe])
-        return Outcome(*answers[self._pipes[0]], Path(job["export_to"]).parent)
+        return Outcome(*answers[self._pipes[0]], Path(job.export_to).parent)
 
     def processes(self) -> list[int]:
         """Their process ids."""

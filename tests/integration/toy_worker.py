@@ -31,10 +31,10 @@ class _Stopped(Exception):
     pass
 
 
-def _run(rank: int, count: int, job: dict, stop_after: int | None):
+def _run(rank: int, count: int, job, stop_after: int | None):
     import gc
 
-    from workflows.train.job import StageError, StageJob
+    from workflows.train.job import StageError
     from workflows.train.loop import Worker
 
     events: list[dict] = []
@@ -51,7 +51,7 @@ def _run(rank: int, count: int, job: dict, stop_after: int | None):
             return why
 
     try:
-        worker = Recorded(StageJob(**job), rank, count)
+        worker = Recorded(job, rank, count)
         return worker.train(), events
     except StageError as error:
         return str(error), events

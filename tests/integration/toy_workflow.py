@@ -15,7 +15,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
 def write_corpus(root: Path, count: int = 48) -> None:
-    """Annotations `train.json` and `test.json` and their pictures under `root`; one training picture is damaged."""
+    """Annotations `train.json` and `test.json` and their images under `root`; one training image is damaged."""
     rng = np.random.default_rng(0)
     for split, size in (("train", count), ("test", 12)):
         folder = root / split
@@ -76,7 +76,7 @@ def recipe(root: Path, **changes) -> dict:
                 {"name": "full", "trains": ["connector", "language_model"], "steps": 40, **stage},
             ],
         },
-        "evaluate": {"max_new_tokens": 4, "batch_pictures": 4},
+        "evaluate": {"max_new_tokens": 4, "batch_images": 4},
         "register_as": {"name": "tiny"},
     }
     return content | changes

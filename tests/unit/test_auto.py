@@ -20,12 +20,12 @@ from mlmamba.modeling import MLMambaForConditionalGeneration
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model and its processor, and a picture beside them."""
+    """A model and its processor, and an image beside them."""
     path = tmp_path_factory.mktemp("auto")
     tiny_model(max_position_embeddings=200).save_pretrained(path / "model-folder")
     processor = mlmamba.MLMambaProcessor(tiny_tokenizer(), image_size=SIDE, tokens_per_image=PER_IMAGE, max_length=200)
     processor.save_pretrained(path / "model-folder")
-    Image.new("RGB", (40, 30), (200, 10, 10)).save(path / "picture.png")
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(path / "image.png")
     return path / "model-folder"
 
 

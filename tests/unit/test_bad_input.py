@@ -1,6 +1,6 @@
 """Bad input: errors say what was given and what was expected; nothing is cut, dropped or left to chance.
 
-What belongs to one part is tested with it: wrong numbers of pictures in test_modeling.py, the processor's text limits
+What belongs to one part is tested with it: wrong numbers of images in test_modeling.py, the processor's text limits
 in test_processing.py, the template's rules in test_chat_template.py.
 """
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import IMAGE_ID, PER_IMAGE, SIDE, VOCABULARY, pictures, prompt, tiny_model
+from tiny import IMAGE_ID, PER_IMAGE, SIDE, VOCABULARY, images, prompt, tiny_model
 
+from mlmamba.images import ImageError
 from mlmamba.modeling import MLMambaForConditionalGeneration
-from mlmamba.pictures import PictureError
 from mlmamba.processing import MLMambaProcessor
 
 IDS = prompt(7)
@@ -61,25 +61,25 @@ CASES = {
     "float labels": ({"input_ids": IDS, "labels": IDS.float()}, r"labels is torch.float32 .*; expected integers"),
     "boundaries of another length": ({"input_ids": IDS, "seq_idx": IDS[:, :1]}, r"seq_idx is torch.int64 \(1, 1\)"),
     "float boundaries": ({"input_ids": IDS, "seq_idx": IDS.float()}, r"seq_idx is torch.float32 .*; expected integers"),
-    "pictures of another size": (
-        {"input_ids": SEEN, "pixel_values": pictures(1)[..., :20]},
-        r"pictures are torch.uint8 \(1, 3, 32, 20\); expected uint8 \(n, 3, 32, 32\)",
+    "images of another size": (
+        {"input_ids": SEEN, "pixel_values": images(1)[..., :20]},
+        r"images are torch.uint8 \(1, 3, 32, 20\); expected uint8 \(n, 3, 32, 32\)",
     ),
-    "one picture without its dimension": (
-        {"input_ids": SEEN, "pixel_values": pictures(1)[0]},
-        r"pictures are torch.uint8 \(3, 32, 32\); expected uint8 \(n, 3, 32, 32\)",
+    "one image without its dimension": (
+        {"input_ids": SEEN, "pixel_values": images(1)[0]},
+        r"images are torch.uint8 \(3, 32, 32\); expected uint8 \(n, 3, 32, 32\)",
     ),
     "channels last": (
-        {"input_ids": SEEN, "pixel_values": pictures(1).permute(0, 2, 3, 1)},
+        {"input_ids": SEEN, "pixel_values": images(1).permute(0, 2, 3, 1)},
         r"\(1, 32, 32, 3\); expected uint8 \(n, 3, 32, 32\)",
     ),
     "half precision pixels": (
-        {"input_ids": SEEN, "pixel_values": pictures(1).half()},
-        r"pictures are torch.float16 \(1, 3, 32, 32\); expected uint8",
+        {"input_ids": SEEN, "pixel_values": images(1).half()},
+        r"images are torch.float16 \(1, 3, 32, 32\); expected uint8",
     ),
     "features of another width": (
         {"input_ids": SEEN, "image_features": features(1, PER_IMAGE, 5)},
-        r"image_features is torch.float32 \(1, 4, 5\) on cpu; expected floats \(pictures, tokens, 16\)",
+        r"image_features is torch.float32 \(1, 4, 5\) on cpu; expected floats \(images, tokens, 16\)",
     ),
     "integer features": ({"input_ids": SEEN, "image_features": features(1, 4, WIDTH).int()}, "is torch.int32"),
     "features of too many dimensions": (
@@ -90,17 +90,17 @@ CASES = {
         {"input_ids": SEEN, "image_features": features(3, WIDTH)},
         "has 4 image placeholders but 3 feature vectors were given",
     ),
-    "pictures twice": (
-        {"input_ids": SEEN, "pixel_values": pictures(1), "image_features": features(1, PER_IMAGE, WIDTH)},
+    "images twice": (
+        {"input_ids": SEEN, "pixel_values": images(1), "image_features": features(1, PER_IMAGE, WIDTH)},
         "both pixel_values and image_features are given",
     ),
-    "pictures beside embeddings": (
-        {"inputs_embeds": features(1, 7, WIDTH), "pixel_values": pictures(1)},
-        "pixel_values is given with inputs_embeds, which hold the pictures already",
+    "images beside embeddings": (
+        {"inputs_embeds": features(1, 7, WIDTH), "pixel_values": images(1)},
+        "pixel_values is given with inputs_embeds, which hold the images already",
     ),
     "ids on another device": ({"input_ids": IDS.to("meta")}, "input_ids is on meta, the model on cpu; move one"),
     "pixels on another device": (
-        {"input_ids": SEEN, "pixel_values": pictures(1).to("meta")},
+        {"input_ids": SEEN, "pixel_values": images(1).to("meta")},
         "pixel_values is on meta",
     ),
     "labels on another device": ({"input_ids": IDS, "labels": IDS.to("meta")}, "labels is on meta, the model on cpu"),
@@ -115,12 +115,12 @@ def test_a_forward_pass(model, inputs, message):
         model(**inputs)
 
 
-def test_a_picture_that_goes_on_in_the_next_row(model):
-    """The sums agree: two pictures, eight placeholders. transformers' models would fill them across the rows."""
+def test_a_image_that_goes_on_in_the_next_row(model):
+    """The sums agree: two images, eight placeholders. transformers' models would fill them across the rows."""
     ids = torch.cat([prompt(9), prompt(9)])
     ids[0, :6] = ids[1, :2] = IMAGE_ID
-    with pytest.raises(ValueError, match="row 0 has 6 image placeholders, no multiple of the 4 tokens of a picture"):
-        model(ids, pictures(2))
+    with pytest.raises(ValueError, match="row 0 has 6 image placeholders, no multiple of the 4 tokens of an image"):
+        model(ids, images(2))
 
 
 def test_a_state_of_something_else(model):
@@ -243,15 +243,15 @@ CALLS = {
     "no prompt": ({"text": []}, ValueError, "no prompt was given"),
     "an empty prompt": ({"text": ["a", ""]}, ValueError, "prompt 1 is empty"),
     "tokens as text": ({"text": [["a", "b"]]}, ValueError, "text is a list of list; expected a prompt or a list"),
-    "pictures in other rows": (
+    "images in other rows": (
         {"text": ["<image>a", "<image>b"], "images": [[RED, RED], []]},
         ValueError,
-        "prompt 0 has 1 <image> but 2 pictures were given",
+        "prompt 0 has 1 <image> but 2 images were given",
     ),
-    "lists of pictures for fewer prompts": (
+    "lists of images for fewer prompts": (
         {"text": ["<image>a", "<image>b"], "images": [[RED, RED]]},
         ValueError,
-        "2 prompts but 1 lists of pictures were given",
+        "2 prompts but 1 lists of images were given",
     ),
     "truncation": ({"text": "a", "truncation": True}, ValueError, "truncation=True: prompts are never cut"),
     "a length to cut to": ({"text": "a", "max_length": 3}, TypeError, "has no option max_length"),
@@ -270,18 +270,18 @@ CALLS = {
     "a video": ({"text": "a", "videos": [RED]}, TypeError, "has no option videos"),
     "float values": (
         {"text": "<image>", "images": np.zeros((8, 8, 3))},
-        PictureError,
-        r"a picture is float64 values of shape \(8, 8, 3\); expected a Pillow picture, .* or uint8 \(h, w, 3\)",
+        ImageError,
+        r"an image is float64 values of shape \(8, 8, 3\); expected a Pillow image, .* or uint8 \(h, w, 3\)",
     ),
-    "grey values": ({"text": "<image>", "images": np.zeros((8, 8), np.uint8)}, PictureError, r"of shape \(8, 8\)"),
-    "a number": ({"text": "<image>", "images": 3}, PictureError, "a picture is a int; expected"),
+    "grey values": ({"text": "<image>", "images": np.zeros((8, 8), np.uint8)}, ImageError, r"of shape \(8, 8\)"),
+    "a number": ({"text": "<image>", "images": 3}, ImageError, "an image is a int; expected"),
     "a missing file": (
-        {"text": "<image>", "images": "/no/such/picture.png"},
-        PictureError,
-        "no picture at /no/such/pict",
+        {"text": "<image>", "images": "/no/such/image.png"},
+        ImageError,
+        "no image at /no/such/pict",
     ),
-    "bytes of no picture": ({"text": "<image>", "images": b"no"}, PictureError, "not a picture that Pillow can read"),
-    "an empty picture": ({"text": "<image>", "images": Image.new("RGB", (0, 4))}, PictureError, "is empty: 0x4 pixels"),
+    "bytes of no image": ({"text": "<image>", "images": b"no"}, ImageError, "not an image that Pillow can read"),
+    "an empty image": ({"text": "<image>", "images": Image.new("RGB", (0, 4))}, ImageError, "is empty: 0x4 pixels"),
 }
 
 

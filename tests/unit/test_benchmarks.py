@@ -1,4 +1,4 @@
-"""Benchmarks read from their published layouts: items, prompts, pictures, scores by hand, and files that are wrong."""
+"""Benchmarks read from their published layouts: items, prompts, images, scores by hand, and files that are wrong."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def edit(file: Path, change) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_item_has_an_id_of_its_own_and_a_picture_that_opens(name, tmp_path):
+def test_every_item_has_an_id_of_its_own_and_a_image_that_opens(name, tmp_path):
     benchmark = read(name, tmp_path)
     assert not benchmark.missing
     assert len({item.id for item in benchmark.items}) == len(benchmark.items)
@@ -121,7 +121,7 @@ def test_vsr_has_two_splits(tmp_path):
         open_benchmark("gqa", str(tmp_path), split="val")
 
 
-def test_pictures_may_stay_in_their_zip(tmp_path):
+def test_images_may_stay_in_their_zip(tmp_path):
     count = write_vqav2(tmp_path)
     folder = tmp_path / "val2014"
     write_zip(tmp_path / "val2014.zip", {f"val2014/{file.name}": file.read_bytes() for file in folder.iterdir()})
@@ -133,19 +133,19 @@ def test_pictures_may_stay_in_their_zip(tmp_path):
         assert open_store(zipped.stores[0]).read(item.image) == files[f"COCO_val2014_{int(item.id) // 1000:012d}.jpg"]
 
 
-def test_pictures_may_lie_elsewhere(tmp_path):
+def test_images_may_lie_elsewhere(tmp_path):
     count = write_gqa(tmp_path / "gqa")
-    (tmp_path / "gqa/images").rename(tmp_path / "pictures")
-    with pytest.raises(UsageError, match=r"gqa: no pictures at .*images.*--images"):
+    (tmp_path / "gqa/images").rename(tmp_path / "images")
+    with pytest.raises(UsageError, match=r"gqa: no images at .*images.*--images"):
         open_benchmark("gqa", str(tmp_path / "gqa"), questions=count)
-    assert not open_benchmark("gqa", str(tmp_path / "gqa"), str(tmp_path / "pictures"), questions=count).missing
+    assert not open_benchmark("gqa", str(tmp_path / "gqa"), str(tmp_path / "images"), questions=count).missing
 
 
-def test_missing_pictures_are_named_by_the_questions_that_need_them(tmp_path):
+def test_missing_images_are_named_by_the_questions_that_need_them(tmp_path):
     count = write_vqav2(tmp_path)
     (tmp_path / "val2014/COCO_val2014_000000000073.jpg").unlink()
     benchmark = open_benchmark("vqav2", str(tmp_path), questions=count)
-    assert benchmark.missing == {f"7300{i}": "there is no picture COCO_val2014_000000000073.jpg" for i in range(4)}
+    assert benchmark.missing == {f"7300{i}": "there is no image COCO_val2014_000000000073.jpg" for i in range(4)}
 
 
 def _double(entries):

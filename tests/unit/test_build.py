@@ -101,7 +101,7 @@ def test_a_connector_that_leaves_fewer_tokens_is_known_to_preparation_and_proces
 def test_encoders_and_connectors_that_do_not_exist_or_fit_are_usage_errors_before_any_work():
     with pytest.raises(UsageError, match=r"model\.vision: timm .* has no model 'test_vitt'; did you mean"):
         image_tokens(recipe_of(vision={"towers": [{"model": "test_vitt", "block": -2}]}).model)
-    with pytest.raises(UsageError, match=r"model\.vision: .*cannot read pictures of 40 pixels"):
+    with pytest.raises(UsageError, match=r"model\.vision: .*cannot read images of 40 pixels"):
         image_tokens(recipe_of(vision={"towers": TOWERS, "image_size": 40}).model)
     with pytest.raises(UsageError, match=r"model\.connector: scan width 2 x 64 = 128 is not a multiple of head_dim 24"):
         image_tokens(recipe_of(connector={"head_dim": 24}).model)

@@ -14,7 +14,7 @@ from workflows.serve.openai import ChatRequest
 from workflows.serve.options import Limits
 
 TEXTS = [
-    "What is in the picture?",
+    "What is in the image?",
     "  leading and trailing \n",
     "Two lines\n\nof text",
     "<image>q",
@@ -24,7 +24,7 @@ TEXTS = [
     "Grüße 日本語 🙂 \u3000wide\u3000",
     "0",
 ]
-PICTURE = {"type": "image", "image": Image.new("RGB", (SIDE, SIDE))}
+IMAGE = {"type": "image", "image": Image.new("RGB", (SIDE, SIDE))}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def processor(tokenizer) -> MLMambaProcessor:
 
 
 def messages(turns: list[Turn]) -> list[dict]:
-    """Turns as a chat: content as a string where there are no pictures, else as parts, pictures before the text."""
+    """Turns as a chat: content as a string where there are no images, else as parts, images before the text."""
     return [
-        {"role": t.role, "content": [PICTURE] * t.images + [{"type": "text", "text": t.text}] if t.images else t.text}
+        {"role": t.role, "content": [IMAGE] * t.images + [{"type": "text", "text": t.text}] if t.images else t.text}
         for t in turns
     ]
 
@@ -64,7 +64,7 @@ def test_the_template_renders_as_render_does(processor):
 
 
 def test_a_chat_gives_the_tokens_of_training(processor):
-    """Question and answer as one text, pictures expanded: the ids that `encode` gives for training."""
+    """Question and answer as one text, images expanded: the ids that `encode` gives for training."""
     for turns in conversations()[::7]:
         inputs = processor.apply_chat_template(
             messages(turns), add_generation_prompt=turns[-1].role == "user", tokenize=True, return_dict=True
@@ -93,9 +93,9 @@ def test_content_may_be_a_string_or_parts(processor):
     assert rendered == "<|user|>\nwhat?<|endoftext|>\n<|assistant|>\n"
 
 
-def test_pictures_stand_before_their_turn_wherever_they_are_shown(processor):
+def test_images_stand_before_their_turn_wherever_they_are_shown(processor):
     text = {"type": "text", "text": "q"}
-    orders = [[PICTURE, PICTURE, text], [PICTURE, text, PICTURE], [text, PICTURE, PICTURE]]
+    orders = [[IMAGE, IMAGE, text], [IMAGE, text, IMAGE], [text, IMAGE, IMAGE]]
     rendered = {processor.apply_chat_template([{"role": "user", "content": order}]) for order in orders}
     assert rendered == {"<image><image><|user|>\nq<|endoftext|>\n"}
 
@@ -142,9 +142,9 @@ def test_without_the_generation_prompt_a_question_ends_where_an_answer_would_beg
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "turn 1 has role system"),
         ([{"role": "system", "content": "a"}], "has no turn of the user"),
         ([{"role": "user", "content": " <image>"}], r"turn 0 \(user\) is empty"),
-        ([{"role": "user", "content": [PICTURE]}], r"turn 0 \(user\) is empty"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": [PICTURE]}], "only users show pictures"),
-        ([{"role": "system", "content": [PICTURE]}, {"role": "user", "content": "a"}], "only users show pictures"),
+        ([{"role": "user", "content": [IMAGE]}], r"turn 0 \(user\) is empty"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": [IMAGE]}], "only users show images"),
+        ([{"role": "system", "content": [IMAGE]}, {"role": "user", "content": "a"}], "only users show images"),
         ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "part of type video, expected text or image"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from mlmamba.conversation import IGNORE_INDEX, IMAGE_TOKEN, Turn, check_turns, encode, render
 
 MESSAGES = [
-    "What is in the picture?",
+    "What is in the image?",
     "  leading and trailing  ",
     "\n\tnewline and tab around\n\n",
     "Two lines\nof text",
@@ -85,7 +85,7 @@ def test_loss_falls_on_answers_and_their_end_only(tokenizer):
     assert tokenizer.decode([encoded.labels[i] for i in learned]) == "a1<|endoftext|>a2<|endoftext|>"
 
 
-def test_picture_positions_are_where_the_runs_start(tokenizer):
+def test_image_positions_are_where_the_runs_start(tokenizer):
     encoded = encode(tokenizer, TURNS, 4)
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     assert encoded.image_positions[:2] == [0, 4]
@@ -124,7 +124,7 @@ def test_placeholders_in_a_message_are_taken_out(tokenizer, text):
         ([Turn("user", " \n")], r"turn 0 \(user\) is empty"),
         ([Turn("user", "<image>", images=1)], r"turn 0 \(user\) is empty"),
         ([Turn("user", "a"), Turn("assistant", "")], r"turn 1 \(assistant\) is empty"),
-        ([Turn("user", "a"), Turn("assistant", "b", images=1)], "only users show pictures"),
+        ([Turn("user", "a"), Turn("assistant", "b", images=1)], "only users show images"),
     ],
 )
 def test_bad_turns_are_refused(tokenizer, turns, message):

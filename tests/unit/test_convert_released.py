@@ -7,7 +7,7 @@ import pytest
 import torch
 from closeness import assert_close
 from safetensors.torch import load_file, save_file
-from tiny import pictures, prompt, tiny_tokenizer
+from tiny import images, prompt, tiny_tokenizer
 from torch.nn import functional as F
 from transformers import Mamba2ForCausalLM
 
@@ -39,7 +39,7 @@ def files(tmp_path):
 
 
 class Released:
-    """The released connector on features (N, channels) of one picture."""
+    """The released connector on features (N, channels) of one image."""
 
     def __init__(self, groups: dict):
         self.mlp, self.scan, self.projector = (groups[n] for n in ("mlp", "bidirectional_mamba", "projector"))
@@ -92,7 +92,7 @@ def test_a_released_checkpoint_becomes_a_model_that_computes_the_same(tmp_path, 
     assert done.parameters == model.num_parameters()
 
     features = torch.randn(2, 4, CHANNELS)
-    expected = torch.stack([Released(groups)(picture) for picture in features])
+    expected = torch.stack([Released(groups)(image) for image in features])
     assert_close(model.connector(features, (2, 2)), expected, 1e-4, "connector")
 
     language = Mamba2ForCausalLM(model.config.text_config).eval()
@@ -103,7 +103,7 @@ def test_a_released_checkpoint_becomes_a_model_that_computes_the_same(tmp_path, 
     assert (processor.image_token_id, processor.tokens_per_image, processor.max_length) == (1, 4, 2777)
     assert model.config.image_token_id == 1
     assert model.config.connector_config.layout == "released"
-    assert model(prompt(9, images=1), pictures(1)).logits.shape == (1, 9, ROWS)
+    assert model(prompt(9, images=1), images(1)).logits.shape == (1, 9, ROWS)
 
 
 @torch.no_grad()

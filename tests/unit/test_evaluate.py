@@ -17,27 +17,27 @@ def test_answers_compare_without_case_space_and_a_last_full_stop():
 def test_the_ids_of_several_sources_do_not_collide():
     """Two sources of the same records: their names stand before the ids."""
     sources = [EasyVQASource(type="easy_vqa", split="test", limit=2, name=name) for name in ("one", "two")]
-    ids = [key for picture in load_questions(sources) for key in picture.ids]
+    ids = [key for image in load_questions(sources) for key in image.ids]
     assert len(set(ids)) == len(ids)
     assert {key.partition("/")[0] for key in ids} == {"one", "two"}
 
 
 def test_the_official_test_split_is_whole_and_typed():
-    pictures = load_questions([EasyVQASource(type="easy_vqa", split="test")])
-    assert len(pictures) == 1000
-    types = [kind for picture in pictures for kind in picture.types]
+    images = load_questions([EasyVQASource(type="easy_vqa", split="test")])
+    assert len(images) == 1000
+    types = [kind for image in images for kind in image.types]
     assert {kind: types.count(kind) for kind in set(types)} == {"yes/no": 7136, "colour": 1280, "shape": 1257}
-    ids = [key for picture in pictures for key in picture.ids]
+    ids = [key for image in images for key in image.ids]
     assert len(set(ids)) == len(ids) == 9673
 
 
-def test_training_never_sees_a_test_or_validation_picture():
-    pictures = {
+def test_training_never_sees_a_test_or_validation_image():
+    images = {
         split: {p.location for p in load_questions([EasyVQASource(type="easy_vqa", split=split)])}
         for split in ("train", "validation", "test")
     }
-    assert [len(pictures[split]) for split in ("train", "validation", "test")] == [3700, 300, 1000]
-    assert len(set.union(*pictures.values())) == 5000
+    assert [len(images[split]) for split in ("train", "validation", "test")] == [3700, 300, 1000]
+    assert len(set.union(*images.values())) == 5000
 
 
 def test_the_majority_answer_comes_from_the_training_split():
@@ -58,7 +58,7 @@ def test_the_table_shows_each_score_beside_its_baselines():
     assert lines[1].split() == ["overall", "1,234", "90.0%", "50.0%", "40.0%"]
     assert lines[2].split() == ["colour", "200", "80.0%", "10.0%", "0.0%"]
     assert lines[3].split() == ["f1", "70.0%", "20.0%", "0.0%"]
-    assert lines[4:] == ["blind: the same model, another picture"]
+    assert lines[4:] == ["blind: the same model, another image"]
 
 
 def test_the_table_says_that_a_score_is_partial_and_has_no_blind_score():

@@ -6,19 +6,19 @@ from tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 
 from mlmamba.answering import Answerer, Asked, answer_length, first_tokens
 from mlmamba.conversation import Turn
-from mlmamba.pictures import load_pixels
+from mlmamba.images import load_pixels
 from mlmamba.processing import MLMambaProcessor
-from tests.corpora import picture
+from tests.corpora import image
 from workflows.evaluate.benchmarks.base import Item
 from workflows.evaluate.collect import bad_prompts
 
 TOKENS = 3
-IMAGES = [picture(i, "PNG", (20, 12)) for i in range(3)]
+IMAGES = [image(i, "PNG", (20, 12)) for i in range(3)]
 ASKED = [
     Asked(IMAGES[0], ["What is it?", "Is it red? Say yes or no."]),
     Asked(None, ["What is two and two?"]),
     Asked(IMAGES[1], ["What is it?"]),
-    Asked(IMAGES[2], ["?", "What is it?", "A longer question about this picture, is it not?"]),
+    Asked(IMAGES[2], ["?", "What is it?", "A longer question about this image, is it not?"]),
 ]
 
 
@@ -58,7 +58,7 @@ def test_answers_and_probabilities_are_those_of_one_prompt_at_a_time(answerer):
             assert reply.p_first == pytest.approx(chance, abs=1e-4)
 
 
-def test_the_picture_decides(answerer):
+def test_the_image_decides(answerer):
     first, _, second, third = (replies[0] for replies in answerer.reply(ASKED))
     assert len({round(reply.p_first, 3) for reply in (first, second)}) == 2
     assert first.prompt_tokens == second.prompt_tokens == third.prompt_tokens + len("What is it?") - len("?")
@@ -97,8 +97,8 @@ def test_prompts_that_cannot_be_asked_are_named(answerer):
     items = [
         item("a", "x" * fits),
         item("b", "x" * (fits + 1)),
-        item("c", "x" * fits, "picture"),
-        item("d", "x" * (fits - PER_IMAGE), "picture"),
+        item("c", "x" * fits, "image"),
+        item("d", "x" * (fits - PER_IMAGE), "image"),
         item("e", "  "),
         item("f", "<image>"),
     ]
@@ -108,6 +108,6 @@ def test_prompts_that_cannot_be_asked_are_named(answerer):
     assert bad["e"] == "the question is empty"
 
 
-def test_a_picture_that_cannot_be_decoded_is_an_error(answerer):
-    with pytest.raises(ValueError, match="not a picture"):
-        answerer.reply([Asked(b"no picture", ["What is it?"])])
+def test_a_image_that_cannot_be_decoded_is_an_error(answerer):
+    with pytest.raises(ValueError, match="not an image"):
+        answerer.reply([Asked(b"no image", ["What is it?"])])

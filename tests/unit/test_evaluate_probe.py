@@ -69,7 +69,7 @@ def test_every_setting_is_measured_for_both_models(found):
     assert len(found.measurements) == len(keys)
     assert all(m.seconds > 0 and m.tokens_per_second > 0 for m in found.measurements)
     assert found.parameters[PEER] == pytest.approx(found.parameters[OURS], rel=0.05)
-    assert found.picture_tokens == 4
+    assert found.image_tokens == 4
 
 
 def test_the_state_is_constant_and_the_key_value_cache_grows_with_the_length(found):

@@ -1,4 +1,4 @@
-"""Spatial questions say what the pictures show, and cannot be answered without them."""
+"""Spatial questions say what the images show, and cannot be answered without them."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks.evaluate_spatial import results, table
 from tests.benchmarks.evaluate_spatial_run import MAMBA, TRANSFORMER, Pair, Result
-from tests.spatial_pictures import COLOURS, DISTANCES, LINES, SIDE, SIDES, WORDS, draw_questions
+from tests.spatial_images import COLOURS, DISTANCES, LINES, SIDE, SIDES, WORDS, draw_questions
 
 COUNT = 480
 
@@ -17,25 +17,25 @@ def made():
     return draw_questions(COUNT, seed=3)
 
 
-def centre(picture, colour: str) -> np.ndarray:
+def centre(image, colour: str) -> np.ndarray:
     """Middle of the box around a colour's pixels, (x, y)."""
-    pixels = np.asarray(picture).astype(int)
+    pixels = np.asarray(image).astype(int)
     wanted = [int(COLOURS[colour][i : i + 2], 16) for i in (1, 3, 5)]
     ys, xs = np.nonzero(np.abs(pixels - wanted).sum(-1) < 20)
     return np.array([(xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2])
 
 
-def from_the_other(picture, colour: str) -> np.ndarray:
+def from_the_other(image, colour: str) -> np.ndarray:
     """From the other shape's centre to this one's, (x, y)."""
     (other,) = set(COLOURS) - {colour}
-    return centre(picture, colour) - centre(picture, other)
+    return centre(image, colour) - centre(image, other)
 
 
 def test_the_answer_is_what_the_pixels_say(made):
     for one in made:
         sides = (one.question[0], one.question[2])
         axis = SIDES.index(sides)
-        apart = from_the_other(one.picture, one.question[-1])[axis]
+        apart = from_the_other(one.image, one.question[-1])[axis]
         assert one.answer == sides[int(apart > 0)]
         low, high = DISTANCES[one.distance]
         assert low - 1 <= abs(apart) <= high + 1
@@ -47,12 +47,12 @@ def test_lessons_say_what_the_pixels_say_and_agree_with_the_question(made):
         assert (len(places), len(relations)) == (4, 4)
         assert (one.question, one.answer) in relations
         for asked, line in places:
-            x, y = centre(one.picture, asked[-1])
+            x, y = centre(one.image, asked[-1])
             where = x if "columns" in asked else y
             assert abs(where - (LINES.index(line) + 0.5) * SIDE / 4) <= SIDE / 8 + 1
         for asked, side in relations:
             axis = SIDES.index((asked[0], asked[2]))
-            assert side == SIDES[axis][int(from_the_other(one.picture, asked[-1])[axis] > 0)]
+            assert side == SIDES[axis][int(from_the_other(one.image, asked[-1])[axis] > 0)]
         assert {len(asked) for asked, _ in places + relations} == {len(one.question)}
         assert {word for asked, answer in places + relations for word in (*asked, answer)} <= set(WORDS)
 
@@ -68,15 +68,15 @@ def test_no_axis_distance_or_word_gives_the_answer_away(made):
 
 def test_the_two_shapes_differ_and_the_words_are_known(made):
     for one in made:
-        assert one.picture.size == (SIDE, SIDE)
+        assert one.image.size == (SIDE, SIDE)
         assert one.centres["red"] != one.centres["green"]
         assert set(one.question) | {one.answer} <= set(WORDS)
 
 
 def test_the_seed_decides(made):
     again = draw_questions(COUNT, seed=3)
-    assert [(o.question, o.answer, o.picture.tobytes()) for o in again] == [
-        (o.question, o.answer, o.picture.tobytes()) for o in made
+    assert [(o.question, o.answer, o.image.tobytes()) for o in again] == [
+        (o.question, o.answer, o.image.tobytes()) for o in made
     ]
     assert [o.question for o in draw_questions(COUNT, seed=4)] != [o.question for o in made]
 

@@ -61,7 +61,7 @@ def test_the_page_holds_the_scores_their_intervals_and_both_baselines(tmp_path):
     page = Page(files[0].read_text())
     assert "tiny/1 on gqa" in page.text
     assert "Every expected question was answered exactly once" in page.text
-    assert "180 about 60 pictures" in page.text
+    assert "180 about 60 images" in page.text
     assert "recipe quickstart" in page.text
     for name in ("overall", "colour", "shape"):
         line = rf"{name} [\d,]+ {scores['scores'][name]:.1%} (\d+\.\d) to (\d+\.\d) {scores['blind'][name]:.1%}"
@@ -87,7 +87,7 @@ def test_the_page_needs_nothing_else_and_the_figures_are_files_too(tmp_path):
 
 
 def test_hostile_text_stays_text(tmp_path):
-    rows = [hostile(row) if number % 2 else row for number, row in enumerate(vqa_rows(pictures=12))]
+    rows = [hostile(row) if number % 2 else row for number, row in enumerate(vqa_rows(images=12))]
     write_evaluation(tmp_path, rows, "gqa", model=HOSTILE, majority_answer=HOSTILE, notes=[HOSTILE])
     files = write_report(tmp_path, facts={"version": HOSTILE})
     page = Page(files[0].read_text())
@@ -99,26 +99,24 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_a_partial_evaluation_says_so(tmp_path):
-    missing = {"count": 3, "ids": ["7", "8", "9"], "reasons": {"there is no picture 7.png": 3}}
-    write_evaluation(
-        tmp_path, vqa_rows(pictures=8), "gqa", complete=False, missing=missing, notes=["not the whole set"]
-    )
+    missing = {"count": 3, "ids": ["7", "8", "9"], "reasons": {"there is no image 7.png": 3}}
+    write_evaluation(tmp_path, vqa_rows(images=8), "gqa", complete=False, missing=missing, notes=["not the whole set"])
     text = Page(write_report(tmp_path)[0].read_text()).text
     assert "Partial: these are not scores of the benchmark." in text
     assert "3 questions are missing (7, 8, 9)" in text
-    assert "3: there is no picture 7.png" in text
+    assert "3: there is no image 7.png" in text
     assert "not the whole set" in text
     assert "Every expected question" not in text
 
 
-def test_a_report_is_made_where_pictures_are_gone_or_were_never(tmp_path):
-    rows = vqa_rows(pictures=8)
+def test_a_report_is_made_where_images_are_gone_or_were_never(tmp_path):
+    rows = vqa_rows(images=8)
     rows = [replace(row, image=None) if row.image == "3.png" else row for row in rows]
     write_evaluation(tmp_path, rows, "gqa")
-    for picture in (tmp_path / "pictures").iterdir():
-        picture.write_bytes(b"not a picture")
+    for image in (tmp_path / "images").iterdir():
+        image.write_bytes(b"not an image")
     page = Page(write_report(tmp_path)[0].read_text())
-    assert "the picture cannot be read" in page.text
+    assert "the image cannot be read" in page.text
     assert "text only" in page.text
 
 
@@ -131,7 +129,7 @@ def test_yes_no_probabilities_get_a_reliability_diagram(tmp_path):
     assert f"Expected calibration error {found.ece:.1%}, Brier score {found.brier:.3f}" in text
     assert "p(Yes)" in text
     assert "report-calibration.png" in {file.name for file in files}
-    assert "that needed the picture" not in text
+    assert "that needed the image" not in text
 
 
 def test_calibration_worked_by_hand():
@@ -155,7 +153,7 @@ def test_a_calibrated_model_has_a_small_error_and_an_overconfident_one_has_not()
     assert calibrate(np.where(p > 0.5, 0.99, 0.01), outcome).ece > 0.2
 
 
-def test_wrong_examples_are_sure_ones_and_right_ones_needed_the_picture():
+def test_wrong_examples_are_sure_ones_and_right_ones_needed_the_image():
     rows = pope_rows()
     chosen = worst(rows, 6)
     assert [row.score for row in chosen] == [0.0] * 6

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.integration.toy_workflow import recipe, write_corpus
-from tests.packed_set import picture, turns_of, write_packed_set
+from tests.packed_set import image, turns_of, write_packed_set
 from tests.published_benchmarks import write_gqa, write_pope
 from workflows.console import Console
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.benchmarks import open_benchmark
-from workflows.evaluate.collect import blind_pictures, derangement, read_parts
+from workflows.evaluate.collect import blind_images, derangement, read_parts
 from workflows.evaluate.predictions import read_predictions, score_predictions
 from workflows.evaluate.questions import open_store
 from workflows.evaluate.results import (
@@ -20,7 +20,7 @@ from workflows.evaluate.results import (
     measure,
     missing_items,
     read_answers,
-    read_picture,
+    read_image,
     read_scores,
     row_of,
     write_result,
@@ -35,13 +35,13 @@ def pope(tmp_path):
 
 
 def replies(benchmark, **changes) -> dict[str, dict[str, dict]]:
-    """Yes to everything, a little less sure of the other picture."""
+    """Yes to everything, a little less sure of the other image."""
     seeing = {item.id: {"text": "Yes", "p_first": 0.9} for item in benchmark.items}
     return {"seeing": seeing, "blind": {key: {"text": "No", "p_first": 0.4} for key in seeing}} | changes
 
 
 def test_rows_and_scores_can_be_read_back(pope, tmp_path):
-    found, others = replies(pope), blind_pictures(pope.items, 7)
+    found, others = replies(pope), blind_images(pope.items, 7)
     rows = [row_of(pope, i, found["seeing"][i.id], found["blind"][i.id], others[i.id]) for i in pope.items]
     result = write_result(pope, rows, {}, tmp_path / "out", "tiny")
     assert read_scores(tmp_path / "out") == result
@@ -52,7 +52,7 @@ def test_rows_and_scores_can_be_read_back(pope, tmp_path):
     first = back[0]
     assert (first.score, first.text_score, first.text_yes, first.p_yes) == (1.0, 1.0, 1.0, 0.9)
     assert (first.blind_score, first.blind_text_yes, first.majority_score) == (0.0, 0.0, 1.0)
-    assert read_picture(result, first) != read_picture(result, first, blind=True)
+    assert read_image(result, first) != read_image(result, first, blind=True)
     assert measure("pope", columns(back)) == pytest.approx(
         {k: v for k, v in result["scores"].items() if k != "margin_over_blind"}
     )
@@ -75,13 +75,13 @@ def test_a_score_of_a_part_says_so(pope, tmp_path):
 def test_what_is_missing_is_named_with_its_reason(pope):
     found = replies(pope)
     found["seeing"].pop("random/3")
-    found["blind"]["popular/2"] = {"error": "picture x.jpg: the picture data is damaged"}
-    pope.missing["adversarial/1"] = "there is no picture y.jpg"
+    found["blind"]["popular/2"] = {"error": "image x.jpg: the image data is damaged"}
+    pope.missing["adversarial/1"] = "there is no image y.jpg"
     missing = missing_items(pope, found, [item.id for item in pope.items])
     assert missing == {
-        "adversarial/1": "there is no picture y.jpg",
+        "adversarial/1": "there is no image y.jpg",
         "random/3": "no answer",
-        "popular/2": "picture x.jpg: the picture data is damaged",
+        "popular/2": "image x.jpg: the image data is damaged",
     }
     message = str(Incomplete(pope, missing, "were not answered", "Run again"))
     assert "no score, 3 of 24 items (adversarial/1, random/3, popular/2) were not answered" in message
@@ -108,7 +108,7 @@ def line(**reply) -> str:
 def test_two_answers_to_one_item_are_an_error_and_a_second_try_is_not(tmp_path):
     parts = tmp_path / "parts"
     parts.mkdir()
-    (parts / "1.jsonl").write_text(line(error="no picture") + "\n")
+    (parts / "1.jsonl").write_text(line(error="no image") + "\n")
     (parts / "2.jsonl").write_text(line(text="yes") + "\n")
     assert read_parts(tmp_path) == {("seeing", "a", 0, "x"): {"text": "yes"}}
     (parts / "3.jsonl").write_text(line(text="yes") + "\n")
@@ -117,17 +117,17 @@ def test_two_answers_to_one_item_are_an_error_and_a_second_try_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
-def test_a_blind_question_never_keeps_its_picture(count):
+def test_a_blind_question_never_keeps_its_image(count):
     order = derangement(count, seed=7)
     assert sorted(order) == list(range(count))
     assert all(i != j for i, j in enumerate(order))
 
 
-def test_the_other_pictures_do_not_depend_on_the_order_of_the_items(pope):
-    others = blind_pictures(pope.items, 7)
-    assert others == blind_pictures(pope.items[::-1], 7)
+def test_the_other_images_do_not_depend_on_the_order_of_the_items(pope):
+    others = blind_images(pope.items, 7)
+    assert others == blind_images(pope.items[::-1], 7)
     assert all(others[item.id] != (item.source, item.image) for item in pope.items)
-    assert blind_pictures(pope.items[:4], 7) == {}  # of one picture
+    assert blind_images(pope.items[:4], 7) == {}  # of one image
 
 
 def test_predictions_that_repeat_or_are_of_no_item(pope, tmp_path):
@@ -174,7 +174,7 @@ def test_a_prepared_data_set_gives_its_questions_back(tmp_path):
     for item in shards.items:
         number = int(item.id.split("/")[1].split("-")[1])
         if number % 3 == 1:
-            assert open_store(shards.stores[0]).read(item.image) == picture(number)
+            assert open_store(shards.stores[0]).read(item.image) == image(number)
     assert set(shards.missing) == {
         f"{'captions' if i % 2 else 'talk'}/validation-{i}/{t}" for i in (2, 5) for t in (0, 1)
     }

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: coverage on simulated studies, agreement with scipy, pictures as the unit, extremes."""
+"""Bootstrap intervals: coverage on simulated studies, agreement with scipy, images as the unit, extremes."""
 
 import numpy as np
 import pytest
@@ -7,22 +7,22 @@ import scipy.stats
 from workflows.evaluate.statistics import bootstrap, number, ratios
 
 
-def accuracy(scores, pictures, **options):
+def accuracy(scores, images, **options):
     scores = np.asarray(scores, dtype=float)[:, None]
-    index = number(pictures)
+    index = number(images)
     [interval] = bootstrap(ratios(scores, np.ones_like(scores), index), int(index.max()) + 1, **options)
     return interval
 
 
-def study(rng, pictures=80, questions=4, mean=0.85, spread=0.35):
-    """Answers of a model that finds some pictures harder than others: questions about one picture go together.
+def study(rng, images=80, questions=4, mean=0.85, spread=0.35):
+    """Answers of a model that finds some images harder than others: questions about one image go together.
 
-    Its true accuracy is `mean`: the chance of a right answer is Beta distributed over pictures.
+    Its true accuracy is `mean`: the chance of a right answer is Beta distributed over images.
     """
     size = mean * (1 - mean) / (spread * mean * (1 - mean)) - 1
-    chance = rng.beta(mean * size, (1 - mean) * size, size=pictures)
-    right = rng.random((pictures, questions)) < chance[:, None]
-    return right.astype(float).ravel(), np.repeat(np.arange(pictures), questions)
+    chance = rng.beta(mean * size, (1 - mean) * size, size=images)
+    right = rng.random((images, questions)) < chance[:, None]
+    return right.astype(float).ravel(), np.repeat(np.arange(images), questions)
 
 
 def test_intervals_hold_the_true_score_as_often_as_they_say():
@@ -30,12 +30,12 @@ def test_intervals_hold_the_true_score_as_often_as_they_say():
     held = 0
     alone = 0
     for seed in range(studies):
-        scores, pictures = study(rng)
-        interval = accuracy(scores, pictures, resamples=400, seed=seed)
+        scores, images = study(rng)
+        interval = accuracy(scores, images, resamples=400, seed=seed)
         held += interval.low <= 0.85 <= interval.high
         single = accuracy(scores, range(len(scores)), resamples=400, seed=seed)
         alone += single.low <= 0.85 <= single.high
-    # 95% over 400 studies has a standard error of 1.1 points; a bootstrap of 80 pictures is known to be a little narrow
+    # 95% over 400 studies has a standard error of 1.1 points; a bootstrap of 80 images is known to be a little narrow
     assert 0.915 <= held / studies <= 0.98
     assert alone / studies < 0.88, "questions drawn one by one are too sure, or the simulation is no test"
 
@@ -44,9 +44,9 @@ def test_the_interval_of_a_ratio_agrees_with_scipy():
     rng = np.random.default_rng(3)
     sizes = rng.integers(1, 9, size=120)
     right = rng.binomial(sizes, 0.9)
-    pictures = np.repeat(np.arange(120), sizes)
+    images = np.repeat(np.arange(120), sizes)
     scores = np.concatenate([np.r_[np.ones(r), np.zeros(n - r)] for r, n in zip(right, sizes, strict=True)])
-    ours = accuracy(scores, pictures, resamples=20_000)
+    ours = accuracy(scores, images, resamples=20_000)
     theirs = scipy.stats.bootstrap(
         (right, sizes),
         lambda r, n, axis: r.sum(axis) / n.sum(axis),
@@ -62,7 +62,7 @@ def test_the_interval_of_a_ratio_agrees_with_scipy():
     assert ours.high - ours.low == pytest.approx(width, rel=0.03)
 
 
-def test_many_pictures_are_left_out_in_groups_and_still_agree_with_scipy():
+def test_many_images_are_left_out_in_groups_and_still_agree_with_scipy():
     scores = (np.random.default_rng(5).random(1000) < 0.97).astype(float)
     ours = accuracy(scores, range(1000), resamples=5000)
     theirs = scipy.stats.bootstrap(
@@ -91,17 +91,17 @@ def test_a_score_that_only_loses_its_meaning_in_some_draws_is_not_certain_either
     assert interval.high == 1.0
 
 
-def test_one_picture_says_next_to_nothing():
+def test_one_image_says_next_to_nothing():
     interval = accuracy([1, 1, 1, 1, 1], ["a"] * 5)
-    assert interval.pictures == 1
+    assert interval.images == 1
     assert interval.low < 0.05
 
 
 def test_the_seed_decides_and_names_do_not():
-    scores, pictures = study(np.random.default_rng(1))
-    first = accuracy(scores, pictures)
-    assert first == accuracy(scores, [f"picture-{999 - i}" for i in pictures])
-    assert first != accuracy(scores, pictures, seed=8)
+    scores, images = study(np.random.default_rng(1))
+    first = accuracy(scores, images)
+    assert first == accuracy(scores, [f"image-{999 - i}" for i in images])
+    assert first != accuracy(scores, images, seed=8)
 
 
 def test_several_scores_share_the_draws_and_an_undefined_one_is_nan():
@@ -112,6 +112,6 @@ def test_several_scores_share_the_draws_and_an_undefined_one_is_nan():
     assert np.isnan([found[2].value, found[2].low, found[2].high]).all()
 
 
-def test_no_pictures_no_interval():
-    with pytest.raises(ValueError, match="at least one picture"):
+def test_no_images_no_interval():
+    with pytest.raises(ValueError, match="at least one image"):
         bootstrap(lambda counts: counts, 0)

@@ -62,7 +62,7 @@ def test_a_score_that_is_a_mean_by_chance_is_not_taken_for_one():
 
 
 def test_a_paired_interval_is_narrower_than_the_two_alone_and_finds_a_small_gain():
-    first = vqa_rows(seed=1, pictures=300)
+    first = vqa_rows(seed=1, images=300)
     rng = np.random.default_rng(5)
     second = [
         replace(row, score=1.0 if row.score == 0 and rng.random() < 0.08 else row.score, prediction="x")
@@ -93,7 +93,7 @@ def test_the_paired_interval_holds_the_true_difference_as_often_as_it_says():
     held, studies = 0, 200
     for study in range(studies):
         rng = np.random.default_rng(study)
-        chance = rng.beta(2, 1, size=60)  # of a right answer, by picture; the second model's is 0.9 of it
+        chance = rng.beta(2, 1, size=60)  # of a right answer, by image; the second model's is 0.9 of it
         rows = {}
         for model, factor in (("a", 1.0), ("b", 0.9)):
             rows[model] = [
@@ -108,7 +108,7 @@ def test_the_paired_interval_holds_the_true_difference_as_often_as_it_says():
 
 
 def test_other_items_are_refused_by_name():
-    rows = vqa_rows(pictures=12)
+    rows = vqa_rows(images=12)
     with pytest.raises(UsageError, match=r"2 items are in the first only \(0/0, 0/1\); 1 items are in the second only"):
         compare(VQA, rows, VQA, [*rows[2:], replace(rows[0], id="new")])
     with pytest.raises(UsageError, match=r"1 items ask something else or have other references \(3/1\)"):

@@ -87,7 +87,7 @@ def bare() -> dict:
 
 def test_every_module_imports_without_the_heavy_packages(bare):
     assert bare["loaded"] == []
-    assert {"mlmamba.modeling", "mlmamba.processing", "mlmamba.pictures", "mlmamba.ops.naive"} <= set(bare["names"])
+    assert {"mlmamba.modeling", "mlmamba.processing", "mlmamba.images", "mlmamba.ops.naive"} <= set(bare["names"])
 
 
 def test_importing_the_package_alone_does_not_import_torch(bare):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from closeness import assert_close
-from tiny import pad, pictures, prompt, tiny_model
+from tiny import images, pad, prompt, tiny_model
 from transformers import AutoModelForImageTextToText
 
 import mlmamba  # noqa: F401 - registers the Auto classes
@@ -34,7 +34,7 @@ def moved(model):
 
 def logits(model, **inputs) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, pixel_values=pictures(2), **inputs).logits
+        return model(input_ids=IDS, pixel_values=images(2), **inputs).logits
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
@@ -55,7 +55,7 @@ def test_training_moves_the_adapter_alone_and_lowers_the_loss(checkpointing):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for _ in range(12):
-        loss = model(input_ids=IDS, pixel_values=pictures(2), labels=LABELS).loss
+        loss = model(input_ids=IDS, pixel_values=images(2), labels=LABELS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -71,7 +71,7 @@ def test_merged_weights_give_the_logits_of_the_adapter():
     with_adapter = logits(model)
     assert (with_adapter - logits(plain)).abs().max() > 0.1
     with torch.no_grad():
-        state, steps = model(input_ids=IDS[:, :5], pixel_values=pictures(2)).cache_params, []
+        state, steps = model(input_ids=IDS[:, :5], pixel_values=images(2)).cache_params, []
         for t in range(5, 14):
             output = model(input_ids=IDS[:, t : t + 1], cache_params=state)
             state = output.cache_params
@@ -107,7 +107,7 @@ def test_an_adapted_model_generates():
     rows = [prompt(12, images=1, seed=1), prompt(7, images=1, seed=2)]
     ids, mask = pad(rows, "left")
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures(2), **options}
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": images(2), **options}
     greedy, beams = model.generate(**inputs), model.generate(**inputs, num_beams=2)
     merged = model.merge_and_unload()
     assert torch.equal(greedy, merged.generate(**inputs))

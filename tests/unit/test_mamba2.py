@@ -62,7 +62,7 @@ def test_decoding_after_padding_goes_on_as_alone(backbone, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_goes_on_from_a_state(backbone, side):
-    """Questions of different length about one picture start from the state after the picture."""
+    """Questions of different length about one image start from the state after the image."""
     prefix = prompt(7, seed=20)
     _, start = read(backbone, prefix)
     ids, mask = pad(ROWS, side)

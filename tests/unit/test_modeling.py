@@ -1,4 +1,4 @@
-"""The model as transformers sees it: placing pictures, reading in pieces, the loss, and training switches.
+"""The model as transformers sees it: placing images, reading in pieces, the loss, and training switches.
 
 Saving and loading is in test_saving.py, what `generate` does in test_generate.py; bad input is in test_bad_input.py.
 """
@@ -6,7 +6,7 @@ Saving and loading is in test_saving.py, what `generate` does in test_generate.p
 import pytest
 import torch
 from closeness import assert_close
-from tiny import IMAGE_ID, PER_IMAGE, pad, pictures, prompt, tiny_model
+from tiny import IMAGE_ID, PER_IMAGE, images, pad, prompt, tiny_model
 from torch.nn import functional as F
 
 from mlmamba.conversation import IGNORE_INDEX
@@ -25,7 +25,7 @@ def labelled(ids: torch.Tensor, start: int) -> torch.Tensor:
 def test_features_stand_at_the_placeholders_in_order(model):
     ids = prompt(16, seed=3)
     ids[0, 1 : 1 + PER_IMAGE] = ids[0, 8 : 8 + PER_IMAGE] = IMAGE_ID
-    both = pictures(2)
+    both = images(2)
     features = model.get_image_features(both)
     embeds = model.get_input_embeddings()(ids)
     embeds[0, 1 : 1 + PER_IMAGE], embeds[0, 8 : 8 + PER_IMAGE] = features[0], features[1]
@@ -41,14 +41,14 @@ PIECES = [(1,) * 20, (3, 17), (2, 1, 9, 8), (10, 10), (19, 1)]
 @pytest.mark.parametrize("pieces", PIECES, ids=str)
 @torch.no_grad()
 def test_a_prompt_in_pieces_equals_the_prompt_at_once(model, pieces):
-    """Pieces that cut through pictures and padding: a row padded on the left, one on the right, one of two pictures.
+    """Pieces that cut through images and padding: a row padded on the left, one on the right, one of two images.
 
     Each placeholder of a piece gets its own vector: `image_features` of two dimensions.
     """
     rows = [prompt(9, images=1, seed=1), prompt(13, images=1, seed=2), prompt(20, images=2, seed=3)]
     ids, mask = pad(rows, "left")
     ids[1], mask[1] = ids[1].roll(-7), mask[1].roll(-7)
-    features = model.get_image_features(pictures(4))
+    features = model.get_image_features(images(4))
     whole = model(ids, image_features=features, attention_mask=mask)
     vectors = iter(features.flatten(0, 1).split((ids == IMAGE_ID).sum(1).tolist()))
     of_place = torch.zeros(*ids.shape, features.shape[-1])
@@ -71,16 +71,16 @@ def test_a_prompt_in_pieces_equals_the_prompt_at_once(model, pieces):
 
 
 @torch.no_grad()
-def test_text_alone_needs_no_picture(model):
+def test_text_alone_needs_no_image(model):
     assert model(prompt(5)).logits.shape == (1, 5, model.config.text_config.vocab_size)
 
 
-@pytest.mark.parametrize(("images", "given"), [(1, 0), (1, 2), (0, 1), (2, 1)])
-def test_placeholders_and_pictures_must_match(model, images, given):
-    shown = rf"{given} pictures of {PER_IMAGE} tokens" if given else "no pictures"
-    message = rf"has {images * PER_IMAGE} image placeholders but {shown} were given"
+@pytest.mark.parametrize(("prompted", "given"), [(1, 0), (1, 2), (0, 1), (2, 1)])
+def test_placeholders_and_images_must_match(model, prompted, given):
+    shown = rf"{given} images of {PER_IMAGE} tokens" if given else "no images"
+    message = rf"has {prompted * PER_IMAGE} image placeholders but {shown} were given"
     with pytest.raises(ValueError, match=message):
-        model(prompt(12, images), pictures(given) if given else None)
+        model(prompt(12, prompted), images(given) if given else None)
 
 
 def test_exactly_one_kind_of_input_is_needed(model):
@@ -93,12 +93,12 @@ def test_exactly_one_kind_of_input_is_needed(model):
 def test_the_loss_is_the_mean_over_labels(model):
     labels = labelled(IDS, 9)
     labels[0, 11:] = IGNORE_INDEX
-    output = model(IDS, pictures(2), labels=labels)
+    output = model(IDS, images(2), labels=labels)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert_close(output.loss, expected, 1e-5)
-    total = model(IDS, pictures(2), labels=labels, num_items_in_batch=torch.tensor(1.0)).loss
+    total = model(IDS, images(2), labels=labels, num_items_in_batch=torch.tensor(1.0)).loss
     assert_close(total, expected * 7, 1e-5)
-    assert_close(model(IDS, pictures(2), labels=labels, num_items_in_batch=14).loss, expected / 2, 1e-5)
+    assert_close(model(IDS, images(2), labels=labels, num_items_in_batch=14).loss, expected / 2, 1e-5)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def test_a_batch_without_labels_has_no_loss_but_is_no_error(model):
 @torch.no_grad()
 def test_logits_of_the_last_positions_only_leave_the_loss_alone(model):
     labels = labelled(IDS, 6)
-    full, short = (model(IDS, pictures(2), labels=labels, logits_to_keep=n) for n in (0, 2))
+    full, short = (model(IDS, images(2), labels=labels, logits_to_keep=n) for n in (0, 2))
     assert short.logits.shape[1] == 2
     assert_close(short.logits, full.logits[:, -2:], 1e-6)
     assert torch.equal(short.loss, full.loss)
@@ -120,7 +120,7 @@ def test_loss_of_a_packed_row_is_that_of_its_sequences_alone(model):
     parts = [prompt(7, images=1, seed=1), prompt(5, seed=2), prompt(6, images=1, seed=3)]
     seq_idx = torch.repeat_interleave(torch.arange(3), torch.tensor([7, 5, 6]))[None]
     labels = [part.masked_fill(part == IMAGE_ID, IGNORE_INDEX) for part in parts]
-    x = pictures(2)
+    x = images(2)
     whole = model(torch.cat(parts, 1), x, labels=torch.cat(labels, 1), seq_idx=seq_idx, num_items_in_batch=1).loss
     seen = [x[:1], None, x[1:]]
     alone = [
@@ -134,7 +134,7 @@ def test_loss_of_a_packed_row_is_that_of_its_sequences_alone(model):
 
 def gradients_of(model) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model(IDS, pictures(2), labels=labelled(IDS, 6), use_cache=False).loss.backward()
+    model(IDS, images(2), labels=labelled(IDS, 6), use_cache=False).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

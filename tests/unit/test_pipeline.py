@@ -1,4 +1,4 @@
-"""transformers' own image-text-to-text pipeline on a saved folder: chats, pictures in every form, batches, streams."""
+"""transformers' own image-text-to-text pipeline on a saved folder: chats, images in every form, batches, streams."""
 
 import base64
 import io
@@ -17,18 +17,18 @@ import mlmamba
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
 def png(seed: int) -> bytes:
     out = io.BytesIO()
-    picture(seed).save(out, "PNG")
+    image(seed).save(out, "PNG")
     return out.getvalue()
 
 
-def question(text: str, *pictures) -> list[dict]:
-    shown = [p if isinstance(p, dict) else {"type": "image", "image": p} for p in pictures]
+def question(text: str, *images) -> list[dict]:
+    shown = [p if isinstance(p, dict) else {"type": "image", "image": p} for p in images]
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
@@ -66,13 +66,13 @@ def test_the_pipeline_opens_a_folder(pipe):
 @pytest.mark.parametrize(
     "chat",
     [
-        question("what?", picture(1)),
-        question("which differs?", picture(1), picture(2), picture(3)),
-        question("no picture at all?"),
+        question("what?", image(1)),
+        question("which differs?", image(1), image(2), image(3)),
+        question("no image at all?"),
         [{"role": "user", "content": "as a string"}],
-        [*question("first?", picture(1)), {"role": "assistant", "content": "a"}, *question("then?", picture(2))],
+        [*question("first?", image(1)), {"role": "assistant", "content": "a"}, *question("then?", image(2))],
     ],
-    ids=["a picture", "three pictures", "text", "a string", "two turns"],
+    ids=["an image", "three images", "text", "a string", "two turns"],
 )
 def test_a_chat_is_answered(pipe, chat):
     (answer,) = pipe(text=chat, generate_kwargs=GREEDY, return_full_text=False)
@@ -81,12 +81,12 @@ def test_a_chat_is_answered(pipe, chat):
     assert whole["generated_text"][-1] == {"role": "assistant", "content": answer["generated_text"]}
 
 
-def test_the_answer_depends_on_the_picture(pipe):
-    assert len({tuple(new_tokens(pipe, question("what?", picture(seed)))) for seed in range(4)}) > 1
+def test_the_answer_depends_on_the_image(pipe):
+    assert len({tuple(new_tokens(pipe, question("what?", image(seed)))) for seed in range(4)}) > 1
 
 
 def test_several_chats_are_answered_in_order_and_in_batches(pipe):
-    chats = [question("a?", picture(1)), question("a longer one?", picture(2)), question("b?", picture(3), picture(4))]
+    chats = [question("a?", image(1)), question("a longer one?", image(2)), question("b?", image(3), image(4))]
     expected = [new_tokens(pipe, chat) for chat in chats]
     assert len(set(map(tuple, expected))) == 3
     for batch_size in (1, 3):
@@ -95,7 +95,7 @@ def test_several_chats_are_answered_in_order_and_in_batches(pipe):
 
 
 def test_an_answer_goes_on_from_its_start(pipe):
-    chat = [*question("what?", picture(1)), {"role": "assistant", "content": [{"type": "text", "text": "It"}]}]
+    chat = [*question("what?", image(1)), {"role": "assistant", "content": [{"type": "text", "text": "It"}]}]
     (answer,) = pipe(text=chat, generate_kwargs=GREEDY)
     inputs = pipe.processor.apply_chat_template(chat, continue_final_message=True, tokenize=True, return_dict=True)
     ids = pipe.model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
@@ -103,16 +103,16 @@ def test_an_answer_goes_on_from_its_start(pipe):
     assert answer["generated_text"][-1]["content"][-1]["text"] == "It" + text
 
 
-def test_a_prompt_and_its_picture_outside_a_chat(pipe):
-    chat = question("what?", picture(1))
+def test_a_prompt_and_its_image_outside_a_chat(pipe):
+    chat = question("what?", image(1))
     prompt = pipe.processor.apply_chat_template(chat, add_generation_prompt=True)
-    (answer,) = pipe(images=picture(1), text=prompt, generate_kwargs=GREEDY, return_full_text=False)
+    (answer,) = pipe(images=image(1), text=prompt, generate_kwargs=GREEDY, return_full_text=False)
     assert answer["generated_text"] == direct(pipe, chat)
 
 
 @pytest.fixture(scope="module")
 def url():
-    class Pictures(BaseHTTPRequestHandler):
+    class Images(BaseHTTPRequestHandler):
         def do_GET(self):
             found = self.path == "/1.png"
             self.send_response(200 if found else 404)
@@ -122,7 +122,7 @@ def url():
         def log_message(self, *args):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Pictures)
+    server = HTTPServer(("127.0.0.1", 0), Images)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -131,13 +131,13 @@ def url():
     server.server_close()
 
 
-def test_pictures_come_in_every_form(pipe, tmp_path, url):
+def test_images_come_in_every_form(pipe, tmp_path, url):
     path = tmp_path / "1.png"
     path.write_bytes(png(1))
     encoded = base64.b64encode(png(1)).decode()
     forms = [
-        {"type": "image", "image": np.asarray(picture(1))},
-        {"type": "image", "image": torch.from_numpy(np.asarray(picture(1)).transpose(2, 0, 1).copy())},
+        {"type": "image", "image": np.asarray(image(1))},
+        {"type": "image", "image": torch.from_numpy(np.asarray(image(1)).transpose(2, 0, 1).copy())},
         {"type": "image", "image": png(1)},
         {"type": "image", "path": str(path)},
         {"type": "image", "image": path},
@@ -145,19 +145,19 @@ def test_pictures_come_in_every_form(pipe, tmp_path, url):
         {"type": "image", "url": f"{url}/1.png"},
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
     ]
-    expected = pipe.processor(images=picture(1))["pixel_values"]
+    expected = pipe.processor(images=image(1))["pixel_values"]
     for form in forms:
         inputs = pipe.processor.apply_chat_template(question("what?", form), tokenize=True, return_dict=True)
         assert torch.equal(inputs["pixel_values"], expected), form
 
 
-def test_a_url_without_a_picture_is_an_error(pipe, url):
-    with pytest.raises(ValueError, match=r"cannot fetch the picture at http://127.0.0.1:\d+/2.png: .*404"):
+def test_a_url_without_a_image_is_an_error(pipe, url):
+    with pytest.raises(ValueError, match=r"cannot fetch the image at http://127.0.0.1:\d+/2.png: .*404"):
         pipe(text=question("what?", {"type": "image", "url": f"{url}/2.png"}))
 
 
 def test_answers_stream(pipe, capsys):
-    chat = question("what?", picture(1))
+    chat = question("what?", image(1))
     expected = direct(pipe, chat)
     printer = TextStreamer(pipe.processor, skip_prompt=True, skip_special_tokens=True)
     pipe(text=chat, generate_kwargs={**GREEDY, "streamer": printer})

@@ -1,4 +1,4 @@
-"""Pictures within larger files: zip members, tar members and Parquet rows, read by range; and what damage costs."""
+"""Images within larger files: zip members, tar members and Parquet rows, read by range; and what damage costs."""
 
 import random
 import struct
@@ -12,9 +12,9 @@ from pipelines import storage
 from pipelines.config import LlavaSource, ParquetSource, WebDatasetSource
 from pipelines.sources import open_source
 from pipelines.sources.files import FileSet, location, parse_location
-from pipelines.sources.pictures import open_pictures
+from pipelines.sources.images import open_images
 from pipelines.sources.zip_index import ZipIndex, read_member
-from tests.corpora import conversation, picture, write_files, write_parquet, write_tar, write_zip
+from tests.corpora import conversation, image, write_files, write_parquet, write_tar, write_zip
 
 
 def reasons(records) -> list[str | None]:
@@ -70,12 +70,12 @@ class TestFileSet:
 class TestZip:
     @pytest.fixture
     def files(self):
-        return {f"{i % 7:02}/{i:05}.png": picture(i) for i in range(300)} | {"ü/空.png": picture(7777)}
+        return {f"{i % 7:02}/{i:05}.png": image(i) for i in range(300)} | {"ü/空.png": image(7777)}
 
     @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
     def test_every_member_is_found_and_read(self, tmp_path, files, compression):
         path = write_zip(tmp_path / "a.zip", files, compression)
-        lister, worker = open_pictures(str(path)), open_pictures(str(path))
+        lister, worker = open_images(str(path)), open_images(str(path))
         assert {name: worker.read(lister.locate(name)) for name in files} == files
         assert lister.locate("00/none.png") is None
         assert lister.locate("ü/空.png").endswith("!ü/空.png")
@@ -89,8 +89,8 @@ class TestZip:
         data = path.read_bytes()
         assert b"PK\x06\x06" in data  # the zip64 end record
         assert data.count(struct.pack("<L", 0xFFFFFFFF)) > 10
-        pictures = open_pictures(str(path))
-        assert {name: pictures.read(pictures.locate(name)) for name in files} == files
+        images = open_images(str(path))
+        assert {name: images.read(images.locate(name)) for name in files} == files
 
     def test_the_directory_in_pieces(self, tmp_path, monkeypatch, files):
         monkeypatch.setattr("pipelines.sources.zip_index._CHUNK", 37)
@@ -106,9 +106,9 @@ class TestZip:
             with pytest.warns(UserWarning, match="Duplicate name"):
                 archive.writestr("folder/a", b"second")
             archive.comment = b"some words about it"
-        pictures = open_pictures(str(path))
-        assert pictures.read(pictures.locate("folder/a")) == b"second"
-        assert pictures.locate("folder/") is None
+        images = open_images(str(path))
+        assert images.read(images.locate("folder/a")) == b"second"
+        assert images.locate("folder/") is None
 
     def test_damage(self, tmp_path):
         path = write_zip(tmp_path / "a.zip", {"a": b"x" * 500, "b": b"y" * 500}, zipfile.ZIP_DEFLATED)
@@ -121,10 +121,10 @@ class TestZip:
         ):
             path.write_bytes(broken)
             with pytest.raises(ValueError, match=message):
-                open_pictures(str(path)).locate("a")
+                open_images(str(path)).locate("a")
         path.write_bytes(data)
-        pictures = open_pictures(str(path))
-        where = pictures.locate("a"), pictures.locate("b")
+        images = open_images(str(path))
+        where = images.locate("a"), images.locate("b")
         for broken, message in (
             (data.replace(b"PK\x03\x04", b"PK\x00\x00"), "no member there"),
             (data[:30] + b"z" + data[31:], "another member there"),
@@ -134,8 +134,8 @@ class TestZip:
         ):
             path.write_bytes(broken)
             with pytest.raises(ValueError, match=message):
-                open_pictures(str(path)).read(where[0])
-        assert open_pictures(str(path)).read(where[1]) == b"y" * 500
+                open_images(str(path)).read(where[0])
+        assert open_images(str(path)).read(where[1]) == b"y" * 500
 
     def test_a_member_that_unpacks_without_end(self, tmp_path):
         path = write_zip(tmp_path / "a.zip", {"a": bytes(1_000_000)}, zipfile.ZIP_DEFLATED)
@@ -150,14 +150,14 @@ class TestZip:
             for i, name in enumerate(["00/a.png", "00/gone.png", "00/b.png"])
         ]
         write_files(tmp_path, {"a.json": entries})
-        write_zip(tmp_path / "images.zip", {"00/a.png": picture(1), "00/b.png": picture(2)})
+        write_zip(tmp_path / "images.zip", {"00/a.png": image(1), "00/b.png": image(2)})
         config = {"type": "llava", "annotations": str(tmp_path / "a.json"), "images": str(tmp_path / "images.zip")}
         source = open_source(LlavaSource(**config))
         records = list(source.records())
         assert reasons(records) == [None, "image_missing", None]
-        assert source.read_image(records[2].images[0]) == picture(2)
+        assert source.read_image(records[2].images[0]) == image(2)
         before = source.fingerprint()
-        write_zip(tmp_path / "images.zip", {"00/a.png": picture(1)})
+        write_zip(tmp_path / "images.zip", {"00/a.png": image(1)})
         assert open_source(LlavaSource(**config)).fingerprint() != before
         (tmp_path / "images.zip").unlink()
         with pytest.raises(FileNotFoundError, match=r"there is no archive .*images\.zip"):
@@ -171,7 +171,7 @@ def webdataset(*shards, **fields):
 
 def sample(key: str, number: int = 0) -> list[tuple]:
     text = {"conversations": conversation("<image>\nWhich?", f"Number {number}.")}
-    return [(f"{key}.png", picture(number)), (f"{key}.json", text)]
+    return [(f"{key}.png", image(number)), (f"{key}.json", text)]
 
 
 def _with_size(tar: bytes, header: int, size: bytes) -> bytes:
@@ -183,27 +183,27 @@ def _with_size(tar: bytes, header: int, size: bytes) -> bytes:
 
 
 class TestWebDataset:
-    def test_samples_and_their_pictures(self, tmp_path):
+    def test_samples_and_their_images(self, tmp_path):
         write_tar(tmp_path / "s-0.tar", [*sample("d/one", 1), ("d/one.cls", b"3"), *sample("d/two.x"[:5], 2)])
         write_tar(tmp_path / "s-1.tar", sample("three", 3))
         source = webdataset(tmp_path / "s-{0..1}.tar")
         records = list(source.records())
         assert [record.id for record in records] == ["s-0/d/one", "s-0/d/two", "s-1/three"]
-        assert [source.read_image(record.images[0]) for record in records] == [picture(i) for i in (1, 2, 3)]
+        assert [source.read_image(record.images[0]) for record in records] == [image(i) for i in (1, 2, 3)]
         assert records[2].turns[1].text == "Number 3."
         assert records[0].images[0].endswith("!one.png")
 
-    def test_captions_questions_text_only_and_several_pictures(self, tmp_path):
+    def test_captions_questions_text_only_and_several_images(self, tmp_path):
         many = conversation("<image>" * 11, "Eleven.")
         tar = write_tar(
             tmp_path / "s.tar",
-            [(f"many.{i}.png", picture(i)) for i in sorted(range(11), key=str)]
+            [(f"many.{i}.png", image(i)) for i in sorted(range(11), key=str)]
             + [("many.json", {"conversations": many, "q": "How many?", "a": "Eleven.", "c": "Colours."})]
             + [("text.json", {"conversations": conversation("Hi", "Hello"), "q": "Hi", "a": "Ho", "c": "Nothing."})],
         )
         source = webdataset(tar)
         one, text = source.records()
-        assert [source.read_image(place) for place in one.images] == [picture(i) for i in range(11)]  # not 0, 1, 10, 2
+        assert [source.read_image(place) for place in one.images] == [image(i) for i in range(11)]  # not 0, 1, 10, 2
         assert (text.images, text.turns[0].images) == ([], 0)
         one, text = webdataset(tar, question="json.q", answer="json.a").records()
         assert [turn.text for turn in one.turns] == ["How many?", "Eleven."]
@@ -212,18 +212,18 @@ class TestWebDataset:
         assert [turn.text for turn in one.turns] == ["Describe.", "Colours."]
 
     def test_a_bad_sample_costs_itself(self, tmp_path):
-        image = picture()
+        data = image()
         members = [
             *sample("good-1", 1),
-            ("no-text.png", image),
-            ("no-key.png", image),
+            ("no-text.png", data),
+            ("no-key.png", data),
             ("no-key.json", {"other": 1}),
-            ("broken.png", image),
+            ("broken.png", data),
             ("broken.json", b'{"conversations": ['),
-            ("binary.png", image),
+            ("binary.png", data),
             ("binary.json", b"\xff\xfe\x00"),
-            ("no-picture.json", {"conversations": conversation("<image>\nWhat?", "This.")}),
-            ("twice.png", image),
+            ("no-image.json", {"conversations": conversation("<image>\nWhat?", "This.")}),
+            ("twice.png", data),
             *sample("twice"),
             ("README", b"belongs to no sample"),
             *sample("good-2", 2),
@@ -235,7 +235,7 @@ class TestWebDataset:
             "no-key": "malformed",
             "broken": "malformed",
             "binary": "malformed",
-            "no-picture": "placeholder_mismatch",
+            "no-image": "placeholder_mismatch",
             "twice": "malformed",
             "good-2": None,
         }
@@ -253,7 +253,7 @@ class TestWebDataset:
         header[third + 130] ^= 0xFF
         damaged = {
             "header": (bytes(header), 2),
-            "cut in a picture": (data[: third + 512 + 10], 2),
+            "cut in an image": (data[: third + 512 + 10], 2),
             "cut in a header": (data[: third + 100], 2),
             "no end": (data[: data.rindex(b"}") + 1].ljust(-(-(data.rindex(b"}") + 1) // 512) * 512, b"\0"), 4),
             "absurd number": (_with_size(data, third, b"\x80" + b"\xff" * 11), 2),
@@ -286,8 +286,8 @@ def parquet(*files, **fields):
 class TestParquet:
     def test_the_hugging_face_layout(self, tmp_path):
         texts = [conversation(f"<image>\nWhich is {i}?", f"Number {i}.") for i in range(10)]
-        texts[6] = conversation("No picture?", "None.")
-        images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(10)]
+        texts[6] = conversation("No image?", "None.")
+        images = [{"bytes": image(i), "path": f"{i}.png"} for i in range(10)]
         images[6] = None
         schema = pa.schema([("image", IMAGE), ("conversations", MESSAGES)])
         for i in range(2):
@@ -303,12 +303,12 @@ class TestParquet:
         for order in (range(10), range(9, -1, -1)):
             for i in order:
                 if i != 6:
-                    assert source.read_image(records[i].images[0]) == picture(i)
+                    assert source.read_image(records[i].images[0]) == image(i)
 
     @pytest.mark.parametrize("kind", [IMAGE, pa.binary()])
-    def test_lists_of_pictures(self, tmp_path, kind):
+    def test_lists_of_images(self, tmp_path, kind):
         def stored(i):
-            return picture(i) if pa.types.is_binary(kind) else {"bytes": picture(i), "path": None}
+            return image(i) if pa.types.is_binary(kind) else {"bytes": image(i), "path": None}
 
         schema = pa.schema([("images", pa.list_(kind)), ("texts", pa.string()), ("name", pa.int64())])
         pair = '[{"user": "<image><image> Which is older?", "assistant": "The second."}]'
@@ -322,13 +322,13 @@ class TestParquet:
         records = list(source.records())
         assert [record.id for record in records] == ["7", "8", "9", "10"]
         assert reasons(records) == [None, None, None, "placeholder_mismatch"]
-        assert [source.read_image(place) for place in records[0].images] == [picture(1), picture(2)]
+        assert [source.read_image(place) for place in records[0].images] == [image(1), image(2)]
 
     def test_captions_questions_and_chat_messages(self, tmp_path):
         parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
         answer = [{"type": "text", "text": "This."}]
         columns = {
-            "image": [picture(1)],
+            "image": [image(1)],
             "caption": ["A square."],
             "q": ["What?"],
             "a": ["A square."],
@@ -341,7 +341,7 @@ class TestParquet:
             assert record.turns[0].images == 1
 
     def test_bad_rows_cost_themselves(self, tmp_path):
-        images = [{"bytes": picture(), "path": "a.png"} for _ in range(6)]
+        images = [{"bytes": image(), "path": "a.png"} for _ in range(6)]
         images[1] = {"bytes": None, "path": "elsewhere.png"}
         not_text = pa.array([b"\xff\xfe", b"good"], pa.binary()).view(pa.string())
         captions = pa.chunked_array([pa.array(["", "good", None, "good"], pa.string()), not_text])
@@ -351,12 +351,12 @@ class TestParquet:
         records = list(source.records())
         assert reasons(records) == [None, None, "malformed", None, "malformed", None]
         assert "not valid Unicode" in records[4].problem.detail
-        with pytest.raises(FileNotFoundError, match="row 1 has no bytes of picture 0"):
+        with pytest.raises(FileNotFoundError, match="row 1 has no bytes of image 0"):
             source.read_image(records[1].images[0])
-        assert source.read_image(records[5].images[0]) == picture()
+        assert source.read_image(records[5].images[0]) == image()
 
     def test_damaged_files(self, tmp_path):
-        columns = {"image": [picture(i) for i in range(8)], "caption": [f"Number {i}." for i in range(8)]}
+        columns = {"image": [image(i) for i in range(8)], "caption": [f"Number {i}." for i in range(8)]}
         write_parquet(tmp_path / "a.parquet", columns)
         data = (tmp_path / "a.parquet").read_bytes()
         (tmp_path / "b.parquet").write_bytes(data[:-20])
@@ -373,6 +373,6 @@ class TestParquet:
         ]
 
     def test_a_column_that_is_not_there_is_named(self, tmp_path):
-        write_parquet(tmp_path / "a.parquet", {"image": [picture()], "text": ["a"]})
+        write_parquet(tmp_path / "a.parquet", {"image": [image()], "text": ["a"]})
         with pytest.raises(ValueError, match=r"a\.parquet has no column 'caption', its columns are image, text"):
             list(parquet(tmp_path / "a.parquet", caption="caption").records())

@@ -1,4 +1,4 @@
-"""Which tokenized records are not used, decided from digests: no Ray, no pictures."""
+"""Which tokenized records are not used, decided from digests: no Ray, no images."""
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ from pipelines.quarantine import write_quarantine
 from pipelines.records import Partition
 from pipelines.schema import DIGEST_BYTES, OUTCOMES, digest
 
-# record id, content, pictures; None for content: set aside in pass 1.
+# record id, content, images; None for content: set aside in pass 1.
 RECORDS = [
     ("a", "x", ["p1"]),
     ("b", None, []),
@@ -28,13 +28,13 @@ RECORDS = [
     ("i", "x", ["p1"]),  # content of a
 ]
 REMOVED = {
-    3: ("duplicate_content", "the same pictures and text as a of s"),
+    3: ("duplicate_content", "the same images and text as a of s"),
     5: ("duplicate_id", "the id of c of s"),
-    6: ("duplicate_content", "the same pictures and text as c of s"),
-    7: ("contaminated", "picture 2 is one of test/t"),
-    8: ("contaminated", "picture 2 is one of test/t"),
+    6: ("duplicate_content", "the same images and text as c of s"),
+    7: ("contaminated", "image 2 is one of test/t"),
+    8: ("contaminated", "image 2 is one of test/t"),
     9: ("duplicate_id", "the id of b of s"),
-    11: ("duplicate_content", "the same pictures and text as a of s"),
+    11: ("duplicate_content", "the same images and text as a of s"),
 }
 
 
@@ -55,10 +55,10 @@ def partitions(tmp_path):
                     else {
                         "id": digest(name.encode()),
                         "content": digest(content.encode()),
-                        "pictures": [digest(picture.encode()) for picture in pictures],
+                        "images": [digest(image.encode()) for image in images],
                     }
                 )
-                for name, content, pictures in rows
+                for name, content, images in rows
             ]
             storage.write_table(partition.outcomes_file(str(tmp_path)), pa.Table.from_pylist(columns, OUTCOMES))
             made.append(partition)
@@ -124,7 +124,7 @@ def test_splits_are_by_themselves_and_only_training_is_kept_clean(partitions, ex
     assert tallies["validation"].by_reason() == {"duplicate_content": 4, "duplicate_id": 2, "empty_turn": 1}
 
 
-def test_a_picture_of_two_sets_is_counted_once(excluded):
+def test_a_image_of_two_sets_is_counted_once(excluded):
     assert excluded.counts == {"validation/t": 2, "test/t": 1}
     assert not Excluded()
 

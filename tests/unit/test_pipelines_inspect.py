@@ -9,11 +9,11 @@ from tokenizers import Tokenizer
 
 from mlmamba.conversation import render
 from pipelines import inspect
-from pipelines.contact_sheet import LOSS, PICTURE, PLAIN, WRONG, _shortened, choose, draw_sheet, sample_of
+from pipelines.contact_sheet import IMAGE, LOSS, PLAIN, WRONG, _shortened, choose, draw_sheet, sample_of
 from pipelines.inspect import histogram, inspect_data, report
 from pipelines.packed import PackedDataset
 from pipelines.sheet_text import Style, Typesetter
-from tests.packed_set import TOKENS_PER_IMAGE, picture, turns_of, write_packed_set
+from tests.packed_set import TOKENS_PER_IMAGE, image, turns_of, write_packed_set
 
 GREEN, RED = (0xBD, 0xF0, 0xC4), (0xD0, 0x10, 0x3A)
 
@@ -111,8 +111,8 @@ class TestSamples:
             assert "".join(text for text, _ in sample.pieces) == shown
             answers = [f"{turn.text}<|endoftext|>" for turn in turns_of(i) if turn.role == "assistant"]
             assert [text for text, kind in sample.pieces if kind == LOSS] == answers
-            assert {kind for _, kind in sample.pieces} <= {LOSS, PLAIN, PICTURE}
-            assert sample.images == [picture(i)] * (i % 3)
+            assert {kind for _, kind in sample.pieces} <= {LOSS, PLAIN, IMAGE}
+            assert sample.images == [image(i)] * (i % 3)
 
     def test_the_choice_has_every_kind_and_is_repeatable(self, folder):
         chosen = choose(folder, "train", 6, 0)
@@ -123,10 +123,10 @@ class TestSamples:
         assert choose(folder, "train", 6, 1) != chosen
         assert len(choose(folder, "validation", 50, 0)) == 4
 
-    def test_a_wrong_label_or_length_of_a_picture_is_marked(self, folder):
+    def test_a_wrong_label_or_length_of_a_image_is_marked(self, folder):
         dataset = PackedDataset(folder)
         tokenizer = Tokenizer.from_file(f"{folder}/tokenizer/tokenizer.json")
-        row = dataset[0]  # its second sample shows one picture
+        row = dataset[0]  # its second sample shows one image
         first = int(np.flatnonzero(row.seq_idx == 1)[0])
         labels, ids = row.labels.copy(), row.input_ids.copy()
         answer = first + int(np.flatnonzero(labels[first:] != -100)[0])
@@ -154,7 +154,7 @@ class TestSheet:
         assert draw_sheet(folder, str(tmp_path / "again.png"), count=6)["samples"] == 6
         assert (tmp_path / "again.png").read_bytes() == (tmp_path / "new" / "sheet.png").read_bytes()
 
-    def test_pictures_are_square_as_the_model_gets_them(self, folder, tmp_path):
+    def test_images_are_square_as_the_model_gets_them(self, folder, tmp_path):
         draw_sheet(folder, str(tmp_path / "sheet.png"), count=2)
         sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
         blue = [(sheet == np.array([i * 40 % 256, 90, 200])).all(-1) for i in range(20)]
@@ -162,8 +162,8 @@ class TestSheet:
         assert widths
         assert all(size == (224, 224) for size in widths)
 
-    def test_a_damaged_picture_does_not_stop_the_sheet(self, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr("tests.packed_set.picture", lambda i: b"not a picture")
+    def test_a_damaged_image_does_not_stop_the_sheet(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("tests.packed_set.image", lambda i: b"not an image")
         write_packed_set(tmp_path / "set", {"train": 3})
         draw_sheet(str(tmp_path / "set"), str(tmp_path / "sheet.png"))
         sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
@@ -188,12 +188,12 @@ class TestTypesetter:
 
     @pytest.mark.parametrize("after", ["", " and Latin"])
     def test_right_to_left_words_stand_in_their_order(self, after):
-        picture = Image.new("RGB", (400, 30), "white")
+        image = Image.new("RGB", (400, 30), "white")
         first, second = "\u05d0" * 3, "\u05d1" * 9  # the first word belongs to the right of the second
         setter = Typesetter(15)
         pieces = [(first, Style(paper="#ff0000")), (" 3 ", Style()), (second, Style(paper="#00ff00")), (after, Style())]
-        setter.draw(picture, (0, 0), setter.lines(pieces, 400))
-        pixels = np.asarray(picture).astype(int)
+        setter.draw(image, (0, 0), setter.lines(pieces, 400))
+        pixels = np.asarray(image).astype(int)
         red = np.flatnonzero((pixels == (255, 0, 0)).all(-1).any(0))
         green = np.flatnonzero((pixels == (0, 255, 0)).all(-1).any(0))
         assert green.max() < red.min()

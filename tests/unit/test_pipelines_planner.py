@@ -12,7 +12,7 @@ def lognormal(samples: int, limit: int) -> np.ndarray:
 
 
 def llava_like(samples: int, limit: int) -> np.ndarray:
-    """Most conversations show a picture of 729 tokens; the text is lognormal."""
+    """Most conversations show an image of 729 tokens; the text is lognormal."""
     rng = np.random.default_rng(2)
     return np.clip(729 * (rng.random(samples) < 0.94) + rng.lognormal(5.3, 0.7, samples).astype(int), 16, limit)
 

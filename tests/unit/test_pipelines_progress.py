@@ -51,7 +51,7 @@ class TestMeter:
     def test_the_rate_is_that_of_the_last_minute(self, clock):
         events = []
         meter = ProgressMeter("tokenize", "records", events.append, 100_000)
-        for rate, seconds in ((100, 300), (10, 90)):  # a source of large pictures follows one of small ones
+        for rate, seconds in ((100, 300), (10, 90)):  # a source of large images follows one of small ones
             for _ in range(seconds):
                 clock.now += 1
                 meter.add(rate)

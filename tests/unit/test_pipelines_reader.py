@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mlmamba.conversation import IGNORE_INDEX
-from mlmamba.pictures import load_pixels
+from mlmamba.images import load_pixels
 from pipelines import storage
 from pipelines.manifest import SCHEMA_VERSION, Manifest, ShardInfo, split_info
 from pipelines.reader import PackedDataset, batches, collate, prefetch, step_indices
@@ -21,21 +21,21 @@ from pipelines.schema import PACKED, one_row
 MAX_TOKENS = 12
 
 
-def picture(colour: int) -> bytes:
+def image(colour: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (6, 4), (colour, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def packed_row(i: int) -> dict:
-    """Row i: two samples of 4 and 2 + i % 5 tokens, the first with a picture."""
+    """Row i: two samples of 4 and 2 + i % 5 tokens, the first with an image."""
     n = 6 + i % 5
     return {
         "sample_ids": [f"{i}a", f"{i}b"],
         "input_ids": np.arange(n, dtype=np.int32) + 10 * i,
         "labels": np.array([IGNORE_INDEX] * 4 + [7] * (n - 4), dtype=np.int32),
         "seq_idx": np.array([0] * 4 + [1] * (n - 4), dtype=np.int32),
-        "images": [picture(i)],
+        "images": [image(i)],
         "image_positions": [0],
         "source": ["s", "t"],
     }
@@ -184,10 +184,10 @@ class TestCollate:
         assert batch["input_ids"][0].tolist() == [0, 1, 2, 3, 4, 5] + [0] * 6
         assert batch["labels"][0].tolist() == [-100] * 4 + [7, 7] + [-100] * 6
         assert batch["seq_idx"][0].tolist() == [0] * 4 + [1] * 2 + [2] * 6
-        expected = np.stack([load_pixels(picture(i), 5) for i in (0, 4)])
+        expected = np.stack([load_pixels(image(i), 5) for i in (0, 4)])
         assert np.array_equal(batch["pixel_values"].numpy(), expected)
 
-    def test_no_pictures(self, folder):
+    def test_no_images(self, folder):
         row = PackedDataset(folder)[0]
         row.images.clear()
         assert collate([row], MAX_TOKENS, 0, 5)["pixel_values"].shape == (0, 3, 5, 5)

@@ -13,7 +13,7 @@ from pipelines.sources import Record, open_source
 from pipelines.sources.easy_vqa import question_type
 from pipelines.sources.json_stream import BrokenLine, read_entries
 from pipelines.sources.open import share
-from tests.corpora import conversation, picture, write_files
+from tests.corpora import conversation, image, write_files
 
 
 def easy(split: str, **more):
@@ -26,7 +26,7 @@ class TestEasyVQA:
         assert (len(train), len(validation), len(test)) == (3700, 300, 1000)
         assert not {*train} & {*validation}
         assert validation == [r.id for r in easy("validation").records()]
-        # The held-out pictures must be the same in every version: a run is compared with the runs before it.
+        # The held-out images must be the same in every version: a run is compared with the runs before it.
         assert validation[:3] == ["easy-vqa-train-4", "easy-vqa-train-8", "easy-vqa-train-21"]
         larger = {r.id for r in easy("validation", validation_images=400).records()}
         assert larger > {*validation}
@@ -72,7 +72,7 @@ def llava(tmp_path):
 
 
 class TestLlava:
-    def test_placeholders_say_which_turn_shows_a_picture(self, llava):
+    def test_placeholders_say_which_turn_shows_a_image(self, llava):
         turns = [
             {"from": "human", "value": "Hello"},
             {"from": "gpt", "value": "Hi"},
@@ -235,7 +235,7 @@ class TestCaptions:
 
     def captions(self, read, table, name="t.csv", **options):
         data = gzip.compress(table.encode()) if name.endswith(".gz") else table.encode("utf-8", "surrogateescape")
-        files = {name: data, "pics/a.png": picture(1), "pics/sub/b.png": picture(2)}
+        files = {name: data, "pics/a.png": image(1), "pics/sub/b.png": image(2)}
         return read(CaptionsSource, files, type="captions", table=name, images="pics", **options)
 
     @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.tsv"])
@@ -245,7 +245,7 @@ class TestCaptions:
         one, two = source.records()
         assert one.turns == [Turn("user", "Describe the image.", 1), Turn("assistant", "One, two")]
         assert (one.id, two.id) == ("captions[2]", "captions[3]")
-        assert source.read_image(two.images[0]) == picture(2)
+        assert source.read_image(two.images[0]) == image(2)
 
     def test_names_of_columns_and_prompts(self, read):
         table = self.TABLE.partition("\n")[2] * 20
@@ -271,7 +271,7 @@ class TestCaptions:
             "../a.png,leaves\n"
             "a.png,\udcff\n"
             "\n"
-            ",no picture\n"
+            ",no image\n"
             "a.png,good"
         )
         records = list(self.captions(read, table).records())
@@ -304,13 +304,13 @@ class TestQuestions:
             {"image_id": 23, "question": "Is it blue?", "answer": "Yes.", "task": "positive"},
             {"image_id": None, "question": "Why?", "answer": "So.", "key": "text", "task": "positive"},
         ]
-        files = {"q.json": entries[:2], "image/23.jpg": picture(23)}
+        files = {"q.json": entries[:2], "image/23.jpg": image(23)}
         options = {"type": "questions", "annotations": "q.json", "images": "image", "image_suffix": ".jpg"}
         source = read(QuestionsSource, files, **options, repeated_ids="number", question_type="task")
         one, two = source.records()
         assert one.turns == [Turn("user", "Is it red?", 1), Turn("assistant", "No.")]
         assert (one.id, two.id, one.question_types) == ("23", "23#2", ["negative"])
-        assert source.read_image(one.images[0]) == picture(23)
+        assert source.read_image(one.images[0]) == image(23)
         (text,) = read(QuestionsSource, {"q.json": entries[2:]}, **options, id="key").records()
         assert (text.id, text.images, text.problem) == ("text", [], None)
 

@@ -26,7 +26,7 @@ def settings(tokenizer, max_tokens=64, too_long="cut", folder="") -> TokenizeSet
     return TokenizeSettings(folder, "digest", tokenizer.eos_token, max_tokens, 4, too_long)
 
 
-class Pictures:
+class Images:
     def read_image(self, location):
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), location).save(buffer, "PNG")
@@ -34,7 +34,7 @@ class Pictures:
 
 
 def conversation(questions: int) -> Record:
-    """Shows a picture in the first and the last question."""
+    """Shows an image in the first and the last question."""
     turns = []
     for i in range(questions):
         turns += [Turn("user", "what is it?", images=int(i in (0, questions - 1))), Turn("assistant", f"a dog {i}")]
@@ -44,7 +44,7 @@ def conversation(questions: int) -> Record:
 class TestLength:
     def test_a_conversation_that_fits_is_kept_whole(self, tokenizer):
         record = conversation(3)
-        encoded, images, lost = encode_record(record, Pictures(), tokenizer, settings(tokenizer, 500))
+        encoded, images, lost = encode_record(record, Images(), tokenizer, settings(tokenizer, 500))
         assert encoded == encode(tokenizer, record.turns, 4)
         assert (len(images), lost) == (2, 0)
 
@@ -52,7 +52,7 @@ class TestLength:
         record = conversation(3)
         whole = encode(tokenizer, record.turns, 4)
         for limit in (whole.turn_ends[1], whole.turn_ends[2] - 1):
-            encoded, images, lost = encode_record(record, Pictures(), tokenizer, settings(tokenizer, limit))
+            encoded, images, lost = encode_record(record, Images(), tokenizer, settings(tokenizer, limit))
             assert len(encoded.input_ids) == len(encoded.labels) == whole.turn_ends[1]
             assert encoded.input_ids == whole.input_ids[: whole.turn_ends[1]]
             assert encoded.labels[-1] == tokenizer.eos_token_id
@@ -61,24 +61,24 @@ class TestLength:
     def test_nothing_fits_or_the_recipe_does_not_cut(self, tokenizer):
         record = conversation(3)
         ends = encode(tokenizer, record.turns, 4).turn_ends
-        problem = encode_record(record, Pictures(), tokenizer, settings(tokenizer, ends[0] - 1))
+        problem = encode_record(record, Images(), tokenizer, settings(tokenizer, ends[0] - 1))
         assert problem == Problem(
             "too_long", f"the first turn with its answer has {ends[0]} tokens, a row has {ends[0] - 1}"
         )
-        problem = encode_record(record, Pictures(), tokenizer, settings(tokenizer, ends[1], "quarantine"))
+        problem = encode_record(record, Images(), tokenizer, settings(tokenizer, ends[1], "quarantine"))
         assert problem == Problem("too_long", f"the conversation has {ends[2]} tokens, a row has {ends[1]}")
 
-    def test_a_question_after_the_last_answer_is_dropped_with_its_picture(self, tokenizer):
+    def test_a_question_after_the_last_answer_is_dropped_with_its_image(self, tokenizer):
         record = conversation(2)
         record = Record("r", "s", record.images, record.turns[:-1])
-        encoded, images, lost = encode_record(record, Pictures(), tokenizer, settings(tokenizer, 500))
+        encoded, images, lost = encode_record(record, Images(), tokenizer, settings(tokenizer, 500))
         assert encoded == encode(tokenizer, record.turns[:2], 4)
         assert (len(images), lost) == (1, 1)
 
 
 @pytest.fixture
 def corpus(tmp_path, tokenizer):
-    """Five LLaVA entries, of which one has no picture file; a function that cuts and describes them as tasks."""
+    """Five LLaVA entries, of which one has no image file; a function that cuts and describes them as tasks."""
     Image.new("RGB", (8, 8)).save(tmp_path / "ok.png")
     names = ["ok.png", "ok.png", "none.png", "ok.png", "ok.png"]
     turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]
@@ -144,7 +144,7 @@ class TestPartition:
         storage.delete(corpus(size=2)[0]["tokens"])
         assert not tokenize_partition(corpus(size=2)[0])["skipped"]
 
-    def test_a_repaired_picture_is_noticed(self, corpus, tmp_path):
+    def test_a_repaired_image_is_noticed(self, corpus, tmp_path):
         task = corpus()[0]
         tokenize_partition(task)
         assert tokenize_partition(task)["skipped"]

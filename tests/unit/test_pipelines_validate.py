@@ -1,4 +1,4 @@
-"""What sets a record aside: every reason code, on records and pictures damaged in the way it names."""
+"""What sets a record aside: every reason code, on records and images damaged in the way it names."""
 
 import io
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mlmamba import pictures
+from mlmamba import images
 from mlmamba.conversation import Turn
 from pipelines import validate
 from pipelines.sources import Problem, Record
@@ -23,14 +23,14 @@ def encoded(width=32, height=32, kind="PNG", mode="RGB", **options) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
-def test_whole_pictures_pass_and_can_be_loaded(kind):
+def test_whole_images_pass_and_can_be_loaded(kind):
     data = encoded(kind=kind)
     assert check_image(data) is None
-    assert pictures.load_pixels(data, 8).shape == (3, 8, 8)
+    assert images.load_pixels(data, 8).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
-def test_picture_modes(mode):
+def test_image_modes(mode):
     assert check_image(encoded(mode=mode)) is None
 
 
@@ -54,7 +54,7 @@ def test_an_animation_passes_by_its_first_frame():
     ],
     ids=["png-half", "jpeg-cut", "webp-cut", "text", "empty", "tiff", "aspect"],
 )
-def test_damaged_pictures(data, reason):
+def test_damaged_images(data, reason):
     assert check_image(data).reason == reason
 
 
@@ -64,7 +64,7 @@ def test_damage_inside_the_data():
     assert check_image(bytes(data)).reason == "image_unreadable"
 
 
-def test_a_picture_at_the_aspect_limit_passes():
+def test_a_image_at_the_aspect_limit_passes():
     assert check_image(encoded(width=200, height=10)) is None
 
 
@@ -104,7 +104,7 @@ def test_the_end_token_is_the_tokenizers():
     assert check_record(record, "</s>") == Problem("control_text", "turn 1 (assistant) holds </s>")
 
 
-def test_the_assistant_shows_no_pictures():
+def test_the_assistant_shows_no_images():
     record = Record("a", "s", ["x.png"], [USER, Turn("assistant", "See.", images=1)])
     assert check_record(record).reason == "placeholder_mismatch"
 
@@ -129,7 +129,7 @@ class Folder:
         return found
 
 
-def test_reading_pictures(monkeypatch):
+def test_reading_images(monkeypatch):
     monkeypatch.setattr(validate, "_RETRY_SECONDS", 0)
     good = encoded()
     stutter = Folder({"a": [OSError("slow down"), good], "b": good})
@@ -138,7 +138,7 @@ def test_reading_pictures(monkeypatch):
     broken = Folder({"a": OSError("input/output error")})
     assert read_images(Record("r", "s", ["a"]), broken)[1].reason == "image_unreadable"
     assert broken.reads == 3
-    assert read_images(Record("r", "s", ["a"]), Folder({"a": b"text"}))[1].detail.startswith("a: not a picture")
+    assert read_images(Record("r", "s", ["a"]), Folder({"a": b"text"}))[1].detail.startswith("a: not an image")
     enormous = Folder({"a": TooLarge("9 bytes, over the limit of 8")})
     assert read_images(Record("r", "s", ["a"]), enormous)[1].reason == "image_bomb"
 
@@ -146,7 +146,7 @@ def test_reading_pictures(monkeypatch):
 def test_every_reason_in_the_code_is_explained():
     """And every explained one is used: this reads the source, because reasons are plain strings."""
     files = [file for file in Path(validate.__file__).parent.rglob("*.py") if file.name != "validate.py"]
-    text = "\n".join(file.read_text() for file in [*files, Path(pictures.__file__)])
+    text = "\n".join(file.read_text() for file in [*files, Path(images.__file__)])
     own = Path(validate.__file__).read_text().partition("REMOVED")[2]
     assert {*REMOVED} <= {*REASONS}
     assert {reason for reason in REASONS if f'"{reason}"' not in text + own} == set()

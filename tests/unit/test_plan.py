@@ -130,7 +130,7 @@ def test_unknown_data_leaves_the_rows_open_until_they_are_given(plan, tmp_path):
     result = json.loads(plan("train", file, "--records", "llava=1000x100", "--json"))
     stage = result["stages"][1]
     assert stage["rows"]["samples"] == 1000
-    assert stage["rows"]["tokens"] == 1000 * 104  # four tokens a picture
+    assert stage["rows"]["tokens"] == 1000 * 104  # four tokens an image
     assert stage["steps"] == 2 * (stage["rows"]["rows"] // 2)
     assert stage["hours"] is None  # nothing is presumed of a CPU
 
@@ -192,19 +192,19 @@ def test_more_nodes_shorten_what_the_workers_do_and_not_what_the_driver_does(pla
     assert alone < last["hours"] < one["hours"]
     assert wider["nodes"][0]["hours"] == pytest.approx(two["hours"])  # as many CPUs
     assert wider["nodes"][0]["node_memory"] == 2 * one["node_memory"]
-    # Pictures are read and written twice in the time that it takes.
+    # Images are read and written twice in the time that it takes.
     assert one["bytes_per_second"] == pytest.approx(4 * data["rows"]["bytes"] / (3600 * one["hours"]))
 
 
 def test_two_cpus_do_as_many_records_per_second_as_were_measured():
-    """672, of 46 KiB a picture, by tests/benchmarks/prepare_throughput.py on two idle cores."""
+    """672, of 46 KiB an image, by tests/benchmarks/prepare_throughput.py on two idle cores."""
     rows = Rows(**dict.fromkeys(("rows", "images", "tokens", "loss_tokens"), 0), samples=1000, bytes=1000 * 46 * 1024,
                 estimated=False, how="")  # fmt: skip
     assert 1000 / (3600 * plan_nodes(rows, 0, 2)[0]["hours"]) == pytest.approx(672, rel=0.05)
 
 
-def test_larger_pictures_take_longer(plan):
-    """As many records in both sets, with pictures of 48 and of 150 KB."""
+def test_larger_images_take_longer(plan):
+    """As many records in both sets, with images of 48 and of 150 KB."""
     small, large = (
         json.loads(plan("prepare", f"data/{name}", "--records", f"{name}=500000", "--json"))["data"][0]["nodes"][0]
         for name in ("llava-558k", "llava-665k")

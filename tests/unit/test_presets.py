@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import TEXT, TINY, pictures, prompt, tiny_config
+from tiny import TEXT, TINY, images, prompt, tiny_config
 
 from mlmamba.connector import tokens_per_image
 from mlmamba.modeling import MLMambaForConditionalGeneration
@@ -75,7 +75,7 @@ def test_the_tiny_ones_run(name):
     config = preset(name, vocab_size=264, image_token_id=1, max_position_embeddings=64)
     assert tokens_per_image(config) == 4
     model = MLMambaForConditionalGeneration(config).eval()
-    assert model(prompt(8, images=1), pictures(1)).logits.shape == (1, 8, 264)
+    assert model(prompt(8, images=1), images(1)).logits.shape == (1, 8, 264)
 
 
 def test_the_other_tests_use_the_tiny_preset():

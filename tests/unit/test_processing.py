@@ -1,4 +1,4 @@
-"""The processor: prompts and pictures in, model inputs out; what does not fit is an error and never cut."""
+"""The processor: prompts and images in, model inputs out; what does not fit is an error and never cut."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlmamba.conversation import Turn
-from mlmamba.pictures import to_pixels
+from mlmamba.images import to_pixels
 from mlmamba.processing import MLMambaProcessor
 
 
@@ -18,7 +18,7 @@ def processor(tokenizer) -> MLMambaProcessor:
     return MLMambaProcessor(tokenizer, image_size=SIDE, tokens_per_image=PER_IMAGE, max_length=40)
 
 
-def picture(seed: int = 0) -> Image.Image:
+def image(seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
@@ -35,52 +35,52 @@ def test_a_prompt_is_rendered_ready_for_an_answer(processor):
 
 
 def test_each_placeholder_becomes_one_run(processor):
-    batch = processor(images=[picture(0), picture(1)], text="<image>a<image>")
+    batch = processor(images=[image(0), image(1)], text="<image>a<image>")
     run = [IMAGE_ID] * PER_IMAGE
     a = processor.tokenizer("a")["input_ids"]
     assert batch["input_ids"].tolist() == [[*run, *a, *run]]
     assert batch["attention_mask"].tolist() == [[1] * 9]
 
 
-def test_pictures_are_stacked_in_reading_order(processor):
-    pictures = [picture(seed) for seed in range(3)]
-    batch = processor(images=pictures, text=["<image>a<image>", "<image>b"])
+def test_images_are_stacked_in_reading_order(processor):
+    images = [image(seed) for seed in range(3)]
+    batch = processor(images=images, text=["<image>a<image>", "<image>b"])
     assert (batch["pixel_values"].dtype, batch["pixel_values"].shape) == (torch.uint8, (3, 3, SIDE, SIDE))
-    for ours, one in zip(batch["pixel_values"], pictures, strict=True):
+    for ours, one in zip(batch["pixel_values"], images, strict=True):
         assert np.array_equal(ours, to_pixels(one, SIDE))
 
 
-def test_a_single_picture_needs_no_list(processor):
+def test_a_single_image_needs_no_list(processor):
     assert torch.equal(
-        processor(images=picture(), text="<image>")["pixel_values"],
-        processor(images=[picture()], text=["<image>"])["pixel_values"],
+        processor(images=image(), text="<image>")["pixel_values"],
+        processor(images=[image()], text=["<image>"])["pixel_values"],
     )
 
 
-def test_pictures_come_as_one_list_or_one_for_each_prompt(processor):
-    shown, texts = [picture(seed) for seed in range(3)], ["<image>a<image>", "b", "<image>c"]
+def test_images_come_as_one_list_or_one_for_each_prompt(processor):
+    shown, texts = [image(seed) for seed in range(3)], ["<image>a<image>", "b", "<image>c"]
     flat = processor(images=shown, text=texts)
     grouped = processor(images=[shown[:2], [], shown[2:]], text=texts)
     assert torch.equal(flat["pixel_values"], grouped["pixel_values"])
     assert torch.equal(flat["input_ids"], grouped["input_ids"])
-    assert "pixel_values" not in processor(images=[[]], text="no picture")
+    assert "pixel_values" not in processor(images=[[]], text="no image")
 
 
-def test_pictures_alone_need_no_text(processor):
-    batch = processor(images=[picture(0), picture(1)])
+def test_images_alone_need_no_text(processor):
+    batch = processor(images=[image(0), image(1)])
     assert set(batch) == {"pixel_values"}
-    assert torch.equal(processor.image_processor([picture(0), picture(1)])["pixel_values"], batch["pixel_values"])
+    assert torch.equal(processor.image_processor([image(0), image(1)])["pixel_values"], batch["pixel_values"])
     assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values"]
 
 
-def test_text_alone_needs_no_pictures(processor):
+def test_text_alone_needs_no_images(processor):
     assert set(processor(text="hello")) == {"input_ids", "attention_mask"}
 
 
-@pytest.mark.parametrize(("text", "count"), [("<image>", 0), ("no picture", 1), (["<image>", "<image>"], 1)])
-def test_placeholders_and_pictures_must_match(processor, text, count):
-    with pytest.raises(ValueError, match=rf"have \d <image> but {count} pictures were given"):
-        processor(images=[picture()] * count, text=text)
+@pytest.mark.parametrize(("text", "count"), [("<image>", 0), ("no image", 1), (["<image>", "<image>"], 1)])
+def test_placeholders_and_images_must_match(processor, text, count):
+    with pytest.raises(ValueError, match=rf"have \d <image> but {count} images were given"):
+        processor(images=[image()] * count, text=text)
 
 
 def test_a_prompt_over_the_limit_is_an_error(processor):
@@ -88,7 +88,7 @@ def test_a_prompt_over_the_limit_is_an_error(processor):
     with pytest.raises(ValueError, match="a prompt is 41 tokens long, over the limit of 40"):
         processor(text=["short", "a" * 41])
     with pytest.raises(ValueError, match="a prompt is 41 tokens long"):
-        processor(images=[picture()], text="<image>" + "a" * 37)
+        processor(images=[image()], text="<image>" + "a" * 37)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -112,7 +112,7 @@ def test_a_saved_processor_gives_the_same_inputs(processor, tmp_path):
     loaded = MLMambaProcessor.from_pretrained(tmp_path)
     settings = ("image_size", "tokens_per_image", "max_length", "image_token_id")
     assert all(getattr(loaded, name) == getattr(processor, name) for name in settings)
-    inputs = {"images": [picture()], "text": ["<image>what?", "é\n"]}
+    inputs = {"images": [image()], "text": ["<image>what?", "é\n"]}
     ours, theirs = processor(**inputs), loaded(**inputs)
     assert set(ours) == set(theirs) == {"input_ids", "attention_mask", "pixel_values"}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

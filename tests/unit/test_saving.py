@@ -7,7 +7,7 @@ import pytest
 import torch
 from closeness import assert_close
 from safetensors import safe_open
-from tiny import pictures, prompt, tiny_config, tiny_model
+from tiny import images, prompt, tiny_config, tiny_model
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from mlmamba.loading import load_model
@@ -28,7 +28,7 @@ def assert_equal_weights(ours, theirs) -> None:
 
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS, pictures(2)).logits
+        return model(IDS, images(2)).logits
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -84,7 +84,7 @@ def test_an_encoder_with_buffers_that_are_not_saved_loads_too(tmp_path):
     assert any("rope" in name for name, _ in model.named_non_persistent_buffers())
     model.save_pretrained(tmp_path)
     loaded = MLMambaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded.vision(pictures(1)), model.vision(pictures(1)))
+    assert torch.equal(loaded.vision(images(1)), model.vision(images(1)))
 
 
 def reduced(how: str, dtype: torch.dtype, folder):
@@ -112,7 +112,7 @@ def test_in_half_precision_the_scan_parameters_and_the_state_stay_float32(tmp_pa
     if dtype == torch.float16:
         return  # float16 has no kernel for some encoders on a CPU
     with torch.no_grad():
-        output = half(IDS, pictures(2))
+        output = half(IDS, images(2))
         assert {layer.ssm.dtype for layer in output.cache_params.layers} == {torch.float32}
         assert output.logits.dtype == torch.float32
         assert_close(output.logits, logits(model), 0.1)
@@ -121,7 +121,7 @@ def test_in_half_precision_the_scan_parameters_and_the_state_stay_float32(tmp_pa
 def test_features_of_another_float_dtype_are_taken(tmp_path):
     half = tiny_model().bfloat16()
     with torch.no_grad():
-        features = half.get_image_features(pictures(2))
+        features = half.get_image_features(images(2))
         assert torch.equal(half(IDS, image_features=features.float()).logits, logits(half))
 
 
@@ -135,8 +135,8 @@ def test_a_device_map_places_the_model(tmp_path, where):
     loaded = MLMambaForConditionalGeneration.from_pretrained(tmp_path, device_map=where)
     assert torch.equal(logits(loaded), logits(model))
     options = {"max_new_tokens": 4, "do_sample": False}
-    expected = model.generate(IDS, pixel_values=pictures(2), **options)
-    assert torch.equal(loaded.generate(IDS, pixel_values=pictures(2), **options), expected)
+    expected = model.generate(IDS, pixel_values=images(2), **options)
+    assert torch.equal(loaded.generate(IDS, pixel_values=images(2), **options), expected)
 
 
 def test_offloading_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mlmamba.loading import load_model
 from tests.serving import raw, running
-from tests.tiny import pictures, tiny_model, tiny_tokenizer
+from tests.tiny import images, tiny_model, tiny_tokenizer
 from workflows.registry import ResolvedModel
 from workflows.serve.client import ServiceError, ask, request
 from workflows.serve.engine import Engine
@@ -174,7 +174,7 @@ def test_an_engine_that_stops_is_not_ready(url, service):
 
 def test_the_client(url, tmp_path):
     file = tmp_path / "a.jpg"
-    Image.fromarray(pictures(1)[0].permute(1, 2, 0).numpy()).save(file)
+    Image.fromarray(images(1)[0].permute(1, 2, 0).numpy()).save(file)
     from_file = ask(url, "what?", file, max_tokens=8)
     assert (
         from_file

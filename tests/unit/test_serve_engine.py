@@ -27,17 +27,17 @@ QUESTIONS = [
     "no",
     "yes",
 ]
-SMALL = Limits(max_batch=4, max_waiting=6, prefill_tokens=16, pictures_at_once=1)
+SMALL = Limits(max_batch=4, max_waiting=6, prefill_tokens=16, images_at_once=1)
 
 
 def save_tiny_model(out):
-    """A model folder. Its answers are noise that depends on every word and picture."""
+    """A model folder. Its answers are noise that depends on every word and image."""
     model = tiny_model({"tie_word_embeddings": False}, max_position_embeddings=300)
     save(model, tiny_tokenizer(), out)
     return out
 
 
-def picture(seed=0, size=(48, 40)):
+def image(seed=0, size=(48, 40)):
     """A few large random blocks: noise would be all alike to the encoder."""
     pixels = np.random.default_rng(seed).integers(0, 255, (2, 2, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
@@ -72,10 +72,10 @@ def gate(loaded, monkeypatch):
 
 
 def prompts(engine):
-    """Different lengths, some with a picture or two."""
+    """Different lengths, some with an image or two."""
     shown = [i % 3 for i in range(len(QUESTIONS))]
-    pictures = [[picture(10 * i + j) for j in range(n)] for i, n in enumerate(shown)]
-    return [engine.prepare([Turn("user", q, len(p))], p) for q, p in zip(QUESTIONS, pictures, strict=True)]
+    images = [[image(10 * i + j) for j in range(n)] for i, n in enumerate(shown)]
+    return [engine.prepare([Turn("user", q, len(p))], p) for q, p in zip(QUESTIONS, images, strict=True)]
 
 
 def words(engine, text="what?"):
@@ -84,10 +84,10 @@ def words(engine, text="what?"):
 
 def generated(loaded, prompt, count):
     """New token ids that the model's own `generate` makes, greedily."""
-    pictures = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
+    images = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
     with torch.inference_mode():
         ids = loaded[0].generate(
-            input_ids=prompt.input_ids[None], **pictures, max_new_tokens=count, do_sample=False, use_cache=True
+            input_ids=prompt.input_ids[None], **images, max_new_tokens=count, do_sample=False, use_cache=True
         )
     return tuple(ids[0, len(prompt.input_ids) :].tolist())
 
@@ -126,8 +126,8 @@ def test_the_text_is_what_the_tokenizer_makes_of_the_tokens(engine, loaded):
         assert engine.submit(prompt, Settings(40)).result(30).text == expected
 
 
-def test_pictures_go_to_their_own_prompts(engine, loaded):
-    asked = [engine.prepare([Turn("user", "what?", 2)], [picture(seed), picture(seed + 9)]) for seed in range(4)]
+def test_images_go_to_their_own_prompts(engine, loaded):
+    asked = [engine.prepare([Turn("user", "what?", 2)], [image(seed), image(seed + 9)]) for seed in range(4)]
     answers = [future.result(30) for future in [engine.submit(p, Settings(20)) for p in asked]]
     assert [answer.ids for answer in answers] == [generated(loaded, p, 20) for p in asked]
     assert len({answer.ids for answer in answers}) > 1  # else the model does not look, and this shows nothing
@@ -288,8 +288,8 @@ def test_a_deadline_ends_running_and_waiting_requests(loaded, gate, monkeypatch)
 
 
 def test_one_bad_prompt_does_not_fail_its_neighbours(engine, gate):
-    good = engine.prepare([Turn("user", "what?", 1)], [picture()])
-    bad = Prompt(good.input_ids, None)  # placeholders and no picture: only the model itself can notice
+    good = engine.prepare([Turn("user", "what?", 1)], [image()])
+    bad = Prompt(good.input_ids, None)  # placeholders and no image: only the model itself can notice
     wrong = Prompt(good.input_ids, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     first = engine.submit(good, Settings(4))
     assert gate.begun.wait(30)
@@ -377,7 +377,7 @@ def test_closing_answers_those_that_wait(loaded):
 def test_prompts_that_cannot_be(engine, text, message):
     with pytest.raises(ValueError, match=message):
         engine.prepare([Turn("user", text)], [])
-    with pytest.raises(ValueError, match="show 1 pictures, 0 were given"):
+    with pytest.raises(ValueError, match="show 1 images, 0 were given"):
         engine.prepare([Turn("user", "what?", 1)], [])
 
 
@@ -395,5 +395,5 @@ def test_marks_in_the_history(engine):
         engine.prepare([turns[0], Turn("assistant", "a<|endoftext|>"), turns[2]], [])
 
 
-def test_room_for_pictures(engine, loaded):
-    assert engine.max_pictures == min(300 // PER_IMAGE, SMALL.pictures)
+def test_room_for_images(engine, loaded):
+    assert engine.max_images == min(300 // PER_IMAGE, SMALL.images)

@@ -1,4 +1,4 @@
-"""Messages to turns and pictures: order, system text, and every way in which a picture can be wrong."""
+"""Messages to turns and images: order, system text, and every way in which an image can be wrong."""
 
 import base64
 import io
@@ -28,15 +28,15 @@ def text(value):
     return {"type": "text", "text": value}
 
 
-def image(url):
+def image_part(url):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def read(*sent, limits=None, max_pictures=4):
+def read(*sent, limits=None, max_images=4):
     body = {"messages": [{"role": role, "content": content} for role, content in sent]}
     messages = parse_request(json.dumps(body).encode()).messages
-    turns, pictures = read_messages(messages, limits or Limits(), max_pictures)
-    return turns, list(pictures)
+    turns, images = read_messages(messages, limits or Limits(), max_images)
+    return turns, list(images)
 
 
 def refused(*messages, **kwargs):
@@ -46,20 +46,20 @@ def refused(*messages, **kwargs):
     return caught.value
 
 
-def test_a_conversation_with_pictures():
+def test_a_conversation_with_images():
     red, blue = data_uri(encoded()), data_uri(encoded((4, 4), "JPEG", (0, 0, 250)))
-    turns, pictures = read(
-        ("user", [text("look at"), image(red), text("this"), image(blue)]),
+    turns, images = read(
+        ("user", [text("look at"), image_part(red), text("this"), image_part(blue)]),
         ("assistant", "a square"),
-        ("user", [image(red), text("sure?")]),
+        ("user", [image_part(red), text("sure?")]),
     )
     assert turns == [
         Turn("user", "look at\nthis", images=2),
         Turn("assistant", "a square"),
         Turn("user", "sure?", images=1),
     ]
-    assert [picture.size for picture in pictures] == [(8, 6), (4, 4), (8, 6)]
-    assert pictures[0].getpixel((0, 0)) == (200, 10, 10)
+    assert [image.size for image in images] == [(8, 6), (4, 4), (8, 6)]
+    assert images[0].getpixel((0, 0)) == (200, 10, 10)
 
 
 def test_system_text_opens_the_first_user_turn():
@@ -89,15 +89,15 @@ def test_roles_out_of_order(roles, message):
         raise error
 
 
-@pytest.mark.parametrize("content", ["", " \n", [], [text("")], [image(data_uri(encoded()))]])
+@pytest.mark.parametrize("content", ["", " \n", [], [text("")], [image_part(data_uri(encoded()))]])
 def test_a_message_without_text(content):
     assert refused(("user", content)).code == "empty_message"
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
-def test_only_users_show_pictures(role):
+def test_only_users_show_images(role):
     before = [] if role == "system" else [("user", "what?")]
-    error = refused(*before, (role, [image(data_uri(encoded())), text("x")]), ("user", "what?"))
+    error = refused(*before, (role, [image_part(data_uri(encoded())), text("x")]), ("user", "what?"))
     assert "only user messages" in str(error)
 
 
@@ -111,9 +111,9 @@ def damaged():
 @pytest.mark.parametrize(
     ("url", "code"),
     [
-        ("https://example.com/a.png", "remote_picture"),
-        ("file:///etc/passwd", "remote_picture"),
-        ("", "remote_picture"),
+        ("https://example.com/a.png", "remote_image"),
+        ("file:///etc/passwd", "remote_image"),
+        ("", "remote_image"),
         ("data:image/png;base64", "invalid_data_uri"),
         ("data:image/png,abc", "invalid_data_uri"),
         ("data:text/html;base64,AAAA", "invalid_data_uri"),
@@ -121,33 +121,33 @@ def damaged():
         ("data:image/png;base64,AAA", "invalid_base64"),
         ("data:image/png;base64,ÄÖ", "invalid_base64"),
         ("data:image/png;base64,", "image_unreadable"),
-        (data_uri(b"no picture at all"), "image_unreadable"),
+        (data_uri(b"no image at all"), "image_unreadable"),
         (data_uri(encoded()[:40]), "image_unreadable"),
         (data_uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "image_unreadable"),
         (data_uri(damaged()), "image_truncated"),
     ],
 )
-def test_a_picture_that_cannot_be_used(url, code):
-    error = refused(("user", [text("what?"), image(url)]))
+def test_a_image_that_cannot_be_used(url, code):
+    error = refused(("user", [text("what?"), image_part(url)]))
     assert (error.code, error.param) == (code, "messages[0].content[1].image_url.url")
 
 
-def test_picture_limits():
+def test_image_limits():
     url = data_uri(encoded((40, 40)))
-    asked = ("user", [text("what?"), image(url)])
-    assert refused(asked, limits=Limits(picture_pixels=1599)).code == "image_bomb"
-    assert refused(asked, limits=Limits(picture_bytes=50)).code == "picture_too_large"
-    assert refused(("user", [text("what?"), *[image(url)] * 5])).code == "too_many_pictures"
-    assert len(read(asked, limits=Limits(picture_pixels=1600, picture_bytes=2000))[1]) == 1
+    asked = ("user", [text("what?"), image_part(url)])
+    assert refused(asked, limits=Limits(image_pixels=1599)).code == "image_bomb"
+    assert refused(asked, limits=Limits(image_bytes=50)).code == "image_too_large"
+    assert refused(("user", [text("what?"), *[image_part(url)] * 5])).code == "too_many_images"
+    assert len(read(asked, limits=Limits(image_pixels=1600, image_bytes=2000))[1]) == 1
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     bomb += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    assert refused(("user", [text("what?"), image(data_uri(bomb))])).code == "image_bomb"
+    assert refused(("user", [text("what?"), image_part(data_uri(bomb))])).code == "image_bomb"
 
 
 def test_base64_with_line_breaks():
     lines = "\n".join(textwrap.wrap(base64.b64encode(encoded()).decode(), 20))
-    assert len(read(("user", [text("what?"), image(f"data:image/png;base64,{lines}")]))[1]) == 1
+    assert len(read(("user", [text("what?"), image_part(f"data:image/png;base64,{lines}")]))[1]) == 1

@@ -1,4 +1,4 @@
-"""Fetching pictures: only from allowed addresses, never from private ones, in bounds.
+"""Fetching images: only from allowed addresses, never from private ones, in bounds.
 
 A real server on loopback answers; the check of addresses is the real one except where a test says that loopback is
 allowed.
@@ -20,7 +20,7 @@ from workflows.serve.openai import ApiError, parse_request
 from workflows.serve.options import Limits
 from workflows.serve.remote_images import Fetcher, FetchError, UrlPattern, is_public
 
-PICTURE = encoded(1)
+IMAGE = encoded(1)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -33,7 +33,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", self.path.removeprefix("/to/"))
             self.end_headers()
         elif self.path.startswith("/ok"):
-            self._body(PICTURE)
+            self._body(IMAGE)
         elif self.path == "/large":
             self._body(b"x" * 5000)
         elif self.path == "/endless":
@@ -76,7 +76,7 @@ def site():
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     port = server.server_port
-    yield SimpleNamespace(port=port, url=f"http://pictures.test:{port}", asked=server.asked)
+    yield SimpleNamespace(port=port, url=f"http://images.test:{port}", asked=server.asked)
     server.shutdown()
     server.server_close()
     thread.join()
@@ -98,9 +98,9 @@ def refused(fetcher, url):
     return caught.value.code
 
 
-def test_a_picture_from_an_allowed_address(site):
-    assert fetcher(site).fetch(f"{site.url}/ok.png?size=1") == PICTURE
-    assert site.asked[-1] == ("/ok.png?size=1", f"pictures.test:{site.port}", None)
+def test_a_image_from_an_allowed_address(site):
+    assert fetcher(site).fetch(f"{site.url}/ok.png?size=1") == IMAGE
+    assert site.asked[-1] == ("/ok.png?size=1", f"images.test:{site.port}", None)
 
 
 def test_the_name_is_resolved_once_and_the_connection_goes_there(site):
@@ -112,18 +112,18 @@ def test_the_name_is_resolved_once_and_the_connection_goes_there(site):
         asked.append(host)
         return answers[len(asked) - 1](host, port, **options)
 
-    assert fetcher(site, resolve=resolve).fetch(f"{site.url}/ok") == PICTURE
-    assert asked == ["pictures.test"]
+    assert fetcher(site, resolve=resolve).fetch(f"{site.url}/ok") == IMAGE
+    assert asked == ["images.test"]
 
 
 def test_private_addresses_are_never_connected_to(site):
     before = len(site.asked)
     patterns = (f"http://127.0.0.1:{site.port}/*", f"http://localhost:{site.port}/*", f"{site.url}/*")
     real = Fetcher(patterns, 4000, 5.0)
-    assert refused(real, f"http://127.0.0.1:{site.port}/ok") == "picture_forbidden"
-    assert refused(real, f"http://localhost:{site.port}/ok") == "picture_forbidden"
+    assert refused(real, f"http://127.0.0.1:{site.port}/ok") == "image_forbidden"
+    assert refused(real, f"http://localhost:{site.port}/ok") == "image_forbidden"
     mixed = Fetcher(patterns, 4000, 5.0, resolve=resolver("93.184.216.34", "127.0.0.1"))
-    assert refused(mixed, f"{site.url}/ok") == "picture_forbidden"
+    assert refused(mixed, f"{site.url}/ok") == "image_forbidden"
     assert len(site.asked) == before
 
 
@@ -226,28 +226,28 @@ def test_patterns_that_say_nothing_or_everything(text):
     ],
 )
 def test_addresses_that_are_not_allowed(site, url):
-    assert refused(fetcher(site), url.format(host=f"pictures.test:{site.port}")) == "picture_forbidden"
+    assert refused(fetcher(site), url.format(host=f"images.test:{site.port}")) == "image_forbidden"
 
 
 def test_redirects_pass_the_same_checks(site):
-    assert fetcher(site).fetch(f"{site.url}/to//ok") == PICTURE
+    assert fetcher(site).fetch(f"{site.url}/to//ok") == IMAGE
     before = len(site.asked)
-    assert refused(fetcher(site), f"{site.url}/to/http://127.0.0.1:{site.port}/ok") == "picture_forbidden"
-    assert refused(fetcher(site), f"{site.url}/to/file:///etc/passwd") == "picture_forbidden"
+    assert refused(fetcher(site), f"{site.url}/to/http://127.0.0.1:{site.port}/ok") == "image_forbidden"
+    assert refused(fetcher(site), f"{site.url}/to/file:///etc/passwd") == "image_forbidden"
     assert len(site.asked) == before + 2
     many = f"{site.url}/" + "to//" * 5 + "ok"
-    assert refused(fetcher(site), many) == "picture_unavailable"
+    assert refused(fetcher(site), many) == "image_unavailable"
 
 
 @pytest.mark.parametrize(
     ("path", "code"),
     [
-        ("/large", "picture_too_large"),
-        ("/endless", "picture_too_large"),
-        ("/missing", "picture_unavailable"),
-        ("/nonsense", "picture_unavailable"),
-        ("/drip", "picture_slow"),
-        ("/drip-head", "picture_slow"),
+        ("/large", "image_too_large"),
+        ("/endless", "image_too_large"),
+        ("/missing", "image_unavailable"),
+        ("/nonsense", "image_unavailable"),
+        ("/drip", "image_slow"),
+        ("/drip-head", "image_slow"),
     ],
 )
 def test_servers_that_misbehave(site, path, code):
@@ -259,25 +259,25 @@ def test_servers_that_misbehave(site, path, code):
 def test_a_server_that_is_not_there(site):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    gone = fetcher(site, f"http://pictures.test:{port}/*")
-    assert refused(gone, f"http://pictures.test:{port}/ok") == "picture_unavailable"
-    assert refused(fetcher(site, resolve=resolver()), f"{site.url}/ok") == "picture_forbidden"
+    gone = fetcher(site, f"http://images.test:{port}/*")
+    assert refused(gone, f"http://images.test:{port}/ok") == "image_unavailable"
+    assert refused(fetcher(site, resolve=resolver()), f"{site.url}/ok") == "image_forbidden"
 
     def unknown(*_, **__):
         raise socket.gaierror
 
-    assert refused(fetcher(site, resolve=unknown), f"{site.url}/ok") == "picture_unavailable"
+    assert refused(fetcher(site, resolve=unknown), f"{site.url}/ok") == "image_unavailable"
 
 
-def test_a_request_with_a_remote_picture(site):
+def test_a_request_with_a_remote_image(site):
     content = [{"type": "image_url", "image_url": {"url": f"{site.url}/ok"}}, {"type": "text", "text": "what?"}]
     body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
     messages = parse_request(body).messages
-    _, pictures = read_messages(messages, Limits(), 4, fetcher(site))
-    assert [picture.size for picture in pictures] == [(40, 30)]
+    _, images = read_messages(messages, Limits(), 4, fetcher(site))
+    assert [image.size for image in images] == [(40, 30)]
     for off in (None, Fetcher((), 1, 1)):
         with pytest.raises(ApiError, match="not fetched from the network"):
             list(read_messages(messages, Limits(), 4, off)[1])
-    with pytest.raises(ApiError, match="does not fetch pictures from that address") as caught:
+    with pytest.raises(ApiError, match="does not fetch images from that address") as caught:
         list(read_messages(messages, Limits(), 4, fetcher(site, "https://other.test/*"))[1])
-    assert (caught.value.status, caught.value.code) == (400, "picture_forbidden")
+    assert (caught.value.status, caught.value.code) == (400, "image_forbidden")

@@ -98,8 +98,8 @@ def test_a_new_version_takes_over(service, loaded):
 
 
 def test_a_line_for_each_request_without_what_was_asked(service, lines):
-    picture = {"type": "image_url", "image_url": {"url": data_uri(b"no picture")}}
-    bad = {"messages": [{"role": "user", "content": [picture, {"type": "text", "text": "a secret question"}]}]}
+    image = {"type": "image_url", "image_url": {"url": data_uri(b"no image")}}
+    bad = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "a secret question"}]}]}
     with running(service) as url:
         answer = raw(url, "/v1/chat/completions", HELLO)[2]
         raw(url, "/v1/chat/completions", bad)

@@ -67,14 +67,14 @@ def test_what_the_job_looks_for_is_what_the_project_declares(file):
 
 def test_relative_data_needs_the_folder_where_the_nodes_see_it(tmp_path):
     content = recipe(tmp_path)
-    content["data"]["train"][0] |= {"annotations": "my/train.json", "images": "my/pictures"}
+    content["data"]["train"][0] |= {"annotations": "my/train.json", "images": "my/images"}
     file = write_recipe(tmp_path / "r.yaml", content)
     with pytest.raises(UsageError, match=r"2 paths .*data.train.0.annotations: my/train.json.*--data-root"):
         ship(file)
     with pytest.raises(UsageError, match="--data-root there: give an absolute path"):
         ship(file, root="there")
     placed = yaml.safe_load(ship(file, root="/data").made["recipe.yaml"])["data"]["train"][0]
-    assert (placed["annotations"], placed["images"]) == ("/data/my/train.json", "/data/my/pictures")
+    assert (placed["annotations"], placed["images"]) == ("/data/my/train.json", "/data/my/images")
     placed = yaml.safe_load(ship(file, root="s3://bucket/x").made["recipe.yaml"])["data"]["train"][0]
     assert placed["annotations"] == "s3://bucket/x/my/train.json"
 

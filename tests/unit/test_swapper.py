@@ -99,7 +99,7 @@ def test_answers_that_were_begun_are_finished_by_the_old_version(folders, servic
 
 
 @pytest.mark.parametrize(
-    ("version", "reason"), [("cut", "SafetensorError"), ("not finite", "logits of the stored picture")]
+    ("version", "reason"), [("cut", "SafetensorError"), ("not finite", "logits of the stored image")]
 )
 def test_a_version_that_cannot_be_served_is_refused_and_not_tried_again_at_once(
     folders, service, swapper, version, reason
@@ -163,14 +163,14 @@ def test_the_stored_example_is_asked_and_its_answer_can_be_required(folders, tmp
     served.engine.close()
     said = caplog.records[-1].message
     assert "'a lighthouse' when it was registered" in said
-    answer = said.split("stored picture is ")[1].split(", it was")[0]
+    answer = said.split("stored image is ")[1].split(", it was")[0]
     with pytest.raises(Refused, match="a lighthouse"):
         load(source(folders, "1", wrong), LIMITS, 1, same_answer=True)
     drawn_example(ast.literal_eval(answer)).save(right)
     load(source(folders, "1", right), LIMITS, 1, same_answer=True).engine.close()
-    with pytest.raises(Refused, match="its answer to the stored picture"):
+    with pytest.raises(Refused, match="its answer to the stored image"):
         load(source(folders, "2", right), LIMITS, 1, same_answer=True)
-    (right / "picture").write_bytes(b"not a picture")
+    (right / "image").write_bytes(b"not an image")
     with pytest.raises(Refused, match="its stored example cannot be read"):
         load(source(folders, "1", right), LIMITS, 1)
 

@@ -118,7 +118,7 @@ def test_towers_are_fused_on_channels():
 
 
 def test_every_tower_normalises_with_its_own_mean_and_deviation():
-    """The same weights under the statistics of another family see another picture."""
+    """The same weights under the statistics of another family see another image."""
     tower, x = build(patches()).towers[0], pixels(32)
     assert (tower.mean, tower.std) == ((0.5,) * 3, (0.5,) * 3)
     own = tower(x)
@@ -131,8 +131,8 @@ def test_every_tower_normalises_with_its_own_mean_and_deviation():
 
 
 @torch.no_grad()
-def test_fused_towers_of_different_families_see_the_picture_in_their_own_range():
-    """A tower of patches beside a tower of maps; each as timm gives it for a picture normalised by its own data."""
+def test_fused_towers_of_different_families_see_the_image_in_their_own_range():
+    """A tower of patches beside a tower of maps; each as timm gives it for an image normalised by its own data."""
     towers = [{"model": VIT, "block": -2}, {"model": MAPS, "stages": [2]}]
     encoder, x = build(VisionConfig(towers=towers, image_size=64, grid=4)), pixels(64)
     vit, cnn = encoder.towers
@@ -151,7 +151,7 @@ def test_fused_towers_of_different_families_see_the_picture_in_their_own_range()
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_convnext", "test_vit", "test_nfnet", "test_maxvit"])
 def test_feature_maps_of_any_family(model):
-    """timm extracts features in several ways; the last two are built for one picture size."""
+    """timm extracts features in several ways; the last two are built for one image size."""
     config = VisionConfig(towers=[{"model": model, "stages": [1, 2]}], image_size=128, grid=5)
     with torch.device("meta"):
         encoder = VisionEncoder(config)
@@ -220,7 +220,7 @@ def test_wrong_names_are_refused_with_the_nearest_known_ones(model, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (patches(size=40), r"'test_vit.r160_in1k' cannot read pictures of 40 pixels: Input height \(40\)"),
+        (patches(size=40), r"'test_vit.r160_in1k' cannot read images of 40 pixels: Input height \(40\)"),
         (patches(size=250, block=1, model="test_resnet"), r"has 32 channels on a grid of \(63, 63\); timm states 32"),
     ],
 )
@@ -270,7 +270,7 @@ def test_configs_that_make_no_sense_are_refused(config, message):
     [pixels(48), pixels(32).float(), pixels(32)[:, :1], pixels(32)[0]],
     ids=["another size", "float", "grey", "no batch"],
 )
-def test_pictures_of_another_form_are_refused(x):
+def test_images_of_another_form_are_refused(x):
     with pytest.raises(ValueError, match=r"expected uint8 \(n, 3, 32, 32\)"):
         build(patches())(x)
 

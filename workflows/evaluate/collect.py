@@ -1,7 +1,7 @@
-"""Asking a model every item on Ray workers, with its own picture (seeing) and with another one (blind).
+"""Asking a model every item on Ray workers, with its own image (seeing) and with another one (blind).
 
 Answers are written per batch under the items' ids, so a killed evaluation goes on where it stopped, with whatever batch
-size or number of workers. Items about one picture are asked together: the model reads the picture once.
+size or number of workers. Items about one image are asked together: the model reads the image once.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from mlmamba.conversation import Turn, clean
-from mlmamba.pictures import PictureError, open_picture
+from mlmamba.images import ImageError, open_image
 from mlmamba.processing import MLMambaProcessor
 from pipelines.execution import ensure_ray, quiet_ray_data
 from workflows.errors import WorkflowError
@@ -39,8 +39,8 @@ class Workers:
     """CPU cores, and torch threads, of one process."""
     gpus_per_worker: float = 0
     """GPUs of one process."""
-    batch_pictures: int = 16
-    """Pictures in one batch, with all their questions."""
+    batch_images: int = 16
+    """Images in one batch, with all their questions."""
     batch_questions: int = 64
     """Most questions in one forward pass."""
 
@@ -57,8 +57,8 @@ def collect(
     """Ask what was not asked before. Returns, by mode and item id, the reply, or {"error": why there is none}.
 
     Args:
-        folder: for the parts; the same for the same model, items, other pictures and length of answers only.
-        others: from `blind_pictures`.
+        folder: for the parts; the same for the same model, items, other images and length of answers only.
+        others: from `blind_images`.
         progress: called with batches done and in all.
 
     Raises:
@@ -73,7 +73,7 @@ def collect(
     tasks = []
     for mode, shown in wanted.items():
         todo = {item: at for item, at in shown.items() if "text" not in known.get((mode, item.id, *at), {})}
-        tasks += _tasks(mode, todo, folder, how.batch_pictures)
+        tasks += _tasks(mode, todo, folder, how.batch_images)
     progress(0, len(tasks))
     if tasks:
         _run(tasks, str(model), benchmark, how, max_new_tokens, progress)
@@ -120,10 +120,10 @@ def _run(
 
 
 def read_parts(folder: Path) -> dict[tuple, dict]:
-    """What has been asked, by mode, item id, and source and location of the picture that was shown.
+    """What has been asked, by mode, item id, and source and location of the image that was shown.
 
     Raises:
-        WorkflowError: an item has two answers to one picture.
+        WorkflowError: an item has two answers to one image.
     """
     found: dict[tuple, dict] = {}
     twice: list[str] = []
@@ -143,44 +143,44 @@ def read_parts(folder: Path) -> dict[tuple, dict]:
     return found
 
 
-def blind_pictures(items: Iterable[Item], seed: int) -> dict[str, tuple[int, str]]:
-    """For each item with a picture, another picture of the benchmark: (source, location) by id.
+def blind_images(items: Iterable[Item], seed: int) -> dict[str, tuple[int, str]]:
+    """For each item with an image, another image of the benchmark: (source, location) by id.
 
-    The choice depends on the pictures and the seed, not on the order of the items. Empty for a single picture.
+    The choice depends on the images and the seed, not on the order of the items. Empty for a single image.
     """
     items = [item for item in items if item.image is not None]
-    pictures = sorted({(item.source, item.image) for item in items})
-    if len(pictures) < 2:
+    images = sorted({(item.source, item.image) for item in items})
+    if len(images) < 2:
         return {}
-    other = {pictures[i]: pictures[j] for i, j in enumerate(derangement(len(pictures), seed))}
+    other = {images[i]: images[j] for i, j in enumerate(derangement(len(images), seed))}
     return {item.id: other[item.source, item.image] for item in items}
 
 
 def derangement(count: int, seed: int) -> list[int]:
-    """A permutation that leaves nothing in place, so that every blind question gets another picture."""
+    """A permutation that leaves nothing in place, so that every blind question gets another image."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     place = {value: i for i, value in enumerate(order)}
     return [order[(place[i] + 1) % count] for i in range(count)]
 
 
-def _tasks(mode: str, shown: dict[Item, tuple], folder: Path, batch_pictures: int) -> Iterator[dict]:
-    """Descriptions of batches: the items of some pictures, in the order in which the pictures first come."""
+def _tasks(mode: str, shown: dict[Item, tuple], folder: Path, batch_images: int) -> Iterator[dict]:
+    """Descriptions of batches: the items of some images, in the order in which the images first come."""
     groups: dict[tuple, list[Item]] = {}
-    for item, picture in shown.items():
-        groups.setdefault(picture if picture[1] is not None else (*picture, item.id), []).append(item)
-    pictures = list(groups.items())
-    for first in range(0, len(pictures), batch_pictures):
+    for item, shown_image in shown.items():
+        groups.setdefault(shown_image if shown_image[1] is not None else (*shown_image, item.id), []).append(item)
+    images = list(groups.items())
+    for first in range(0, len(images), batch_images):
         batch = [
             {"source": source, "image": image, "ids": [i.id for i in asked], "prompts": [i.prompt for i in asked]}
-            for (source, image, *_), asked in pictures[first : first + batch_pictures]
+            for (source, image, *_), asked in images[first : first + batch_images]
         ]
         name = hashlib.sha256(json.dumps([(one["image"], one["ids"]) for one in batch]).encode()).hexdigest()[:24]
-        yield {"mode": mode, "file": str(folder / "parts" / f"{mode}-{name}.jsonl"), "pictures": batch}
+        yield {"mode": mode, "file": str(folder / "parts" / f"{mode}-{name}.jsonl"), "images": batch}
 
 
 class _Worker:
-    """What one process answers with: the model and the places of the pictures, opened once."""
+    """What one process answers with: the model and the places of the images, opened once."""
 
     def __init__(self, setup: str):
         from mlmamba.answering import Answerer  # torch, which the driver does without
@@ -196,14 +196,14 @@ class _Worker:
         )
 
     def __call__(self, row: dict) -> dict:
-        """Answers one batch and writes it, whole or not at all. A picture that cannot be used is no answer."""
+        """Answers one batch and writes it, whole or not at all. An image that cannot be used is no answer."""
         task = json.loads(row["task"])
         lines: list[dict] = []
-        loaded = [(one, data) for one in task["pictures"] if (data := self._load(one, lines)) is not _BAD]
+        loaded = [(one, data) for one in task["images"] if (data := self._load(one, lines)) is not _BAD]
         try:
             groups = self._reply(loaded)
-        except PictureError:  # rare, so pictures are decoded once more only to find which
-            loaded = [(one, data) for one, data in loaded if _is_picture(one, data, lines)]
+        except ImageError:  # rare, so images are decoded once more only to find which
+            loaded = [(one, data) for one, data in loaded if _is_image(one, data, lines)]
             groups = self._reply(loaded)
         for (one, _), group in zip(loaded, groups, strict=True):
             lines += [_line(one, key, **asdict(reply)) for key, reply in zip(one["ids"], group, strict=True)]
@@ -212,7 +212,7 @@ class _Worker:
         return {"answered": len(lines)}
 
     def _load(self, one: dict, lines: list[dict]) -> bytes | None:
-        """The picture's file; None for text alone, _BAD when it cannot be read, which goes to `lines`."""
+        """The image's file; None for text alone, _BAD when it cannot be read, which goes to `lines`."""
         try:
             return None if one["image"] is None else self._stores[one["source"]].read(one["image"])
         except (OSError, ValueError) as error:
@@ -239,19 +239,19 @@ def _open_worker(setup: str) -> _Worker:
 _BAD = b"cannot be read"
 
 
-def _is_picture(one: dict, data: bytes | None, lines: list[dict]) -> bool:
+def _is_image(one: dict, data: bytes | None, lines: list[dict]) -> bool:
     """Whether the data decode; if not, that goes to `lines`."""
     try:
         if data is not None:
-            open_picture(data)
-    except PictureError as error:
+            open_image(data)
+    except ImageError as error:
         lines += _unread(one, error)
         return False
     return True
 
 
 def _unread(one: dict, error: Exception) -> list[dict]:
-    return [_line(one, key, error=f"picture {one['image']}: {error}") for key in one["ids"]]
+    return [_line(one, key, error=f"image {one['image']}: {error}") for key in one["ids"]]
 
 
 def _line(one: dict, key: str, **reply) -> dict:

@@ -1,6 +1,6 @@
 """Two models on the same items: scores beside each other, and the interval of their difference.
 
-Both models' answers to a picture are drawn together. Most of what makes a picture hard is common to both, so the paired
+Both models' answers to an image are drawn together. Most of what makes an image hard is common to both, so the paired
 interval is much narrower than one made of the two models' own intervals.
 """
 
@@ -92,7 +92,7 @@ def compare(
     resamples: int | None = None,
     seed: int = SEED,
 ) -> Comparison:
-    """Paired intervals of the second model's scores minus the first's: both see the same draws of the same pictures.
+    """Paired intervals of the second model's scores minus the first's: both see the same draws of the same images.
 
     Raises:
         UsageError: the two are not of the same benchmark and the same items, each once.
@@ -110,7 +110,7 @@ def compare(
 
     found = bootstrap(
         difference,
-        drawn.pictures,
+        drawn.images,
         counted=drawn.counted,
         bounds=[DIFFERENCE] * len(drawn.names),
         resamples=resamples or drawn.resamples,

@@ -67,7 +67,7 @@ def find_intervals(scores: dict, rows: Sequence[Answered], resamples: int | None
     kinds = [SHARE] if len(tables) == 1 else [SHARE, SHARE, DIFFERENCE]
     found = bootstrap(
         statistic,
-        drawn.pictures,
+        drawn.images,
         counted=drawn.counted * len(kinds),
         bounds=[bounds for bounds in kinds for _ in range(count)],
         resamples=resamples or drawn.resamples,
@@ -81,13 +81,13 @@ def find_intervals(scores: dict, rows: Sequence[Answered], resamples: int | None
 
 
 class Draws:
-    """The scores of one or several tables over the same items, as a function of how often each picture is drawn.
+    """The scores of one or several tables over the same items, as a function of how often each image is drawn.
 
     Attributes:
         names: of the scores of one table, as `measure` gives them.
         statistic: counts (r, k) -> (r, tables x names), one table after the other.
-        pictures: how many there are (k).
-        counted: for each name, how many pictures it rests on: those of its type of question (colour, f1/colour),
+        images: how many there are (k).
+        counted: for each name, how many images it rests on: those of its type of question (colour, f1/colour),
             all for what is of no type.
         resamples: how many draws are worth their time.
     """
@@ -95,11 +95,11 @@ class Draws:
     def __init__(self, benchmark: str, tables: list[dict[str, np.ndarray]], rows: Sequence[Answered]):
         self.names = list(measure(benchmark, tables[0]))
         index = number(clusters(rows))
-        self.pictures = int(index.max()) + 1
+        self.images = int(index.max()) + 1
         types = tables[0]["type"]
         by_type = {str(kind): len(np.unique(index[types == kind])) for kind in np.unique(types)}
         self.counted = [
-            next((count for kind, count in by_type.items() if name == kind or name.endswith(f"/{kind}")), self.pictures)
+            next((count for kind, count in by_type.items() if name == kind or name.endswith(f"/{kind}")), self.images)
             for name in self.names
         ]
         found = _as_means(benchmark, tables, self.names)
@@ -124,7 +124,7 @@ class Draws:
 
 
 def clusters(rows: Sequence[Answered]) -> list[tuple]:
-    """The picture of every row; a row without one stands alone."""
+    """The image of every row; a row without one stands alone."""
     return [(row.source, row.image) if row.image is not None else (row.id,) for row in rows]
 
 

@@ -69,9 +69,9 @@ class Scaling:
     parameters: dict[str, int]
     measurements: list[Measurement]
     powers: list[Power]
-    picture_tokens: int
-    picture_seconds: float
-    """Encoders and connector, one picture: a cost that does not grow with the text."""
+    image_tokens: int
+    image_seconds: float
+    """Encoders and connector, one image: a cost that does not grow with the text."""
 
     def as_dict(self) -> dict:
         """Plain data."""
@@ -123,7 +123,7 @@ def probe_scaling(
         for name in models
         for m in _best(name, batch, length, found[name, batch, length])
     ]
-    tokens, seconds = _picture(model, rounds)
+    tokens, seconds = _image(model, rounds)
     sizes = {OURS: size, PEER: count_parameters(peer)}
     powers = fit_powers(measurements)
     return Scaling(str(device), torch.get_num_threads(), sizes, measurements, powers, tokens, seconds)
@@ -152,7 +152,7 @@ def power_of(points: Sequence[tuple[float, float]]) -> float:
 
 
 def _prompt(vocabulary: int, image_token: int, batch: int, length: int) -> torch.Tensor:
-    """Random text (batch, length): no placeholder of a picture."""
+    """Random text (batch, length): no placeholder of an image."""
     ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(length))
     return ids.masked_fill(ids == image_token, (image_token + 1) % vocabulary)
 
@@ -167,7 +167,7 @@ def _measure(model: nn.Module, ids: torch.Tensor) -> tuple[float, float, int, in
         prefill = _now(ids.device) - start
     cache = output[cache_name]
     kept = cache.nbytes if hasattr(cache, "nbytes") else sum(t.nbytes for t in _tensors(cache))
-    token = ids[:, -1:]  # not the likeliest one, which may be a picture's placeholder
+    token = ids[:, -1:]  # not the likeliest one, which may be an image's placeholder
     start = _now(ids.device)
     for _ in range(_TOKENS):
         output = model(input_ids=token, use_cache=True, logits_to_keep=1, **{cache_name: cache})
@@ -192,8 +192,8 @@ def _best(model: str, batch: int, length: int, rows: list[tuple]) -> list[Measur
 
 
 @torch.inference_mode()
-def _picture(model: nn.Module, rounds: int) -> tuple[int, float]:
-    """Tokens of a picture, and seconds to make them."""
+def _image(model: nn.Module, rounds: int) -> tuple[int, float]:
+    """Tokens of an image, and seconds to make them."""
     side = model.config.vision_config.image_size
     pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device)
     seconds, tokens = [], model.get_image_features(pixels).shape[1]

@@ -32,7 +32,7 @@ def text(scaling: Scaling) -> str:
     sizes = ", ".join(f"{name} {count:,} parameters" for name, count in scaling.parameters.items())
     lines = [
         f"{scaling.device}, {scaling.threads} threads; {sizes}, same vocabulary",
-        f"a picture: {scaling.picture_tokens} tokens, {1000 * scaling.picture_seconds:.1f} ms in encoder and connector",
+        f"an image: {scaling.image_tokens} tokens, {1000 * scaling.image_seconds:.1f} ms in encoder and connector",
         "",
         f"{'':18}{'prefill, ms':>22}{'':9}{'decode, ms a token':>22}{'':9}{'kept, MB':>18}{'peak, MB':>20}",
         f"{'batch':>6}{'length':>8}    {OURS:>10}{PEER:>12}{'ratio':>8} {OURS:>11}{PEER:>12}{'ratio':>8}"

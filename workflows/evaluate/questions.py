@@ -11,14 +11,14 @@ from pydantic import TypeAdapter
 from pipelines.config import SourceConfig
 from pipelines.packed import PackedDataset
 from pipelines.sources import open_source
-from pipelines.sources.pictures import open_pictures
+from pipelines.sources.images import open_images
 
 _SHOWN = 5  # records in an error
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture (or none, for text only) and the questions about it."""
+class Image:
+    """An image (or none, for text only) and the questions about it."""
 
     record_id: str
     source: int
@@ -29,15 +29,15 @@ class Picture:
     types: list[str]
 
 
-def load_questions(sources: list[SourceConfig]) -> list[Picture]:
-    """All questions of the sources, grouped by picture, in the sources' order.
+def load_questions(sources: list[SourceConfig]) -> list[Image]:
+    """All questions of the sources, grouped by image, in the sources' order.
 
     An id is the record's with the number of the question; of several sources, the source's name stands before it.
 
     Raises:
-        ValueError: records have problems, or more than one picture: a score must not leave items out silently.
+        ValueError: records have problems, or more than one image: a score must not leave items out silently.
     """
-    pictures, problems = [], []
+    images, problems = [], []
     for number, config in enumerate(sources):
         prefix = f"{config.label}/" if len(sources) > 1 else ""
         for record in open_source(config).records():
@@ -45,7 +45,7 @@ def load_questions(sources: list[SourceConfig]) -> list[Picture]:
                 problems.append(f"{record.id}: {record.problem.reason}: {record.problem.detail}")
                 continue
             if len(record.images) > 1:
-                problems.append(f"{record.id} has {len(record.images)} pictures; at most one is supported")
+                problems.append(f"{record.id} has {len(record.images)} images; at most one is supported")
                 continue
             questions = [turn.text for turn in record.turns if turn.role == "user"]
             answers = [turn.text for turn in record.turns if turn.role == "assistant"]
@@ -55,11 +55,11 @@ def load_questions(sources: list[SourceConfig]) -> list[Picture]:
             types = list(record.question_types or ["all"] * len(questions))
             ids = [f"{prefix}{record.id}/{i}" for i in range(len(questions))]
             location = record.images[0] if record.images else None
-            pictures.append(Picture(record.id, number, location, ids, questions, answers, types))
+            images.append(Image(record.id, number, location, ids, questions, answers, types))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"{len(problems)} test records cannot be asked: {'; '.join(problems[:_SHOWN])}{more}")
-    return pictures
+    return images
 
 
 def majority_answer(sources: list[SourceConfig]) -> str:
@@ -75,33 +75,33 @@ def majority_answer(sources: list[SourceConfig]) -> str:
 
 
 class Store(Protocol):
-    """A place for pictures."""
+    """A place for images."""
 
     def read(self, location: str) -> bytes:
-        """The encoded picture. Raises OSError, ValueError."""
+        """The encoded image. Raises OSError, ValueError."""
 
 
 class SourceStore:
-    """The pictures of one of the recipe's sources."""
+    """The images of one of the recipe's sources."""
 
     def __init__(self, config: dict):
         self._source = open_source(TypeAdapter(SourceConfig).validate_python(config))
 
     def read(self, location: str) -> bytes:
-        """The picture's file."""
+        """The image's file."""
         return self._source.read_image(location)
 
 
 class ShardStore:
-    """The pictures in the packed rows of a data set."""
+    """The images in the packed rows of a data set."""
 
     def __init__(self, uri: str, split: str):
         self._rows = PackedDataset(uri, split)
 
     def read(self, location: str) -> bytes:
-        """Picture of a location ROW/PICTURE."""
-        row, picture = location.split("/")
-        return self._rows[int(row)].images[int(picture)]
+        """Image of a location ROW/IMAGE."""
+        row, image = location.split("/")
+        return self._rows[int(row)].images[int(image)]
 
 
 def open_store(description: dict) -> Store:
@@ -118,9 +118,9 @@ def _open(text: str) -> Store:
     description = json.loads(text)
     kind = description["kind"]
     if kind == "folder":
-        return open_pictures(description["uri"])
+        return open_images(description["uri"])
     if kind == "source":
         return SourceStore(description["config"])
     if kind == "shards":
         return ShardStore(description["uri"], description["split"])
-    raise ValueError(f"there is no kind of picture store {kind!r}; expected folder, source or shards")
+    raise ValueError(f"there is no kind of image store {kind!r}; expected folder, source or shards")

@@ -19,14 +19,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from mlmamba.pictures import open_picture
+from mlmamba.images import open_image
 from workflows.evaluate import plots
 from workflows.evaluate.benchmarks import benchmark_class
 from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.calibration import calibration_of
 from workflows.evaluate.intervals import Intervals, find_intervals
 from workflows.evaluate.plots import Bar
-from workflows.evaluate.results import MARGIN, OVERALL, SCORES, Answered, read_answers, read_picture, read_scores
+from workflows.evaluate.results import MARGIN, OVERALL, SCORES, Answered, read_answers, read_image, read_scores
 from workflows.evaluate.statistics import Interval
 from workflows.storage.layout import write_atomic
 
@@ -73,7 +73,7 @@ def write_report(
         kinds=kinds,
         others=others,
         others_by_kind=others_by_kind,
-        few=FEW_PICTURES,
+        few=FEW_IMAGES,
         calibration=calibration,
         yes=yes,
         worst=[example(scores, row) for row in worst(rows, _EXAMPLES)],
@@ -91,13 +91,13 @@ def write_report(
 
 
 def _head(folder: Path, scores: dict, rows: list[Answered], facts: Mapping[str, str]) -> dict[str, str]:
-    pictures = len({(row.source, row.image) for row in rows if row.image is not None})
+    images = len({(row.source, row.image) for row in rows if row.image is not None})
     made = datetime.fromtimestamp((folder / SCORES).stat().st_mtime, UTC)
     return {
         "model": str(scores["model"]),
         **facts,
         "benchmark": str(scores["benchmark"]),
-        "questions": f"{len(rows):,} about {pictures:,} pictures",
+        "questions": f"{len(rows):,} about {images:,} images",
         "evaluated": f"{made:%Y-%m-%d %H:%M} UTC",
     }
 
@@ -134,7 +134,7 @@ def _data_uri(png: bytes) -> str:
 
 OTHER = "(other)"
 _MOST_BARS, _MOST_ANSWERS = 25, 10
-FEW_PICTURES = 30
+FEW_IMAGES = 30
 
 
 @dataclass(frozen=True)
@@ -214,13 +214,13 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-_SIDE, _QUALITY = 224, 80  # longer side in pixels, and quality, of a small picture
+_SIDE, _QUALITY = 224, 80  # longer side in pixels, and quality, of a small image
 _LONGEST = 400  # characters of a text that are shown
 
 
 @dataclass(frozen=True)
 class Example:
-    """One answer as the report shows it. `picture` is a data URI, or None with the reason in `no_picture`."""
+    """One answer as the report shows it. `image` is a data URI, or None with the reason in `no_image`."""
 
     id: str
     type: str
@@ -230,25 +230,25 @@ class Example:
     blind_prediction: str | None
     score: float
     p_yes: float | None
-    picture: str | None
-    no_picture: str
+    image: str | None
+    no_image: str
 
 
 def worst(rows: Sequence[Answered], count: int) -> list[Answered]:
-    """Wrong answers, the surest first where a probability says so; types in turn, each picture once."""
+    """Wrong answers, the surest first where a probability says so; types in turn, each image once."""
     wrong = [row for row in rows if row.score < 0.5]
     return _spread(sorted(wrong, key=lambda row: (row.score, -_sureness(row), _shuffled(row))), count)
 
 
 def best(rows: Sequence[Answered], count: int) -> list[Answered]:
-    """Right answers that were wrong with another picture, so that the picture was needed; types in turn."""
+    """Right answers that were wrong with another image, so that the image was needed; types in turn."""
     right = [row for row in rows if row.score >= 0.5]
     return _spread(sorted(right, key=lambda row: (-row.score, row.blind_score or 0.0, _shuffled(row))), count)
 
 
 def example(scores: dict, row: Answered) -> Example:
-    """A row as the report shows it: long texts cut, the picture small."""
-    picture, reason = small_picture(scores, row)
+    """A row as the report shows it: long texts cut, the image small."""
+    image, reason = small_image(scores, row)
     return Example(
         id=cut(row.id),
         type=row.type,
@@ -258,24 +258,24 @@ def example(scores: dict, row: Answered) -> Example:
         blind_prediction=None if row.blind_prediction is None else cut(row.blind_prediction),
         score=row.score,
         p_yes=row.p_yes,
-        picture=picture,
-        no_picture=reason,
+        image=image,
+        no_image=reason,
     )
 
 
-def small_picture(scores: dict, row: Answered) -> tuple[str | None, str]:
-    """The row's picture as a data URI, or None and why not. A report is made even where pictures are gone."""
+def small_image(scores: dict, row: Answered) -> tuple[str | None, str]:
+    """The row's image as a data URI, or None and why not. A report is made even where images are gone."""
     try:
-        data = read_picture(scores, row)
+        data = read_image(scores, row)
         if data is None:
             return None, "text only"
-        picture = open_picture(data)
-    except Exception as error:  # whatever a store or a decoder raises: it is told, in the picture's place
-        return None, f"the picture cannot be read: {cut(str(error), 120)}"
-    scale = min(1.0, _SIDE / max(picture.size)) if min(picture.size) > 64 else 128 / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+        image = open_image(data)
+    except Exception as error:  # whatever a store or a decoder raises: it is told, in the image's place
+        return None, f"the image cannot be read: {cut(str(error), 120)}"
+    scale = min(1.0, _SIDE / max(image.size)) if min(image.size) > 64 else 128 / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
     buffer = io.BytesIO()
-    picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=_QUALITY)
+    image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), ""
 
 
@@ -294,7 +294,7 @@ def _shuffled(row: Answered) -> str:
 
 
 def _spread(ordered: Sequence[Answered], count: int) -> list[Answered]:
-    """The first of each type, then the second of each, and so on; no picture twice."""
+    """The first of each type, then the second of each, and so on; no image twice."""
     by_type: dict[str, list[Answered]] = {}
     for row in ordered:
         by_type.setdefault(row.type, []).append(row)

@@ -10,7 +10,7 @@ scores.json holds
     complete                False when the scores are of a part of the items only (asked for with --allow-partial)
     missing                 {"count", "ids": the first, "reasons": counts}; count 0 when complete
     notes                   lines for a person: empty answers, answers that were cut off, another set than the published
-    pictures                where the pictures are, see `read_picture`
+    images                where the images are, see `read_image`
 
 Scores of any weighting of the items come from `measure`, so an interval needs no knowledge of the benchmark.
 """
@@ -36,7 +36,7 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class Answered:
-    """One item with the model's answers, to its own picture and to another one (blind)."""
+    """One item with the model's answers, to its own image and to another one (blind)."""
 
     id: str
     """Unique in the evaluation. Where a benchmark asks a question twice, it begins with the variant ("ocr/123")."""
@@ -53,9 +53,9 @@ class Answered:
     score: float
     """Between 0 and 1, by the protocol. For Yes/No benchmarks by the first token's probability."""
     image: str | None = None
-    """Location of the picture, for `read_picture`. Items with the same (source, image) share a picture."""
+    """Location of the image, for `read_image`. Items with the same (source, image) share an image."""
     source: int = 0
-    """Which entry of `pictures` in scores.json the location belongs to."""
+    """Which entry of `images` in scores.json the location belongs to."""
     prompt: str = ""
     """What the model was asked, instructions included."""
     text_score: float | None = None
@@ -67,7 +67,7 @@ class Answered:
     p_yes: float | None = None
     """Probability of the first choice (Yes, True) against the second as first token, where the protocol asks for it."""
     blind_image: str | None = None
-    """Location of the other picture, in the entry `blind_source` of `pictures`."""
+    """Location of the other image, in the entry `blind_source` of `images`."""
     blind_source: int = 0
     blind_prediction: str | None = None
     blind_score: float | None = None
@@ -77,7 +77,7 @@ class Answered:
     majority_score: float | None = None
     """Score of the majority answer on this item."""
     prompt_tokens: int = 0
-    """Length of the prompt, picture included."""
+    """Length of the prompt, image included."""
     answer_tokens: int = 0
     """Generated tokens, the end token included."""
     seconds: float = 0.0
@@ -109,14 +109,14 @@ def write_scores(folder: Path, result: dict) -> None:
     write_atomic(folder / SCORES, json.dumps(result, indent=2))
 
 
-def read_picture(scores: dict, row: Answered, blind: bool = False) -> bytes | None:
-    """The encoded picture of a row, or the other one that it was shown blind; None for an item without.
+def read_image(scores: dict, row: Answered, blind: bool = False) -> bytes | None:
+    """The encoded image of a row, or the other one that it was shown blind; None for an item without.
 
     Raises:
         OSError, ValueError: it cannot be read any more.
     """
     source, location = (row.blind_source, row.blind_image) if blind else (row.source, row.image)
-    return None if location is None else open_store(scores["pictures"][source]).read(location)
+    return None if location is None else open_store(scores.get("images", scores.get("pictures"))[source]).read(location)
 
 
 def columns(rows: Sequence[Answered], blind: bool = False) -> dict[str, np.ndarray]:
@@ -124,7 +124,7 @@ def columns(rows: Sequence[Answered], blind: bool = False) -> dict[str, np.ndarr
     those of `details`.
 
     Args:
-        blind: take the answers to the other pictures. What is None is NaN.
+        blind: take the answers to the other images. What is None is NaN.
     """
     names = ("score", "text_score", "text_yes", "p_yes")
     table = {
@@ -193,8 +193,8 @@ def row_of(
 
     Args:
         seeing: the reply, a dict with the fields of answer.Reply of which only `text` is needed.
-        blind: the reply to the other picture; None where there is none. Of text alone it is the same reply.
-        shown: source and location of the other picture.
+        blind: the reply to the other image; None where there is none. Of text alone it is the same reply.
+        shown: source and location of the other image.
     """
     scored = benchmark.score(item, seeing["text"], seeing.get("p_first"))
     row = Answered(
@@ -254,7 +254,7 @@ def write_result(benchmark: Benchmark, rows: list[Answered], missing: dict[str, 
     if all(row.blind_score is not None for row in rows) and any(row.image is not None for row in rows):
         tables["blind"] = columns(rows, blind=True)
     else:
-        notes.append("no blind score: there are no answers to other pictures")
+        notes.append("no blind score: there are no answers to other images")
     found = {name: _finite(measure(benchmark.name, table)) for name, table in tables.items()}
     if "blind" in found:
         found["scores"][MARGIN] = found["scores"][OVERALL] - found["blind"][OVERALL]
@@ -269,7 +269,7 @@ def write_result(benchmark: Benchmark, rows: list[Answered], missing: dict[str, 
         "complete": not missing,
         "missing": {"count": len(missing), "ids": list(missing)[:_LISTED], "reasons": dict(Counter(missing.values()))},
         "notes": notes,
-        "pictures": [_public(store) for store in benchmark.stores],
+        "images": [_public(store) for store in benchmark.stores],
         "data_digest": benchmark.digest,
     }
     write_answers(out, rows)
@@ -307,7 +307,7 @@ def _finite(scores: dict[str, float]) -> dict[str, float]:
 
 
 def _public(value):
-    """A picture store's description without the passwords that a URI may hold: scores.json is logged."""
+    """An image store's description without the passwords that a URI may hold: scores.json is logged."""
     if isinstance(value, dict):
         return {key: _public(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -337,7 +337,7 @@ def table(result: dict) -> str:
         values = (result[part].get(name) for part in ("scores", "blind", "majority"))
         score, blind, constant = ("" if value is None else f"{value:.1%}" for value in values)
         lines.append(f"{name:<{width}}{count:>10}{score:>10}{blind:>8}{constant:>{column}}".rstrip())
-    lines.append("blind: the same model, another picture")
+    lines.append("blind: the same model, another image")
     lines += result.get("notes", [])
     if not result.get("complete", True):
         missing = result["missing"]

@@ -2,7 +2,7 @@
 
 A score is made only when every item was answered once; otherwise the error says which are missing. Asked to
 (`allow_partial`), it scores what there is, and the result says that it is partial. Greedy answers to questions asked
-alone do not depend on batches, workers or order, and neither does the choice of the other pictures.
+alone do not depend on batches, workers or order, and neither does the choice of the other images.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks import open_benchmark
 from workflows.evaluate.benchmarks.base import Benchmark
 from workflows.evaluate.benchmarks.own_data import TestSources
-from workflows.evaluate.collect import BLIND, SEEING, Workers, bad_prompts, blind_pictures, collect
+from workflows.evaluate.collect import BLIND, SEEING, Workers, bad_prompts, blind_images, collect
 from workflows.evaluate.intervals import find_intervals
 from workflows.evaluate.report import write_report
 from workflows.evaluate.results import (
@@ -75,7 +75,7 @@ def evaluate_benchmark(
         out: folder for what results.py describes; a finished one is read, not repeated. It must be of this model, these
             items, this seed and this length of answers alone (workflows/evaluate/run.py).
         how: workers and batches.
-        seed: of the choice of the other pictures.
+        seed: of the choice of the other images.
         max_new_tokens: longest answer; the protocol's by default.
         allow_partial: score what there is when items are missing.
         label: what a person calls the model.
@@ -98,7 +98,7 @@ def evaluate_benchmark(
     benchmark.missing = cannot
     if cannot and not allow_partial:
         raise Incomplete(benchmark, cannot, "cannot be asked", "Nothing was asked. Mend the files")
-    others = blind_pictures([item for item in benchmark.items if item.id not in cannot], seed)
+    others = blind_images([item for item in benchmark.items if item.id not in cannot], seed)
     replies = collect(benchmark, model, out, how, max_new_tokens or benchmark.max_new_tokens, others, on_progress)
     missing = missing_items(benchmark, replies, others)
     if missing and not allow_partial:
@@ -271,22 +271,22 @@ def log_to_version(client: MlflowClient, name: str, version: str, benchmark: str
 
 
 def choose_example(evaluation: Path, max_tokens: int) -> Example | None:
-    """The first item of a finished evaluation that has a picture which can be read and an answer; None without any.
+    """The first item of a finished evaluation that has an image which can be read and an answer; None without any.
 
     Args:
         evaluation: its folder.
         max_tokens: longest answer that it allowed.
     """
-    from workflows.evaluate.results import read_answers, read_picture, read_scores
+    from workflows.evaluate.results import read_answers, read_image, read_scores
 
     scores = read_scores(evaluation)
     for row in read_answers(evaluation):
         if not row.prediction:
             continue
         try:
-            picture = read_picture(scores, row)
+            image = read_image(scores, row)
         except (OSError, ValueError):
             continue
-        if picture is not None:
-            return Example(picture, row.prompt or row.question, row.prediction, max_tokens)
+        if image is not None:
+            return Example(image, row.prompt or row.question, row.prediction, max_tokens)
     return None

@@ -1,4 +1,4 @@
-"""A PNG of test pictures with questions, right answers and predictions: the figure to look at before the numbers."""
+"""A PNG of test images with questions, right answers and predictions: the figure to look at before the numbers."""
 
 import os
 import random
@@ -7,25 +7,25 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mlmamba.conversation import clean
-from mlmamba.pictures import open_picture
+from mlmamba.images import open_image
 from pipelines.sources import open_source
 from workflows.evaluate.benchmarks.base import normalise
-from workflows.evaluate.questions import Picture, load_questions
+from workflows.evaluate.questions import Image, load_questions
 from workflows.recipe.schema import Recipe
 from workflows.storage.layout import write_atomic
 
 
 def save_example(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """Put one test picture into a folder, for a person to ask about. Returns its `image` path and a `question`."""
-    picture = _sample(recipe, 1)[0]
-    data = open_source(recipe.data.test[picture.source]).read_image(picture.location)
-    file = folder / f"example{Path(picture.location).suffix}"
+    """Put one test image into a folder, for a person to ask about. Returns its `image` path and a `question`."""
+    image = _sample(recipe, 1)[0]
+    data = open_source(recipe.data.test[image.source]).read_image(image.location)
+    file = folder / f"example{Path(image.location).suffix}"
     write_atomic(file, data)
-    return {"image": str(file), "question": clean(picture.questions[0])}
+    return {"image": str(file), "question": clean(image.questions[0])}
 
 
 def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: int = 4, rows: int = 3) -> None:
-    """Draw a seeded sample of pictures, each with up to four questions; wrong answers in red.
+    """Draw a seeded sample of images, each with up to four questions; wrong answers in red.
 
     Args:
         predictions: prediction by question id.
@@ -37,11 +37,11 @@ def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: 
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture in zip(axes.flat, chosen, strict=False):
-        axis.imshow(open_picture(sources[picture.source].read_image(picture.location)))
-        axis.set_title(picture.record_id, fontsize=8, color="0.4")
+    for axis, image in zip(axes.flat, chosen, strict=False):
+        axis.imshow(open_image(sources[image.source].read_image(image.location)))
+        axis.set_title(image.record_id, fontsize=8, color="0.4")
         for line, (question, answer, key) in enumerate(
-            list(zip(picture.questions, picture.answers, picture.ids, strict=True))[:4]
+            list(zip(image.questions, image.answers, image.ids, strict=True))[:4]
         ):
             said = predictions[key]
             right = normalise(said) == normalise(answer)
@@ -55,13 +55,13 @@ def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: 
                 va="top",
                 color="black" if right else "crimson",
             )
-    figure.suptitle(f"{recipe.name}: sample test pictures, questions and answers (red: wrong)", fontsize=11)
+    figure.suptitle(f"{recipe.name}: sample test images, questions and answers (red: wrong)", fontsize=11)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.93, bottom=0.09, hspace=0.55, wspace=0.12)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, out)
 
 
-def _sample(recipe: Recipe, count: int) -> list[Picture]:
-    pictures = [picture for picture in load_questions(recipe.data.test) if picture.location is not None]
-    return random.Random(recipe.seed).sample(pictures, min(count, len(pictures)))
+def _sample(recipe: Recipe, count: int) -> list[Image]:
+    images = [image for image in load_questions(recipe.data.test) if image.location is not None]
+    return random.Random(recipe.seed).sample(images, min(count, len(images)))

@@ -1,14 +1,14 @@
-"""Bootstrap intervals of scores, with whole pictures as the unit.
+"""Bootstrap intervals of scores, with whole images as the unit.
 
-Questions about one picture share that picture: when a model misreads it, several answers fall together. Resampling
-single questions would call such a score surer than it is, so pictures (clusters) are drawn, with all their questions.
-A resample is a vector of counts, how often each picture was drawn, and a score is a function of those counts.
+Questions about one image share that image: when a model misreads it, several answers fall together. Resampling
+single questions would call such a score surer than it is, so images (clusters) are drawn, with all their questions.
+A resample is a vector of counts, how often each image was drawn, and a score is a function of those counts.
 
 The interval is BCa, bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"): scores near 0
 or 1 have skewed errors, which the percentile interval does not follow. Where (nearly)
 all draws give the same score, the bootstrap says nothing; then the interval is what that many equal draws still leave
 possible (for a share of 0 or 1: Clopper and Pearson 1934). Seeded, so the same answers give the same interval.
-With fewer than some 30 pictures every bootstrap interval is too narrow; `Interval.pictures` says how many there were.
+With fewer than some 30 images every bootstrap interval is too narrow; `Interval.images` says how many there were.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -19,26 +19,26 @@ import numpy as np
 
 RESAMPLES, SEED, LEVEL = 2000, 7, 0.95
 _CHUNK_NUMBERS = 4_000_000  # counts held at once
-_GROUPS = 200  # of pictures left out together, for the acceleration
+_GROUPS = 200  # of images left out together, for the acceleration
 _EQUAL = 1e-12
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Counts of pictures (r, k) -> scores (r, T); NaN where a count leaves a score undefined."""
+"""Counts of images (r, k) -> scores (r, T); NaN where a count leaves a score undefined."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A score, its interval, and how many pictures it rests on."""
+    """A score, its interval, and how many images it rests on."""
 
     value: float
     low: float
     high: float
-    pictures: int
+    images: int
 
 
 def bootstrap(
     statistic: Statistic,
-    pictures: int,
+    images: int,
     *,
     counted: Sequence[int] | None = None,
     bounds: Sequence[tuple[float, float]] | None = None,
@@ -50,20 +50,20 @@ def bootstrap(
 
     Args:
         statistic: see `Statistic`.
-        pictures: how many pictures there are (k).
+        images: how many images there are (k).
         counted: how many of them each score rests on; all, by default.
-        bounds: for each score the least and greatest value that one picture may give it; 0 and 1, by default.
+        bounds: for each score the least and greatest value that one image may give it; 0 and 1, by default.
         level: share of repetitions of the whole study whose interval holds the true value.
-        resamples: draws of k pictures.
+        resamples: draws of k images.
 
     Raises:
-        ValueError: there are no pictures.
+        ValueError: there are no images.
     """
-    if pictures < 1:
-        raise ValueError("a bootstrap needs at least one picture")
-    values = statistic(np.ones((1, pictures)))[0]
-    draws, left_out = _resample(statistic, pictures, resamples, seed), _leave_out(statistic, pictures)
-    counted = [pictures] * len(values) if counted is None else counted
+    if images < 1:
+        raise ValueError("a bootstrap needs at least one image")
+    values = statistic(np.ones((1, images)))[0]
+    draws, left_out = _resample(statistic, images, resamples, seed), _leave_out(statistic, images)
+    counted = [images] * len(values) if counted is None else counted
     bounds = [(0.0, 1.0)] * len(values) if bounds is None else bounds
     intervals = []
     for i, value in enumerate(values):
@@ -77,7 +77,7 @@ def ratios(above: np.ndarray, below: np.ndarray, index: np.ndarray) -> Statistic
 
     Args:
         above, below: (n, T), what is summed up over n items for each of T scores, and what that is divided by.
-        index: (n,) picture of every item, from `number`.
+        index: (n,) image of every item, from `number`.
     """
     sums = np.zeros((2, int(index.max()) + 1, above.shape[1]))
     np.add.at(sums[0], index, above)
@@ -96,20 +96,20 @@ def number(clusters: Sequence[Hashable]) -> np.ndarray:
     return np.array([seen.setdefault(cluster, len(seen)) for cluster in clusters], dtype=np.int64)
 
 
-def _resample(statistic: Statistic, pictures: int, resamples: int, seed: int) -> np.ndarray:
+def _resample(statistic: Statistic, images: int, resamples: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    step, values = max(1, _CHUNK_NUMBERS // pictures), []
+    step, values = max(1, _CHUNK_NUMBERS // images), []
     for first in range(0, resamples, step):
         rows = min(step, resamples - first)
-        drawn = rng.integers(pictures, size=(rows, pictures)) + pictures * np.arange(rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=rows * pictures).reshape(rows, pictures)
+        drawn = rng.integers(images, size=(rows, images)) + images * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images)
         values.append(statistic(counts.astype(np.float64)))
     return np.concatenate(values)
 
 
-def _leave_out(statistic: Statistic, pictures: int) -> np.ndarray:
-    """Jackknife: the scores without one picture, or where there are many, without one of `_GROUPS` groups of them."""
-    groups = np.arange(pictures) % min(pictures, _GROUPS)
+def _leave_out(statistic: Statistic, images: int) -> np.ndarray:
+    """Jackknife: the scores without one image, or where there are many, without one of `_GROUPS` groups of them."""
+    groups = np.arange(images) % min(images, _GROUPS)
     return statistic((groups[None, :] != np.arange(groups.max() + 1)[:, None]).astype(np.float64))
 
 

@@ -42,10 +42,10 @@ def _plan_one(
     rows = count_rows(data, folder, tokens, given)
     plan = {"folder": str(folder), "rows": rows.as_dict(), "max_tokens": data.max_tokens, "shards": None}
     if rows.rows is not None:
-        # A packing task holds the rows of one shard, pictures included (DataConfig.shard_rows).
+        # A packing task holds the rows of one shard, images included (DataConfig.shard_rows).
         task = rows.bytes // rows.rows * min(data.shard_rows, rows.rows)
         plan |= {"shards": math.ceil(rows.rows / data.shard_rows), "task_bytes": task}
-        # The tokenized records lie in the work folder, with their pictures, until the shards are whole.
+        # The tokenized records lie in the work folder, with their images, until the shards are whole.
         plan |= {"disk": {"shards": rows.bytes, "work": rows.bytes, "total": 2 * rows.bytes}}
         plan |= {"node_cpus": node_cpus, "nodes": plan_nodes(rows, task, node_cpus)}
     return plan

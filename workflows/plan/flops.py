@@ -4,7 +4,7 @@ Language model, per position and block: projections 2 d (2 e + 2 g n + h) + 2 e 
 scan in its chunked form (Dao and Gu 2024, arXiv 2405.21060, section 6: within chunks 2 q (g n + e), states in and out
 4 e n). Position-wise that is the 2 N per token of the usual estimate (Kaplan et al. 2020, arXiv 2001.08361, section
 2.1) and the scan beside it. The head counts at positions with loss only. Encoder and connector are counted by torch's
-FlopCounterMode on tensors without data, per picture.
+FlopCounterMode on tensors without data, per image.
 
 The backward pass costs a part as much again for the gradients of its weights when it trains, and as much again for the
 gradients of its inputs when it or something before it trains. So a frozen language model behind a training connector
@@ -39,9 +39,9 @@ class Forward:
 def forward_flops(model) -> Forward:
     """Count a model on the meta device. The connector's scan asks for autocast, which that has not: it is faked."""
     size, config = model.config.vision_config.image_size, model.config
-    picture = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
     with torch.no_grad():
-        vision, features = _count(model.vision.eval(), picture)
+        vision, features = _count(model.vision.eval(), image)
         with FakeTensorMode():
             build = build_connector(features.shape[-1], config.text_config.hidden_size, config.connector_config)
             connector, _ = _count(build, torch.zeros(features.shape), model.vision.grid)
@@ -68,7 +68,7 @@ def training_flops(
         trains: parts that train.
         tokens: positions, padding included.
         loss_tokens: those with a label.
-        images: pictures.
+        images: images.
         recompute: activation checkpointing.
     """
     language = tokens * forward.language_per_token

@@ -112,7 +112,7 @@ def activations(text, tokens: int, loss_tokens: int, connector: int, half: bool,
         text: the language model's config.
         tokens: positions of the micro batch, padding included.
         loss_tokens: those with a label.
-        connector: bytes that the connector keeps for the micro batch's pictures.
+        connector: bytes that the connector keeps for the micro batch's images.
         half: compute in bf16.
         kernels: the scan is that of mamba_ssm, which keeps no float32 copies.
     """

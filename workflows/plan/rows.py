@@ -24,17 +24,17 @@ class Published:
 
     records: int
     images: float
-    """Pictures per record."""
+    """Images per record."""
     text: int
     """Tokens of text per record, prompts and marks of the turns included."""
     loss: int
     """Of these, tokens with loss."""
     bytes: int = 100_000
-    """Of one encoded picture."""
+    """Of one encoded image."""
 
 
 # By the name of the file of records. blip_laion_cc_sbu_558k.json has 558,128 captions; llava_v1_5_mix665k.json has
-# 665,298 conversations, 40,688 of them (ShareGPT's) without a picture; LVIS-Instruct4V has 222,697. Bytes of a picture:
+# 665,298 conversations, 40,688 of them (ShareGPT's) without an image; LVIS-Instruct4V has 222,697. Bytes of an image:
 # the size of the published archives over their files.
 PUBLISHED: dict[str, Published] = {
     "blip_laion_cc_sbu_558k.json": Published(558_128, 1.0, 32, 14, 48_000),
@@ -42,7 +42,7 @@ PUBLISHED: dict[str, Published] = {
     "lvis_instruct4v_220k.json": Published(222_697, 1.0, 330, 280, 160_000),
 }
 EASY_VQA = {"train": (4000, 38_575), "test": (1000, 9_673)}
-"""Pictures and questions of the easy-vqa package, by split."""
+"""Images and questions of the easy-vqa package, by split."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Rows:
     """Without padding."""
     loss_tokens: int | None
     bytes: int | None
-    """Of the shards, which hold the encoded pictures."""
+    """Of the shards, which hold the encoded images."""
     estimated: bool
     how: str
 
@@ -126,11 +126,11 @@ def _published(source: SourceBase, given: tuple[int, int | None] | None) -> Publ
 
 def _known(source: SourceBase) -> Published | None:
     if source.type == "easy_vqa":
-        pictures, questions = EASY_VQA["test" if source.split == "test" else "train"]
-        share = source.validation_images / pictures
+        images, questions = EASY_VQA["test" if source.split == "test" else "train"]
+        share = source.validation_images / images
         part = {"train": 1 - share, "validation": share, "test": 1.0}[source.split]
-        each = questions / pictures  # a record is a picture with all its questions, of 16 tokens with the answer
-        return Published(round(pictures * part), 1.0, round(each * 16), round(each * 2), 2_000)
+        each = questions / images  # a record is an image with all its questions, of 16 tokens with the answer
+        return Published(round(images * part), 1.0, round(each * 16), round(each * 2), 2_000)
     file = getattr(source, "annotations", None) or getattr(source, "table", None) or ""
     return PUBLISHED.get(Path(str(file)).name)
 

@@ -32,7 +32,7 @@ def data_text(plan: dict) -> str:
         if rows["rows"] is not None:
             disk = data["disk"]
             lines += [
-                f"  samples   {about}{rows['samples']:,} with {about}{rows['images']:,} pictures, "
+                f"  samples   {about}{rows['samples']:,} with {about}{rows['images']:,} images, "
                 f"{about}{rows['tokens']:,} tokens",
                 f"  rows      {about}{rows['rows']:,} of {data['max_tokens']:,} tokens in {about}{data['shards']:,} "
                 "shards",

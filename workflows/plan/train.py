@@ -146,12 +146,12 @@ def _memory(
 ) -> dict:
     """One worker's memory by ZeRO stage, and what the activations take."""
     half, rows = train.precision == "bf16", stage.micro_batch_rows
-    pictures = math.ceil(rows * per_row["images"])
+    images = math.ceil(rows * per_row["images"])
     kept = activations(
         model.config.text_config,
         rows * length,
         math.ceil(rows * per_row["loss_tokens"]),
-        _connector_bytes(model, pictures, stage),
+        _connector_bytes(model, images, stage),
         half,
         machine.kernels,
     )
@@ -175,15 +175,15 @@ def _memory(
     }
 
 
-def _connector_bytes(model, pictures: int, stage: StageRecipe) -> int:
-    """What autograd keeps of the connector for so many pictures, in float32: an upper bound for bf16."""
+def _connector_bytes(model, images: int, stage: StageRecipe) -> int:
+    """What autograd keeps of the connector for so many images, in float32: an upper bound for bf16."""
     if not {"connector", "vision"} & set(stage.trains):
         return 0
     (height, width), config = model.vision.grid, model.config
     with FakeTensorMode():
         connector = build_connector(model.vision.channels, config.text_config.hidden_size, config.connector_config)
         features = torch.zeros(1, height * width, model.vision.channels)
-        return pictures * saved_bytes(connector, features, model.vision.grid)
+        return images * saved_bytes(connector, features, model.vision.grid)
 
 
 def meta_model(recipe: Recipe, layout: Layout) -> tuple[MLMambaForConditionalGeneration, dict[str, int], str]:

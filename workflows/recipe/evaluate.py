@@ -1,6 +1,6 @@
 """The recipe's evaluation and the gate before promotion."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,7 +56,7 @@ class BenchmarkRecipe(StrictModel):
     data: str
     """Folder of its published files, path or URI."""
     images: str | None = None
-    """Folder or zip of its pictures, where they are not in a usual place below `data`."""
+    """Folder or zip of its images, where they are not in a usual place below `data`."""
     split: str | None = None
     """For benchmarks with several: vsr's zeroshot or random, the validation or train of shards."""
     questions: int | None = Field(None, gt=0)
@@ -66,14 +66,16 @@ class BenchmarkRecipe(StrictModel):
 class EvaluateRecipe(StrictModel):
     """How the test sources are scored."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"batch_pictures": "batch_images"}
+
     workers: int = Field(1, gt=0)
     """Processes that answer questions."""
     cpus_per_worker: int = Field(1, gt=0)
     """CPU cores, and torch threads, of one process."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of one process; a half lets two share one."""
-    batch_pictures: int = Field(16, gt=0)
-    """Pictures in one batch, with all their questions. Changes speed only."""
+    batch_images: int = Field(16, gt=0)
+    """Images in one batch, with all their questions. Changes speed only."""
     batch_questions: int = Field(64, gt=0)
     """Most questions in one forward pass. Changes speed and memory only."""
     max_new_tokens: int = Field(8, gt=0)

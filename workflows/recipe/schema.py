@@ -23,7 +23,7 @@ class DataRecipe(StrictModel):
     seed: int = 7
     """Seed of the packing. A recipe that is to find the data set made has the same."""
     tokens_per_image: int = Field(gt=0)
-    """Tokens that the model which is to train on it has for a picture: 729 for ML-Mamba's encoders at 384 px."""
+    """Tokens that the model which is to train on it has for an image: 729 for ML-Mamba's encoders at 384 px."""
     data: DataConfig
     """The data set."""
 

@@ -44,6 +44,10 @@ class StageRecipe(StrictModel):
     """Peak learning rates of single parts, as {vision: 2.0e-6}; the others have learning_rate."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay; never on biases, norms, A_log, dt_bias and D."""
+    betas: Annotated[tuple[float, float], Decides.WHEN_SET] = (0.9, 0.98)
+    """AdamW's decay rates of the two moments."""
+    eps: Annotated[float, Decides.WHEN_SET] = Field(1e-8, gt=0)
+    """AdamW's term that keeps the division from zero."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps with linearly rising learning rate."""
     batch_rows: int = Field(gt=0)
@@ -71,6 +75,8 @@ class StageRecipe(StrictModel):
                 raise ValueError(f"learning_rates.{part} is given, but trains does not name {part}")
             if rate <= 0:
                 raise ValueError(f"learning_rates.{part} = {rate}: give more than 0, or take {part} out of trains")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)}: each is at least 0 and under 1")
         if self.lora and "language_model" not in self.trains:
             raise ValueError("lora adapts the language model: add language_model to trains, or drop lora")
         return self

@@ -50,7 +50,7 @@ class ResolvedModel:
     version: str | None = None
     run_id: str | None = None
     example: Path | None = None
-    """Folder with a picture, a question and the answer that the evaluation saw (register.py), where there is one."""
+    """Folder with an image, a question and the answer that the evaluation saw (register.py), where there is one."""
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""The registered model as an MLflow pyfunc (models from code): a frame of pictures and questions in, answers out."""
+"""The registered model as an MLflow pyfunc (models from code): a frame of images and questions in, answers out."""
 
 import mlflow
 import pandas as pd

@@ -23,9 +23,9 @@ from workflows.tracking.tracker import Tracker, git_revision
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one picture. Serving asks it before it takes a version."""
+    """One question about one image. Serving asks it before it takes a version."""
 
-    picture: bytes
+    image: bytes
     """Encoded."""
     question: str
     answer: str
@@ -35,7 +35,7 @@ class Example:
     def save(self, folder: Path) -> None:
         """Write it to a new folder."""
         folder.mkdir(parents=True)
-        (folder / _PICTURE).write_bytes(self.picture)
+        (folder / _IMAGE).write_bytes(self.image)
         content = {"question": self.question, "answer": self.answer, "max_tokens": self.max_tokens}
         (folder / _FILE).write_text(json.dumps(content, indent=2))
 
@@ -43,8 +43,9 @@ class Example:
     def load(cls, folder: Path) -> "Example":
         """What `save` wrote. Raises OSError, ValueError, TypeError or KeyError."""
         content = json.loads((folder / _FILE).read_text())
-        picture = (folder / _PICTURE).read_bytes()
-        return cls(picture, str(content["question"]), str(content["answer"]), int(content["max_tokens"]))
+        earlier = folder / "picture"  # its name in versions registered by mlmamba 0.1
+        image = (earlier if earlier.exists() else folder / _IMAGE).read_bytes()
+        return cls(image, str(content["question"]), str(content["answer"]), int(content["max_tokens"]))
 
 
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # results go there, in JSON perhaps
@@ -154,4 +155,4 @@ def _create(tracker: Tracker, name: str, model: Path, example: Example | None, t
     return client.create_model_version(name, info.model_uri, tracker.run_id, tags, model_id=info.model_id)
 
 
-_FILE, _PICTURE = "example.json", "picture"
+_FILE, _IMAGE = "example.json", "image"

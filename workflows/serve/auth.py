@@ -1,4 +1,4 @@
-"""Who may ask, and which pictures may be fetched. Keys themselves are never part of a config."""
+"""Who may ask, and which images may be fetched. Keys themselves are never part of a config."""
 
 import hashlib
 import hmac
@@ -23,7 +23,7 @@ class Access(StrictModel):
     """File with one API key a line (`#` begins a comment), readable where the replica runs. Keys are also read from the
     environment variable MLMAMBA_API_KEYS, separated by commas."""
     image_urls: tuple[str, ...] = ()
-    """Addresses from which pictures may be fetched, such as https://pictures.example.com/shared/* (the host may begin
+    """Addresses from which images may be fetched, such as https://images.example.com/shared/* (the host may begin
     with `*.`, the path may hold `*`). None by default. Private, loopback and link-local addresses never are."""
     log_requests: bool = True
     """Write one line of JSON for each request, without what was asked or answered."""

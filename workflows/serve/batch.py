@@ -1,6 +1,6 @@
 """Continuous batching for a recurrent model: sequences join and leave the running batch between two steps.
 
-A step of the engine encodes some pictures, reads one piece of some prompts, and gives every running answer its next
+A step of the engine encodes some images, reads one piece of some prompts, and gives every running answer its next
 token. Each part is bounded, so that a long prompt holds up running answers by one piece at most. Rows do not see each
 other: padding is masked, so a greedy answer is the one that the prompt gets alone, but for rounding.
 """
@@ -53,7 +53,7 @@ class Batch:
     def step(self) -> None:
         """Go on with every sequence, as far as one step goes."""
         self._free()
-        self._encode_pictures()
+        self._encode_images()
         self._read_prompts()
         self._answer()
         self._free()
@@ -82,14 +82,14 @@ class Batch:
                 if slot < len(self.running):
                     self.running[slot] = last
 
-    def _encode_pictures(self) -> None:
-        """Pictures of the prompts that come next, at most `pictures_at_once` of them (or one prompt's)."""
+    def _encode_images(self) -> None:
+        """Images of the prompts that come next, at most `images_at_once` of them (or one prompt's)."""
         group: list[Sequence] = []
         for sequence in self.reading:
             if sequence.prompt.pixels is None or sequence.features is not None or sequence.read:
                 continue
             count = sum(len(s.prompt.pixels) for s in group) + len(sequence.prompt.pixels)
-            if group and count > self._limits.pictures_at_once:
+            if group and count > self._limits.images_at_once:
                 break
             group.append(sequence)
         if group:
@@ -97,7 +97,7 @@ class Batch:
 
     def _encode(self, group: list[Sequence]) -> None:
         pixels = torch.cat([sequence.prompt.pixels for sequence in group]).to(self._model.device)
-        pieces = pixels.split(self._limits.pictures_at_once)
+        pieces = pixels.split(self._limits.images_at_once)
         features = torch.cat([self._model.get_image_features(piece) for piece in pieces])
         counts = [len(sequence.prompt.pixels) for sequence in group]
         for sequence, own in zip(group, features.split(counts), strict=True):

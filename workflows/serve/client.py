@@ -1,4 +1,4 @@
-"""A client in the standard library's means: one question, with or without a picture."""
+"""A client in the standard library's means: one question, with or without an image."""
 
 import base64
 import json
@@ -29,13 +29,13 @@ def ask(
     Args:
         url: the service, such as http://127.0.0.1:8000.
         question: the text.
-        image: a picture's file or its encoded bytes.
+        image: an image's file or its encoded bytes.
         api_key: for a service that asks for one.
         options: further fields of the request, such as max_tokens.
 
     Raises:
         ServiceError: the service refused or failed.
-        OSError: there is no service there, or the picture's file cannot be read.
+        OSError: there is no service there, or the image's file cannot be read.
     """
     parts: list[dict] = [{"type": "text", "text": question}]
     if image is not None:
@@ -46,7 +46,7 @@ def ask(
 
 
 def data_uri(image: str | Path | bytes) -> str:
-    """A picture as a data: URI. The service recognises the format from the data, whatever the type says."""
+    """An image as a data: URI. The service recognises the format from the data, whatever the type says."""
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
     kind = None if isinstance(image, bytes) else mimetypes.guess_type(image)[0]
     return f"data:{kind or 'image/png'};base64,{base64.b64encode(data).decode()}"

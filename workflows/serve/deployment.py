@@ -54,7 +54,7 @@ class ServeOptions(StrictModel):
     limits: Limits = Limits()
     """Limits of one replica."""
     access: Access = Access()
-    """Who may ask, and which pictures may be fetched."""
+    """Who may ask, and which images may be fetched."""
     require_keys: bool = False
     """Do not start without API keys: set where others than this machine can reach the service."""
     swap: SwapOptions = SwapOptions()

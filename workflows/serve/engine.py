@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
-from mlmamba.pictures import to_pixels
+from mlmamba.images import to_pixels
 from workflows.serve.batch import Batch
 from workflows.serve.detokenize import TokenText
 from workflows.serve.metrics import Metrics
@@ -73,9 +73,9 @@ class Engine:
         self._worker.start()
 
     @property
-    def max_pictures(self) -> int:
-        """Pictures that the longest prompt has room for, and one request may show."""
-        return min(self._processor.max_length // self._processor.tokens_per_image, self.limits.pictures)
+    def max_images(self) -> int:
+        """Images that the longest prompt has room for, and one request may show."""
+        return min(self._processor.max_length // self._processor.tokens_per_image, self.limits.images)
 
     @property
     def alive(self) -> bool:
@@ -88,15 +88,15 @@ class Engine:
         return len(self._waiting), len(self._batch)
 
     def warm_up(self) -> None:
-        """Answer one question about a blank picture: a model that cannot fails here, before anyone asks it."""
+        """Answer one question about a blank image: a model that cannot fails here, before anyone asks it."""
         size = self._processor.image_size
         prompt = self.prepare([Turn("user", "?", images=1)], [Image.new("RGB", (size, size))])
         self.submit(prompt, Settings(max_tokens=2)).result()
 
-    def prepare(self, turns: list[Turn], pictures: Iterable[Image.Image]) -> Prompt:
-        """Tokenize turns and resize their pictures, in the caller's thread.
+    def prepare(self, turns: list[Turn], images: Iterable[Image.Image]) -> Prompt:
+        """Tokenize turns and resize their images, in the caller's thread.
 
-        Pictures are taken one by one after the text has passed, so an iterable that decodes them holds one at a time.
+        Images are taken one by one after the text has passed, so an iterable that decodes them holds one at a time.
 
         Raises:
             ControlText: a message holds a mark of the prompt format or a special token.
@@ -104,10 +104,10 @@ class Engine:
         """
         self._refuse_marks(turns)
         ids = self._processor.tokenize([self._processor.prompt(turns)])["input_ids"][0]
-        pixels = [to_pixels(picture, self._processor.image_size) for picture in pictures]
+        pixels = [to_pixels(image, self._processor.image_size) for image in images]
         shown = sum(turn.images for turn in turns)
         if len(pixels) != shown:
-            raise ValueError(f"the turns show {shown} pictures, {len(pixels)} were given")
+            raise ValueError(f"the turns show {shown} images, {len(pixels)} were given")
         return Prompt(ids, torch.from_numpy(np.stack(pixels)) if pixels else None)
 
     def submit(

@@ -9,7 +9,7 @@
 
 Every response carries `x-model-version` (name/version of the registered model, or the folder's name) and, for a
 registered model, `x-model-run-id` (the MLflow run that made it). With API keys, everything under /v1 needs one.
-Prompts, pictures and answers are never logged.
+Prompts, images and answers are never logged.
 """
 
 import asyncio
@@ -178,7 +178,7 @@ class Bodies:
 
     def _too_large(self) -> ApiError:
         limit = self._limits.body_bytes
-        return ApiError(413, f"the body is over the limit of {limit:,} bytes; send smaller pictures", code="too_large")
+        return ApiError(413, f"the body is over the limit of {limit:,} bytes; send smaller images", code="too_large")
 
 
 async def unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
@@ -368,7 +368,7 @@ class RequestLog:
 
 def _details(conversation: "Conversation") -> dict:
     answers = conversation.answers
-    details = {"id": conversation.id, "stream": conversation.streams, "pictures": conversation.pictures}
+    details = {"id": conversation.id, "stream": conversation.streams, "images": conversation.images}
     if not answers:
         return details | {"finish_reason": None}
     first = answers[0]

@@ -1,7 +1,7 @@
-"""Messages of a request to what the model knows: alternating turns, and their pictures in reading order.
+"""Messages of a request to what the model knows: alternating turns, and their images in reading order.
 
 The model's format has no system prompt, so the text of leading system messages becomes the first paragraphs of the
-first user turn. Pictures stand before their turn's text, wherever among its parts they were sent.
+first user turn. Images stand before their turn's text, wherever among its parts they were sent.
 """
 
 import base64
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from PIL import Image
 
 from mlmamba.conversation import Turn
-from mlmamba.pictures import PictureError, open_picture
+from mlmamba.images import ImageError, open_image
 from pipelines.validate import FORMATS
 from workflows.serve.openai import Message, bad_request
 from workflows.serve.options import Limits
@@ -22,32 +22,32 @@ SYSTEM_ROLES = ("system", "developer")
 
 
 def read_messages(
-    messages: list[Message], limits: Limits, max_pictures: int, fetcher: Fetcher | None = None
+    messages: list[Message], limits: Limits, max_images: int, fetcher: Fetcher | None = None
 ) -> tuple[list[Turn], Iterator[Image.Image]]:
-    """Turns of a request, and its pictures, each decoded when it is asked for: together they could fill the memory.
+    """Turns of a request, and its images, each decoded when it is asked for: together they could fill the memory.
 
     Args:
         messages: as sent.
-        limits: the picture limits.
-        max_pictures: as many as a prompt may show.
-        fetcher: for pictures that are not sent along; None refuses them.
+        limits: the image limits.
+        max_images: as many as a prompt may show.
+        fetcher: for images that are not sent along; None refuses them.
 
     Raises:
-        ApiError: 400; roles are out of order, a turn is empty, or (while the pictures are taken) a picture cannot be
+        ApiError: 400; roles are out of order, a turn is empty, or (while the images are taken) an image cannot be
             used.
     """
     turns = _turns(messages)
     count = sum(turn.images for turn in turns)
-    if count > max_pictures:  # before any is decoded
+    if count > max_images:  # before any is decoded
         raise bad_request(
-            f"the messages show {count} pictures, the model has room for {max_pictures}",
+            f"the messages show {count} images, the model has room for {max_images}",
             "messages",
-            "too_many_pictures",
+            "too_many_images",
         )
-    return turns, _pictures(messages, limits, fetcher)
+    return turns, _images(messages, limits, fetcher)
 
 
-def _pictures(messages: list[Message], limits: Limits, fetcher: Fetcher | None) -> Iterator[Image.Image]:
+def _images(messages: list[Message], limits: Limits, fetcher: Fetcher | None) -> Iterator[Image.Image]:
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content):
             if part.image_url is not None and part.type == "image_url":
@@ -64,7 +64,7 @@ def _turns(messages: list[Message]) -> list[Turn]:
     for i, message in enumerate(messages):
         shown = sum(part.type == "image_url" for part in message.content)
         if shown and message.role != "user":
-            raise bad_request(f"messages[{i}]: only user messages may show pictures", f"messages[{i}].content")
+            raise bad_request(f"messages[{i}]: only user messages may show images", f"messages[{i}].content")
         if i < len(system):
             continue
         expected = "assistant" if len(turns) % 2 else "user"
@@ -88,14 +88,14 @@ def _text(message: Message) -> str:
 
 
 def _data(url: str, limits: Limits, fetcher: Fetcher | None, param: str) -> bytes:
-    """Encoded picture behind a data: URI, or an address where fetching is allowed."""
+    """Encoded image behind a data: URI, or an address where fetching is allowed."""
     if url[:5].lower() == "data:":
         return _embedded(url, limits, param)
     if not fetcher or not url.lower().startswith(("http://", "https://")):
         raise bad_request(
-            f"{param}: pictures are not fetched from the network; send a data: URI (data:image/png;base64,...)",
+            f"{param}: images are not fetched from the network; send a data: URI (data:image/png;base64,...)",
             param,
-            "remote_picture",
+            "remote_image",
         )
     try:
         return fetcher.fetch(url)
@@ -107,11 +107,11 @@ def _embedded(url: str, limits: Limits, param: str) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
         raise bad_request(f"{param}: not of the form data:image/TYPE;base64,DATA", param, "invalid_data_uri")
-    if len(body) * 3 // 4 > limits.picture_bytes + 2:
+    if len(body) * 3 // 4 > limits.image_bytes + 2:
         raise bad_request(
-            f"{param}: the picture has about {len(body) * 3 // 4:,} bytes, over the limit of {limits.picture_bytes:,}",
+            f"{param}: the image has about {len(body) * 3 // 4:,} bytes, over the limit of {limits.image_bytes:,}",
             param,
-            "picture_too_large",
+            "image_too_large",
         )
     try:
         return base64.b64decode("".join(body.split()), validate=True)  # line breaks are what `base64` writes
@@ -122,8 +122,8 @@ def _embedded(url: str, limits: Limits, param: str) -> bytes:
 def _decode(data: bytes, limits: Limits, param: str) -> Image.Image:
     try:
         _check_format(data)
-        return open_picture(data, limits.picture_pixels)
-    except PictureError as error:
+        return open_image(data, limits.image_pixels)
+    except ImageError as error:
         raise bad_request(f"{param}: {error}", param, error.reason) from error
 
 
@@ -133,7 +133,7 @@ def _check_format(data: bytes) -> None:
         with Image.open(io.BytesIO(data), formats=FORMATS):
             pass
     except Image.DecompressionBombError as error:
-        raise PictureError("image_bomb", "the picture has far too many pixels") from error
+        raise ImageError("image_bomb", "the image has far too many pixels") from error
     except Exception as error:
         formats = ", ".join(FORMATS)
-        raise PictureError("image_unreadable", f"not a picture of a known format ({formats})") from error
+        raise ImageError("image_unreadable", f"not an image of a known format ({formats})") from error

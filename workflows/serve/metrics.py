@@ -23,7 +23,7 @@ from workflows.serve.sampling import Answer
 
 COUNTERS = {
     "mlmamba_requests_total": "Requests by HTTP status.",
-    "mlmamba_prompt_tokens_total": "Prompt tokens read, placeholders of pictures included.",
+    "mlmamba_prompt_tokens_total": "Prompt tokens read, placeholders of images included.",
     "mlmamba_completion_tokens_total": "Tokens of answers.",
 }
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]

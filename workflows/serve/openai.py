@@ -154,7 +154,7 @@ class Completion:
 
 
 def usage(answers: list[Answer]) -> dict[str, int]:
-    """Token counts of the answers to one prompt; a picture counts with all its placeholders, an answer with its end."""
+    """Token counts of the answers to one prompt; an image counts with all its placeholders, an answer with its end."""
     prompt, made = answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
@@ -185,13 +185,13 @@ class _Form(BaseModel):
 
 
 class ImageUrl(_Form):
-    """Where a picture is: a data: URI, or an address where the server fetches pictures."""
+    """Where an image is: a data: URI, or an address where the server fetches images."""
 
     url: str
 
 
 class Part(_Form):
-    """One part of a message: text or a picture."""
+    """One part of a message: text or an image."""
 
     type: str
     text: str | None = None

@@ -1,8 +1,10 @@
 """What one replica accepts. Every limit is reported to the client that meets it."""
 
+from typing import ClassVar
+
 from pydantic import ConfigDict, Field
 
-from mlmamba.pictures import MAX_PIXELS
+from mlmamba.images import MAX_PIXELS
 from pipelines.config import StrictModel
 
 
@@ -10,6 +12,12 @@ class Limits(StrictModel):
     """Limits of one replica."""
 
     model_config = ConfigDict(frozen=True)
+    RENAMED: ClassVar[dict[str, str]] = {
+        "pictures": "images",
+        "pictures_at_once": "images_at_once",
+        "picture_bytes": "image_bytes",
+        "picture_pixels": "image_pixels",
+    }
 
     max_batch: int = Field(32, gt=0)
     """Answers that are made together: the number of slots, each as large as the model's recurrent state."""
@@ -17,8 +25,8 @@ class Limits(StrictModel):
     """Requests that wait for their turn; one more is told to come back later (429)."""
     prefill_tokens: int = Field(512, gt=0)
     """Prompt tokens that are read between two steps of the running answers; a longer prompt is read in pieces."""
-    pictures_at_once: int = Field(4, gt=0)
-    """Pictures that are encoded together, between two steps of the running answers."""
+    images_at_once: int = Field(4, gt=0)
+    """Images that are encoded together, between two steps of the running answers."""
     deadline_seconds: float = Field(300, gt=0)
     """Longest time from a request's arrival in the queue to the end of its answer (504)."""
     max_tokens: int = Field(1024, gt=0)
@@ -33,11 +41,11 @@ class Limits(StrictModel):
     """Longest time that a request's body may take to arrive (408)."""
     held_bytes: int = Field(512 * 2**20, gt=0)
     """Bodies held at once, together; one more byte is told to come back later (429)."""
-    pictures: int = Field(16, gt=0)
-    """Most pictures of one request, where its prompt has room for them."""
-    picture_bytes: int = Field(20 * 2**20, gt=0)
-    """Largest encoded picture."""
-    picture_pixels: int = Field(MAX_PIXELS, gt=0)
-    """Most pixels of a decoded picture."""
+    images: int = Field(16, gt=0)
+    """Most images of one request, where its prompt has room for them."""
+    image_bytes: int = Field(20 * 2**20, gt=0)
+    """Largest encoded image."""
+    image_pixels: int = Field(MAX_PIXELS, gt=0)
+    """Most pixels of a decoded image."""
     fetch_seconds: float = Field(10, gt=0)
-    """Longest time to fetch one picture from an allowed address."""
+    """Longest time to fetch one image from an allowed address."""

@@ -1,4 +1,4 @@
-"""Fetching a picture from an address that the service's owner allows, and from nowhere else.
+"""Fetching an image from an address that the service's owner allows, and from nowhere else.
 
 The address must match a pattern; its host is resolved once, every address found must be public, and the connection goes
 to the address that was checked, so that a second answer of the name server cannot lead elsewhere. Redirects pass the
@@ -23,7 +23,7 @@ _NAT64, _LOCAL_NAT64 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_networ
 
 
 class FetchError(Exception):
-    """A picture that is not fetched. `code` is a short stable name."""
+    """An image that is not fetched. `code` is a short stable name."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -79,12 +79,12 @@ def is_public(address: str) -> bool:
 
 
 class Fetcher:
-    """Fetches pictures.
+    """Fetches images.
 
     Args:
         patterns: which addresses are allowed; see `UrlPattern`.
-        most_bytes: largest picture.
-        seconds: longest time for one picture, redirects included.
+        most_bytes: largest image.
+        seconds: longest time for one image, redirects included.
         allowed: whether an IP address may be connected to.
         resolve: host and port to addresses, as `socket.getaddrinfo`.
         context: how TLS servers are verified; the system's authorities by default.
@@ -110,7 +110,7 @@ class Fetcher:
         """The bytes behind a URL.
 
         Raises:
-            FetchError: the address is not allowed, or there is no picture of the allowed size there in time.
+            FetchError: the address is not allowed, or there is no image of the allowed size there in time.
         """
         end = time.monotonic() + self._seconds
         for _ in range(_REDIRECTS + 1):
@@ -119,14 +119,14 @@ class Fetcher:
             try:
                 found = self._get(parts, address, end)
             except TimeoutError as error:
-                raise FetchError("picture_slow", f"the picture did not come within {self._seconds:g} s") from error
+                raise FetchError("image_slow", f"the image did not come within {self._seconds:g} s") from error
             except (OSError, http.client.HTTPException) as error:
-                message = f"the picture's server could not be read ({type(error).__name__})"
-                raise FetchError("picture_unavailable", message) from error
+                message = f"the image's server could not be read ({type(error).__name__})"
+                raise FetchError("image_unavailable", message) from error
             if isinstance(found, bytes):
                 return found
             url = urljoin(url, found)
-        raise FetchError("picture_unavailable", f"the picture's server redirects more than {_REDIRECTS} times")
+        raise FetchError("image_unavailable", f"the image's server redirects more than {_REDIRECTS} times")
 
     def _check(self, url: str) -> SplitResult:
         try:
@@ -135,11 +135,11 @@ class Fetcher:
             parts = urlsplit(url)
             _ = parts.port  # raises where it is no number
         except ValueError as error:
-            raise FetchError("picture_forbidden", "the picture's address is not a URL") from error
+            raise FetchError("image_forbidden", "the image's address is not a URL") from error
         steps = unquote(parts.path).replace("\\", "/").split("/")
         named = parts.username is None and parts.password is None
         if ".." in steps or not named or not any(pattern.matches(parts) for pattern in self._patterns):
-            raise FetchError("picture_forbidden", "this server does not fetch pictures from that address")
+            raise FetchError("image_forbidden", "this server does not fetch images from that address")
         return parts
 
     def _address(self, parts: SplitResult) -> str:
@@ -147,10 +147,10 @@ class Fetcher:
         try:
             found = self._resolve(parts.hostname, parts.port or PORTS[parts.scheme], type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise FetchError("picture_unavailable", "the picture's host has no address") from error
+            raise FetchError("image_unavailable", "the image's host has no address") from error
         addresses = [entry[4][0] for entry in found]
         if not addresses or not all(map(self._allowed, addresses)):
-            raise FetchError("picture_forbidden", "this server does not fetch pictures from that address")
+            raise FetchError("image_forbidden", "this server does not fetch images from that address")
         return addresses[0]
 
     def _get(self, parts: SplitResult, address: str, end: float) -> bytes | str:
@@ -166,10 +166,10 @@ class Fetcher:
             if reply.status in (301, 302, 303, 307, 308) and reply.headers.get("Location"):
                 return reply.headers["Location"]
             if reply.status != 200:
-                raise FetchError("picture_unavailable", f"the picture's server answers with status {reply.status}")
+                raise FetchError("image_unavailable", f"the image's server answers with status {reply.status}")
             body = reply.read(self._most_bytes + 1)
             if len(body) > self._most_bytes:
-                raise FetchError("picture_too_large", f"the picture is over the limit of {self._most_bytes:,} bytes")
+                raise FetchError("image_too_large", f"the image is over the limit of {self._most_bytes:,} bytes")
             return body
         finally:
             alarm.cancel()

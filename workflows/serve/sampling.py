@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt (l,) and its pictures, uint8 (n, 3, s, s) or None."""
+    """A tokenized prompt (l,) and its images, uint8 (n, 3, s, s) or None."""
 
     input_ids: Tensor
     pixels: Tensor | None

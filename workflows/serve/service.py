@@ -34,7 +34,7 @@ from workflows.serve.sequence import DeadlineExceeded
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 15  # proxies cut connections that are silent, as while a request waits for its slot
-READERS = 2  # requests whose pictures are decoded at once; each may take picture_pixels x 3 bytes
+READERS = 2  # requests whose images are decoded at once; each may take image_pixels x 3 bytes
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Served:
 
     def read(self, messages: list[Message], fetcher: Fetcher) -> Prompt:
         """Messages to a prompt. Raises ApiError."""
-        turns, pictures = read_messages(messages, self.engine.limits, self.engine.max_pictures, fetcher)
+        turns, images = read_messages(messages, self.engine.limits, self.engine.max_images, fetcher)
         try:
-            return self.engine.prepare(turns, pictures)
+            return self.engine.prepare(turns, images)
         except ControlText as error:
             raise bad_request(str(error), "messages", "control_text") from error
         except ValueError as error:
@@ -85,7 +85,7 @@ class Service:
         self.limits, self.access = limits, access or Access()
         self.keys = Keys(self.access.keys(dict(os.environ)))
         self.metrics = default_metrics()
-        self.fetcher = Fetcher(self.access.image_urls, limits.picture_bytes, limits.fetch_seconds)
+        self.fetcher = Fetcher(self.access.image_urls, limits.image_bytes, limits.fetch_seconds)
         self.since = int(time.time())
         self._served: Served | None = None
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
@@ -170,7 +170,7 @@ class Conversation:
 
     def __init__(self, served: Served, request: ChatRequest, prompt: Prompt, settings: list[Settings]):
         self.served, self.streams = served, bool(request.stream)
-        self.pictures = 0 if prompt.pixels is None else len(prompt.pixels)
+        self.images = 0 if prompt.pixels is None else len(prompt.pixels)
         self.answers: list[Answer] = []
         self._usage = bool(request.stream_options and request.stream_options.include_usage)
         self._completion = Completion(served.source, settings[0].logprobs is not None)

@@ -263,7 +263,7 @@ serving   {source.label}{run}{f", {replicas} replicas" if replicas > 1 else ""}
 at        {url}/v1 (OpenAI style; Ctrl-C stops)
 ask       curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d @- <<END
 {{"messages": [{{"role": "user", "content": [
-  {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,$(base64 < picture.png | tr -d '\\n')"}}}},
+  {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,$(base64 < image.png | tr -d '\\n')"}}}},
   {{"type": "text", "text": "what is shown?"}}]}}]}}
 END
 """

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 
 from mlmamba.conversation import Turn
+from mlmamba.images import ImageError, open_image
 from mlmamba.loading import load_model
-from mlmamba.pictures import PictureError, open_picture
 from pipelines.config import StrictModel
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.base import normalise
@@ -49,7 +49,7 @@ class SwapOptions(StrictModel):
     """Most models in memory at once: the served one, one being loaded, and those that finish their last answers. With 2
     a new one is loaded only when the old one has finished."""
     same_answer: bool = False
-    """Refuse a version whose answer to its stored picture is not the one that the evaluation got. Leave it off where
+    """Refuse a version whose answer to its stored image is not the one that the evaluation got. Leave it off where
     serving computes on other hardware or in another precision; the difference is logged then."""
 
 
@@ -230,7 +230,7 @@ def load(
 def _compare(expected: str | None, answer: str, label: str, required: bool) -> None:
     if expected is None or normalise(answer) == normalise(expected):
         return
-    message = f"its answer to the stored picture is {answer!r}, it was {expected!r} when it was registered"
+    message = f"its answer to the stored image is {answer!r}, it was {expected!r} when it was registered"
     if required:
         raise SmokeFailed(message)
     logger.warning("%s: %s", label, message)
@@ -260,43 +260,43 @@ class Smoke:
     def __init__(self, example: Path | None):
         self.expected: str | None = None
         self._question, self._tokens = _QUESTION, _TOKENS
-        self._picture = drawn_picture()
+        self._image = drawn_image()
         if example is None:
             return
         try:
             stored = Example.load(example)
-            self._picture = open_picture(stored.picture)
-        except (OSError, ValueError, TypeError, KeyError, PictureError) as error:
+            self._image = open_image(stored.image)
+        except (OSError, ValueError, TypeError, KeyError, ImageError) as error:
             raise SmokeFailed(f"its stored example cannot be read: {type(error).__name__}: {error}") from error
         self._question, self._tokens, self.expected = stored.question, stored.max_tokens, stored.answer
 
     @torch.inference_mode()
     def check_logits(self, model, processor) -> None:
         """Read the prompt with the bare model, before an engine owns it. Raises SmokeFailed."""
-        inputs = processor([self._picture], processor.prompt([Turn("user", self._question, images=1)]))
+        inputs = processor([self._image], processor.prompt([Turn("user", self._question, images=1)]))
         logits = model(**inputs.to(model.device)).logits
         bad = int((~torch.isfinite(logits)).sum())
         if bad:
-            raise SmokeFailed(f"{bad:,} of {logits.numel():,} logits of the stored picture are not finite")
+            raise SmokeFailed(f"{bad:,} of {logits.numel():,} logits of the stored image are not finite")
 
     def check_answer(self, engine: "Engine") -> str:
         """The engine's greedy answer. Raises SmokeFailed when it gives none."""
         from workflows.serve.sampling import Settings
 
-        prompt = engine.prepare([Turn("user", self._question, images=1)], [self._picture])
+        prompt = engine.prepare([Turn("user", self._question, images=1)], [self._image])
         try:
             answer = engine.submit(prompt, Settings(max_tokens=self._tokens)).result(_SECONDS)
         except FutureTimeout as error:
-            raise SmokeFailed(f"no answer to the stored picture within {_SECONDS:.0f} s") from error
+            raise SmokeFailed(f"no answer to the stored image within {_SECONDS:.0f} s") from error
         if answer.completion_tokens < 1:
-            raise SmokeFailed("the answer to the stored picture has no token")
+            raise SmokeFailed("the answer to the stored image has no token")
         return answer.text
 
 
-def drawn_picture() -> Image.Image:
-    """A picture with edges, colours and a slope of brightness, the same every time; 64 x 48."""
-    picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
-    draw = ImageDraw.Draw(picture)
+def drawn_image() -> Image.Image:
+    """An image with edges, colours and a slope of brightness, the same every time; 64 x 48."""
+    image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    draw = ImageDraw.Draw(image)
     draw.rectangle((6, 8, 28, 38), fill=(200, 30, 40))
     draw.ellipse((34, 12, 58, 36), fill=(30, 60, 210))
-    return picture
+    return image

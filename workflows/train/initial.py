@@ -39,7 +39,7 @@ def vision_config(recipe: ModelRecipe) -> VisionConfig:
 
 
 def image_tokens(recipe: ModelRecipe) -> int:
-    """Tokens that one picture takes.
+    """Tokens that one image takes.
 
     Raises:
         UsageError: an encoder is unknown to timm, the towers do not fit together, or the connector does not fit them.

@@ -3,32 +3,33 @@
 from dataclasses import dataclass
 from typing import Any
 
+from workflows.recipe.train import StageRecipe, TrainRecipe
+
 MARK = "stage.json"
 """In the model folder of a finished stage: which stage it is, of which recipe and data."""
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """Everything a worker needs to run one stage.
+    """Everything a worker needs to run one stage."""
 
-    `stage` and `train` are a StageRecipe and a TrainRecipe as plain data; `data`, `start_from`, `export_to` and
-    `checkpoints` are folders that every node sees, or URIs of an object store; `mark` is the text of the export's
-    MARK; `threads` is torch's; `events` is the handle of the EventLog.
-    """
-
-    stage: dict
-    train: dict
+    stage: StageRecipe
+    train: TrainRecipe
     seed: int
     data: str
+    """Folder of the data set; like the other folders one that every node sees, or the URI of an object store's."""
     start_from: str
+    """Folder of the model before the stage."""
     export_to: str
+    """Folder of the trained model."""
     checkpoints: str
+    """Folder of the stage's checkpoints."""
     threads: int
+    """torch threads of one worker."""
     mark: str = ""
+    """Content of the trained model's MARK."""
     events: Any = None
-
-    def as_dict(self) -> dict:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+    """Handle of the EventLog, on which rank 0 reports."""
 
 
 class StageError(RuntimeError):

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from pipelines.reader import PackedDataset, prefetch, step_indices
 from pipelines.storage import shown
-from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.storage.remote import at_hand, cached, forget, is_remote, upload_folder
 from workflows.train import restore
 from workflows.train.checkpoint import open_store
@@ -54,7 +53,7 @@ class Worker:
 
     def __init__(self, job: StageJob, rank: int, world: int):
         self.job, self.rank, self.world = job, rank, world
-        self.stage, self.config = StageRecipe(**job.stage), TrainRecipe(**job.train)
+        self.stage, self.config = job.stage, job.train
         self._sent: list = []
         torch.manual_seed(job.seed)
         self.start_from = at_hand(job.start_from)

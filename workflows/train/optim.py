@@ -36,7 +36,7 @@ class ClippedAdamW(torch.optim.AdamW):
 
 def start_engine(model: nn.Module, stage: StageRecipe, train: TrainRecipe, steps: int):
     """Hand a model with its parts frozen to DeepSpeed. Returns the engine."""
-    groups, options = parameter_groups(model, stage), {"betas": (0.9, 0.98), "eps": 1e-8}
+    groups, options = parameter_groups(model, stage), {"betas": stage.betas, "eps": stage.eps}
     if train.zero_stage:
         optimizer = torch.optim.AdamW(groups, **options)
     else:

@@ -73,8 +73,8 @@ def run_stage(
     log = EventLog.options(scheduling_strategy=here).remote()
     pump = Pump(log, on_event)
     job = StageJob(
-        stage=stage.model_dump(mode="json"),
-        train=recipe.train.model_dump(mode="json"),
+        stage=stage,
+        train=recipe.train,
         seed=recipe.seed,
         data=place(layout.data[stage.name]),
         start_from=place(start_from),
@@ -109,7 +109,7 @@ def _trainer(recipe: Recipe, job: StageJob, name: str, ray_storage: str) -> Torc
     filesystem.create_dir(path)
     return TorchTrainer(
         run_job,
-        train_loop_config=job.as_dict(),
+        train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=bool(train.gpus_per_worker),

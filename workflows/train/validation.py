@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from mlmamba.conversation import IGNORE_INDEX
-from mlmamba.pictures import load_pixels
+from mlmamba.images import load_pixels
 from pipelines.reader import PackedDataset, PackedRow
 from workflows.train.step import batch_maker, to_device
 

@@ -7,30 +7,30 @@ import torch
 from transformers import TextStreamer
 
 from mlmamba.conversation import Turn
+from mlmamba.images import ImageError, open_image
 from mlmamba.loading import load_model
-from mlmamba.pictures import PictureError, open_picture
 from workflows.errors import UsageError
 from workflows.registry import resolve_model
 
 
 def answer_once(reference: str, storage: Path, image: str | None, question: str, max_new_tokens: int) -> str:
-    """The model's greedy answer to one question about one picture (or none)."""
-    picture = _open(image)
+    """The model's greedy answer to one question about one image (or none)."""
+    opened = _open(image)
     model, processor = load_model(resolve_model(reference, storage).folder)
-    return _generate(model, processor, [Turn("user", question, images=int(bool(picture)))], picture, max_new_tokens)
+    return _generate(model, processor, [Turn("user", question, images=int(bool(opened)))], opened, max_new_tokens)
 
 
 def talk(reference: str, storage: Path, image: str | None) -> None:
     """Read questions until an empty line or the end of input, streaming each answer."""
-    picture = _open(image)
+    opened = _open(image)
     resolved = resolve_model(reference, storage)
     model, processor = load_model(resolved.folder)
     print(f"{resolved.label}. Ask about {image or 'anything'}; an empty line ends.", file=sys.stderr)
     turns: list[Turn] = []
     while question := _ask():
-        turns.append(Turn("user", question, images=int(bool(picture) and not turns)))
+        turns.append(Turn("user", question, images=int(bool(opened) and not turns)))
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        turns.append(Turn("assistant", _generate(model, processor, turns, picture, 256, streamer) or "-"))
+        turns.append(Turn("assistant", _generate(model, processor, turns, opened, 256, streamer) or "-"))
 
 
 def _ask() -> str:
@@ -44,17 +44,17 @@ def _open(image: str | None):
     if image is None:
         return None
     try:
-        return open_picture(Path(image).read_bytes())
+        return open_image(Path(image).read_bytes())
     except OSError as error:
         raise UsageError(f"--image {image}: {error.strerror}") from error
-    except PictureError as error:
+    except ImageError as error:
         raise UsageError(f"--image {image}: {error}") from error
 
 
 @torch.inference_mode()
-def _generate(model, processor, turns, picture, max_new_tokens, streamer=None) -> str:
+def _generate(model, processor, turns, image, max_new_tokens, streamer=None) -> str:
     try:
-        inputs = processor(images=picture, text=processor.prompt(turns)).to(model.device)
+        inputs = processor(images=image, text=processor.prompt(turns)).to(model.device)
     except ValueError as error:
         raise UsageError(str(error)) from error
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)

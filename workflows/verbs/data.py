@@ -29,7 +29,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "action", choices=["inspect"], help="inspect: counts, lengths, sources, what was set aside and why"
     )
     parser.add_argument("uri", help="the data set: a folder or s3://..., as prepare prints it")
-    parser.add_argument("--sheet", metavar="FILE.png", help="also draw samples: pictures, conversation, loss")
+    parser.add_argument("--sheet", metavar="FILE.png", help="also draw samples: images, conversation, loss")
     parser.add_argument("--split", default="train", help="split of the sheet (default: train)")
     parser.add_argument("--samples", type=int, default=12, help="samples on the sheet (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="draws other samples (default: 0)")

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workflows.errors import UsageError
-from workflows.verbs.verb import Verb, open_console, set_option, storage_option
+from workflows.verbs.verb import Renamed, Verb, open_console, set_option, storage_option
 
-_COUNTS = ("questions", "max_new_tokens", "workers", "cpus_per_worker", "batch_pictures", "batch_questions")
+_COUNTS = ("questions", "max_new_tokens", "workers", "cpus_per_worker", "batch_images", "batch_questions")
 _BENCHMARKS = "vqav2, gqa, vizwiz, textvqa, pope, vsr; llava or shards for data of your own"
 
 
@@ -106,7 +106,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="model folder or models:/NAME@ALIAS")
     parser.add_argument("--benchmark", metavar="NAME", help=_BENCHMARKS)
     parser.add_argument("--data", metavar="DIR", help="folder with the benchmark's files as they are published")
-    parser.add_argument("--images", metavar="DIR", help="folder or zip of its pictures, if it is not below --data")
+    parser.add_argument("--images", metavar="DIR", help="folder or zip of its images, if it is not below --data")
     parser.add_argument("--split", help="of vsr: zeroshot or random; of shards: validation or train")
     parser.add_argument(
         "--questions", type=int, metavar="N", help="the files have N questions, which is not what was published"
@@ -115,11 +115,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predictions", metavar="FILE", help="score these answers (JSON of id and answer), no model")
     parser.add_argument("--allow-partial", action="store_true", help="score what there is, marked as partial")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the protocol's)")
-    parser.add_argument("--seed", type=int, help="of the choice of the other pictures (blind)")
+    parser.add_argument("--seed", type=int, help="of the choice of the other images (blind)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes, each with a copy of the model")
     parser.add_argument("--cpus-per-worker", type=int, metavar="N", help="CPU cores of one process")
     parser.add_argument("--gpus-per-worker", type=float, metavar="N", help="GPUs of one process; 0.5 shares one")
-    parser.add_argument("--batch-pictures", type=int, metavar="N", help="pictures in one batch")
+    parser.add_argument("--batch-images", type=int, metavar="N", help="images in one batch")
+    parser.add_argument(
+        "--batch-pictures", type=int, metavar="N", dest="batch_images", action=Renamed, help=argparse.SUPPRESS
+    )
     parser.add_argument("--batch-questions", type=int, metavar="N", help="most questions in one forward pass")
     more_arguments(parser)
     set_option(parser)

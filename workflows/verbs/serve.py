@@ -38,7 +38,7 @@ def serve(a: argparse.Namespace) -> None:
 
 
 def chat(a: argparse.Namespace) -> dict | None:
-    """ask a model one question about a picture, or talk to it"""
+    """ask a model one question about an image, or talk to it"""
     from workflows.storage.layout import open_storage
     from workflows.verbs.chat import answer_once, talk
 
@@ -60,18 +60,18 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-keys-file", metavar="FILE", help="API keys, one a line (also MLMAMBA_API_KEYS)")
     parser.add_argument("--no-api-keys", action="store_true", help="serve others than this machine without keys")
     parser.add_argument(
-        "--image-urls", action="append", default=[], metavar="PATTERN", help="fetch pictures from there, repeatable"
+        "--image-urls", action="append", default=[], metavar="PATTERN", help="fetch images from there, repeatable"
     )
     parser.add_argument("--poll-seconds", type=float, default=5, metavar="S", help="between looks at the alias")
     parser.add_argument(
-        "--same-answer", action="store_true", help="refuse a version whose answer to its stored picture has changed"
+        "--same-answer", action="store_true", help="refuse a version whose answer to its stored image has changed"
     )
     storage_option(parser)
 
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder or models:/NAME@ALIAS")
-    parser.add_argument("--image", metavar="FILE", help="the picture")
+    parser.add_argument("--image", metavar="FILE", help="the image")
     parser.add_argument("--question", metavar="TEXT", help="ask this and stop; without it, talk")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
     storage_option(parser)

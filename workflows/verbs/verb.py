@@ -1,6 +1,7 @@
 """What a verb is, and the arguments that several share. Light on imports: `mlmamba --help` reads every verb's file."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,15 @@ class Verb:
 
     run: Callable[[argparse.Namespace], dict | list | None]
     arguments: Callable[[argparse.ArgumentParser], None]
+
+
+class Renamed(argparse.Action):
+    """The earlier name of an option: its value goes where the new one's does, with a note."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        now = f"--{self.dest.replace('_', '-')}"
+        print(f"mlmamba: {option_string} is called {now} now; the old name is still read", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def recipe_argument(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ def open_benchmark(
     Args:
         name: one of NAMES.
         data: its folder, path or URI.
-        images: where its pictures are, if not in a usual place below `data`: a folder or a zip.
+        images: where its images are, if not in a usual place below `data`: a folder or a zip.
         split: for benchmarks that have several.
         questions: how many questions the files have, where that is not what was published.
 

@@ -2,7 +2,7 @@
 
 A benchmark of ours is a small class: it reads the published files into items (`read`), says how an answer is scored
 (`score`) and which numbers the protocol reports (`measure`). What is wrong with the files is an error before anything
-is asked; what is missing of the pictures stands in `missing`.
+is asked; what is missing of the images stands in `missing`.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 from pyarrow import fs
 
 from pipelines import storage
-from pipelines.sources.pictures import open_pictures
+from pipelines.sources.images import open_images
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.statistics import mean, means_by_type
 
@@ -81,17 +81,17 @@ class Files:
             raise UsageError(f"{storage.shown(name)}: expected an object, found {type(entry).__name__}")
         return entry
 
-    def pictures(self, images: str | None, *places: str) -> list["PictureFolder"]:
-        """Where pictures may be: `images` if given, else those of the places below the folder that exist.
+    def images(self, images: str | None, *places: str) -> list["ImageFolder"]:
+        """Where images may be: `images` if given, else those of the places below the folder that exist.
 
         Raises:
             UsageError: there is none.
         """
         uris = [images] if images else [storage.join(self.data, place) for place in places]
-        found = [PictureFolder(uri) for uri in uris if storage.exists(uri)]
+        found = [ImageFolder(uri) for uri in uris if storage.exists(uri)]
         if not found:
             looked = ", ".join(storage.shown(uri) for uri in uris)
-            raise UsageError(f"{self.benchmark}: no pictures at {looked}; say where they are with --images")
+            raise UsageError(f"{self.benchmark}: no images at {looked}; say where they are with --images")
         return found
 
     def _need(self, places: tuple[str, ...]) -> str:
@@ -109,18 +109,18 @@ class Files:
         return data
 
 
-class PictureFolder:
-    """A folder or zip of pictures whose names are listed once."""
+class ImageFolder:
+    """A folder or zip of images whose names are listed once."""
 
     def __init__(self, uri: str):
         self.description = {"kind": "folder", "uri": absolute(uri)}
         filesystem, path = storage.open_fs(uri)
-        self._archive = open_pictures(uri) if path.endswith(".zip") else None
+        self._archive = open_images(uri) if path.endswith(".zip") else None
         self._stem = posixpath.basename(path).removesuffix(".zip")
         self._names = set() if self._archive else _names(filesystem, path)
 
     def locate(self, name: str) -> str | None:
-        """Location of the picture with this name, or None. In val2014.zip it may also be val2014/NAME."""
+        """Location of the image with this name, or None. In val2014.zip it may also be val2014/NAME."""
         if self._archive is None:
             return name if name in self._names else None
         return self._archive.locate(name) or self._archive.locate(f"{self._stem}/{name}")
@@ -159,9 +159,9 @@ class Item:
     """The one to show."""
     type: str
     image: str | None = None
-    """Location of the picture, None for text alone."""
+    """Location of the image, None for text alone."""
     source: int = 0
-    """Which of the benchmark's `stores` the picture is in."""
+    """Which of the benchmark's `stores` the image is in."""
     details: dict = field(default_factory=dict)
     """Numbers that `measure` needs besides the score; the same names in every item."""
 
@@ -196,7 +196,7 @@ class Benchmark:
             raise UsageError(f"{self.name}: there is no split {split!r}; {has}")
         self.split = split or (self.splits[0] if self.splits else None)
         self.stores: list[dict] = []
-        """Descriptions of where the pictures are (workflows/evaluate/questions.py)."""
+        """Descriptions of where the images are (workflows/evaluate/questions.py)."""
         self.missing: dict[str, str] = {}
         """What can not be asked, by id: why."""
         self.notes: list[str] = []
@@ -228,15 +228,15 @@ class Benchmark:
         """Questions overall and by type."""
         return {OVERALL: len(self.items), **Counter(item.type for item in self.items)}
 
-    def place(self, items: Iterable[tuple[Item, str]], folders: list[PictureFolder]) -> list[Item]:
-        """Items with the locations of their pictures, given by name; those that are nowhere go to `missing`."""
+    def place(self, items: Iterable[tuple[Item, str]], folders: list[ImageFolder]) -> list[Item]:
+        """Items with the locations of their images, given by name; those that are nowhere go to `missing`."""
         self.stores = [folder.description for folder in folders]
         placed = []
         for item, name in items:
             spots = ((number, folder.locate(name)) for number, folder in enumerate(folders))
             source, location = next(((n, spot) for n, spot in spots if spot is not None), (0, None))
             if location is None:
-                self.missing[item.id] = f"there is no picture {name}"
+                self.missing[item.id] = f"there is no image {name}"
             placed.append(replace(item, image=location, source=source))
         return placed
 

@@ -14,8 +14,8 @@ from pipelines.manifest import TOKENIZER_PATH, Manifest
 from pipelines.packed import PackedDataset, PackedRow
 from pipelines.sources import open_source
 from workflows.errors import UsageError, WorkflowError
-from workflows.evaluate.benchmarks.base import Benchmark, Item, PictureFolder, Score, absolute, normalise
-from workflows.evaluate.questions import Picture, load_questions, majority_answer
+from workflows.evaluate.benchmarks.base import Benchmark, ImageFolder, Item, Score, absolute, normalise
+from workflows.evaluate.questions import Image, load_questions, majority_answer
 from workflows.recipe.schema import Recipe
 
 
@@ -28,39 +28,37 @@ class OwnData(Benchmark):
         return Score(float(normalise(prediction) == normalise(item.answer)))
 
     def from_sources(self, sources: list[SourceConfig]) -> list[Item]:
-        """The questions of some sources; pictures that are known not to be there go to `missing`.
+        """The questions of some sources; images that are known not to be there go to `missing`.
 
         Raises:
             WorkflowError: a record cannot be asked.
         """
         self.stores = [{"kind": "source", "config": config.absolute().model_dump(mode="json")} for config in sources]
         try:
-            pictures = load_questions(sources)
+            images = load_questions(sources)
             readers = [open_source(config) for config in sources]
             self.digest = digest([[config.reader_fields() for config in sources], [r.fingerprint() for r in readers]])
         except (ValueError, OSError) as error:
             raise WorkflowError(str(error)) from error
-        self.missing |= _not_there(sources, pictures)
+        self.missing |= _not_there(sources, images)
         return [
-            Item(key, question, question, [answer], answer, kind, picture.location, picture.source)
-            for picture in pictures
-            for key, question, answer, kind in zip(
-                picture.ids, picture.questions, picture.answers, picture.types, strict=True
-            )
+            Item(key, question, question, [answer], answer, kind, image.location, image.source)
+            for image in images
+            for key, question, answer, kind in zip(image.ids, image.questions, image.answers, image.types, strict=True)
         ]
 
 
-def _not_there(sources: list[SourceConfig], pictures: Iterable[Picture]) -> dict[str, str]:
-    """Questions whose picture's file is not in its source's folder. A zip's members are checked when it is listed."""
+def _not_there(sources: list[SourceConfig], images: Iterable[Image]) -> dict[str, str]:
+    """Questions whose image's file is not in its source's folder. A zip's members are checked when it is listed."""
     roots = [getattr(config, "images", None) for config in sources]
-    folders = [PictureFolder(root) if root and not root.endswith(".zip") else None for root in roots]
+    folders = [ImageFolder(root) if root and not root.endswith(".zip") else None for root in roots]
     return {
-        key: f"there is no picture {picture.location}"
-        for picture in pictures
-        if picture.location is not None
-        and (folder := folders[picture.source]) is not None
-        and folder.locate(picture.location) is None
-        for key in picture.ids
+        key: f"there is no image {image.location}"
+        for image in images
+        if image.location is not None
+        and (folder := folders[image.source]) is not None
+        and folder.locate(image.location) is None
+        for key in image.ids
     }
 
 
@@ -147,7 +145,7 @@ class Shards(OwnData):
             for turn, (question, answer) in enumerate(pairs):
                 key = f"{prefix}/{turn}"
                 if len(shown) > 1:
-                    self.missing[key] = f"the sample has {len(shown)} pictures; at most one is supported"
+                    self.missing[key] = f"the sample has {len(shown)} images; at most one is supported"
                 yield Item(key, question, question, [answer], answer, source, location)
 
     def _pairs(self, ids: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""POPE (Li et al. 2023): is there an object in the picture? Three splits of about 3,000 questions on COCO's val2014.
+"""POPE (Li et al. 2023): is there an object in the image? Three splits of about 3,000 questions on COCO's val2014.
 
     coco_pope_SPLIT.json                   random, popular and adversarial; one {question_id, image, text, label} a line
-    val2014/COCO_val2014_000000310196.jpg  pictures, in a folder or in val2014.zip
+    val2014/COCO_val2014_000000310196.jpg  images, in a folder or in val2014.zip
 
 The prompt, and accuracy by the first token's probability of Yes and No as the mean over the splits, are those of
 TRI-ML/vlm-evaluation, which the ML-Mamba paper's code forks. F1 from the generated text is POPE's own figure, and
@@ -82,7 +82,7 @@ class POPE(YesNo):
             file = f"coco_pope_{split}.json"
             entries = files.json_lines(file, f"coco/{file}", f"output/coco/{file}")
             pairs += [self._item(split, file, entry) for entry in entries]
-        folders = files.pictures(images, "val2014", "images", "coco/val2014", "val2014.zip")
+        folders = files.images(images, "val2014", "images", "coco/val2014", "val2014.zip")
         self.digest = files.digest
         return self.place(pairs, folders)
 
@@ -96,9 +96,9 @@ class POPE(YesNo):
     def _item(self, split: str, file: str, entry: dict) -> tuple[Item, str]:
         number = self.need(entry, "question_id", (int, str), file)
         where = f"{file} {number}"
-        question, picture, label = (self.need(entry, key, str, where) for key in ("text", "image", "label"))
+        question, image, label = (self.need(entry, key, str, where) for key in ("text", "image", "label"))
         if label not in ("yes", "no"):
             raise UsageError(f"{self.name}: {where} has the label {label!r}, expected yes or no")
         details = {"positive": int(label == "yes")}
         prompt = f"{question}\n{SHORT_ANSWER}"
-        return Item(f"{split}/{number}", question, prompt, [label], label, split, details=details), picture
+        return Item(f"{split}/{number}", question, prompt, [label], label, split, details=details), image

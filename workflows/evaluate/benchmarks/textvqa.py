@@ -1,9 +1,9 @@
-"""TextVQA's val split, version 0.5.1 (textvqa.org): 5,000 questions about 3,166 pictures with text in them.
+"""TextVQA's val split, version 0.5.1 (textvqa.org): 5,000 questions about 3,166 images with text in them.
 
     TextVQA_0.5.1_val.json             {"dataset_version", "data": [{question_id, image_id, question, answers}]}
     TextVQA_Rosetta_OCR_v0.2_val.json  {"data": [{image_id, ocr_info: [{word}]}]}, the tokens that OCR read; or
-    llava_textvqa_val_v051_ocr.jsonl   LLaVA's: question_id is the picture's, the text has "Reference OCR token: A, B"
-    train_images/IMAGE_ID.jpg          pictures, in a folder or in train_val_images.zip
+    llava_textvqa_val_v051_ocr.jsonl   LLaVA's: question_id is the image's, the text has "Reference OCR token: A, B"
+    train_images/IMAGE_ID.jpg          images, in a folder or in train_val_images.zip
 
 Every question is asked twice, with the OCR tokens (ocr) and without (pure). The tokens stand before the question: after
 it they cost a recurrent model 15 points (Cobra, table 7). The published figure and our "overall" is the one with them.
@@ -38,7 +38,7 @@ class TextVQA(TenAnswers):
             raise UsageError(f"{self.name}: {_QUESTIONS} says dataset_version {version!r}, expected {_VERSION!r}")
         entries = self.need(head, "data", list, _QUESTIONS)
         tokens = self._tokens(files, entries)
-        folders = files.pictures(images, "train_images", "train_val_images/train_images", "train_val_images.zip")
+        folders = files.images(images, "train_images", "train_val_images/train_images", "train_val_images.zip")
         self.digest = files.digest
         pairs = [pair for entry in entries for pair in self._items(entry, tokens)]
         return self.place(pairs, folders)
@@ -56,21 +56,21 @@ class TextVQA(TenAnswers):
 
     def _items(self, entry: dict, tokens: dict) -> list[tuple[Item, str]]:
         number = self.need(entry, "question_id", (int, str), "an entry")
-        question, picture = (self.need(entry, key, str, f"question {number}") for key in ("question", "image_id"))
+        question, image = (self.need(entry, key, str, f"question {number}") for key in ("question", "image_id"))
         answers = self.people(entry.get("answers"), str(number))
-        words = tokens.get((picture, question.lower()), tokens.get(picture, ""))
+        words = tokens.get((image, question.lower()), tokens.get(image, ""))
         prompts = {"ocr": f"{_OCR}{words}\n{question}\n{SHORT_ANSWER}", "pure": f"{question}\n{SHORT_ANSWER}"}
         best = most_frequent(answers)
         return [
-            (Item(f"{kind}/{number}", question, prompts[kind], answers, best, kind), f"{picture}.jpg")
+            (Item(f"{kind}/{number}", question, prompts[kind], answers, best, kind), f"{image}.jpg")
             for kind in VARIANTS
         ]
 
     def _tokens(self, files: Files, entries: list) -> dict:
-        """OCR tokens, joined, by picture; from LLaVA's file by picture and question.
+        """OCR tokens, joined, by image; from LLaVA's file by image and question.
 
         Raises:
-            UsageError: there is no file with them, or it lacks pictures.
+            UsageError: there is no file with them, or it lacks images.
         """
         if files.find(_ROSETTA):
             data = self.need(files.object(_ROSETTA, files.json(_ROSETTA)), "data", list, _ROSETTA)
@@ -79,16 +79,16 @@ class TextVQA(TenAnswers):
         elif files.find(_LLAVA):
             tokens = dict(self._from_llava(line) for line in files.json_lines(_LLAVA))
             keys = [(entry.get("image_id"), str(entry.get("question")).lower()) for entry in entries]
-            lacking = [picture for picture, question in keys if (picture, question) not in tokens]
+            lacking = [image for image, question in keys if (image, question) not in tokens]
         elif all(isinstance(entry.get("ocr_tokens"), list) for entry in entries):
             return {entry["image_id"]: ", ".join(entry["ocr_tokens"]) for entry in entries}
         else:
             raise UsageError(f"{self.name}: there are no OCR tokens: add {_ROSETTA} (textvqa.org) or {_LLAVA} (LLaVA)")
         if lacking:
-            raise UsageError(f"{self.name}: no OCR tokens for {len(lacking)} questions, first of picture {lacking[0]}")
+            raise UsageError(f"{self.name}: no OCR tokens for {len(lacking)} questions, first of image {lacking[0]}")
         return tokens
 
     def _from_llava(self, line: dict) -> tuple[tuple[str, str], str]:
-        picture, text = (self.need(line, key, str, _LLAVA) for key in ("question_id", "text"))
+        image, text = (self.need(line, key, str, _LLAVA) for key in ("question_id", "text"))
         question, _, rest = text.partition(f"\n{_OCR}")
-        return (picture, question.lower()), rest.partition("\n")[0]
+        return (image, question.lower()), rest.partition("\n")[0]

@@ -1,9 +1,9 @@
-"""VizWiz's val split (vizwiz.org, VQA): 4,319 questions that blind people asked about their own pictures.
+"""VizWiz's val split (vizwiz.org, VQA): 4,319 questions that blind people asked about their own images.
 
     val.json                     [{image, question, answers: [{answer, answer_confidence}], answer_type, answerable}]
-    val/VizWiz_val_00000000.jpg  pictures, in a folder or in val.zip
+    val/VizWiz_val_00000000.jpg  images, in a folder or in val.zip
 
-An entry has no id; its picture's name is one. Unanswerability takes "unanswerable", after normalising, as the claim
+An entry has no id; its image's name is one. Unanswerability takes "unanswerable", after normalising, as the claim
 that a question cannot be answered: average precision and F1 of that claim, as VizWiz's script computes them from
 predictions of 0 and 1.
 """
@@ -27,7 +27,7 @@ class VizWiz(TenAnswers):
     def read(self, data: str, images: str | None) -> list[Item]:
         files = Files(self.name, data)
         entries = files.json_lines("val.json", "Annotations/val.json", "annotations/val.json")
-        folders = files.pictures(images, "val", "Images/val", "images/val", "images", "val.zip")
+        folders = files.images(images, "val", "Images/val", "images/val", "images", "val.zip")
         self.digest = files.digest
         return self.place((self._item(entry) for entry in entries), folders)
 
@@ -50,10 +50,10 @@ class VizWiz(TenAnswers):
         }
 
     def _item(self, entry: dict) -> tuple[Item, str]:
-        picture = self.need(entry, "image", str, "an entry")
-        question, kind = (self.need(entry, key, str, picture) for key in ("question", "answer_type"))
-        answerable = int(self.need(entry, "answerable", int, picture))
-        answers = self.people(entry.get("answers"), picture)
+        image = self.need(entry, "image", str, "an entry")
+        question, kind = (self.need(entry, key, str, image) for key in ("question", "answer_type"))
+        answerable = int(self.need(entry, "answerable", int, image))
+        answers = self.people(entry.get("answers"), image)
         prompt = f"{question}\n{_UNSURE}\n{SHORT_ANSWER}"
         details = {"answerable": answerable}
-        return Item(picture, question, prompt, answers, most_frequent(answers), kind, details=details), picture
+        return Item(image, question, prompt, answers, most_frequent(answers), kind, details=details), image

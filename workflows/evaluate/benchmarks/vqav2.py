@@ -1,8 +1,8 @@
-"""VQAv2's val split (visualqa.org): 214,354 questions about 40,504 pictures of COCO.
+"""VQAv2's val split (visualqa.org): 214,354 questions about 40,504 images of COCO.
 
 v2_OpenEnded_mscoco_val2014_questions.json   {"info", "data_subtype", "questions": [{question_id, image_id, question}]}
 v2_mscoco_val2014_annotations.json           {"annotations": [{question_id, answer_type, answers: [{answer}]}]}
-val2014/COCO_val2014_000000000042.jpg        pictures, in a folder or in val2014.zip
+val2014/COCO_val2014_000000000042.jpg        images, in a folder or in val2014.zip
 """
 
 import re
@@ -163,7 +163,7 @@ class VQAv2(TenAnswers):
         answered = dict(annotations)
         subset = str(head.get("data_subtype", "val2014"))
         places = [f"{place}{subset}" for place in ("", "images/", "Images/", "Images/mscoco/")]
-        folders = files.pictures(images, *places, f"{subset}.zip")
+        folders = files.images(images, *places, f"{subset}.zip")
         self.digest = files.digest
         return self.place((self._item(key, entry, answered[key], subset) for key, entry in questions), folders)
 
@@ -179,8 +179,8 @@ class VQAv2(TenAnswers):
 
     def _item(self, key: str, entry: dict, annotation: dict, subset: str) -> tuple[Item, str]:
         question = self.need(entry, "question", str, f"question {key}")
-        picture = self.need(entry, "image_id", int, f"question {key}")
+        image = self.need(entry, "image_id", int, f"question {key}")
         answers = self.people(annotation.get("answers"), key)
         kind = self.need(annotation, "answer_type", str, f"annotation {key}")
         item = Item(key, question, f"{question}\n{SHORT_ANSWER}", answers, most_frequent(answers), kind)
-        return item, f"COCO_{subset}_{picture:012d}.jpg"
+        return item, f"COCO_{subset}_{image:012d}.jpg"

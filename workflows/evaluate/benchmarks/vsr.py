@@ -1,7 +1,7 @@
-"""VSR (Liu et al. 2023): is this statement about where things are in the picture true? Test sets of two splits.
+"""VSR (Liu et al. 2023): is this statement about where things are in the image true? Test sets of two splits.
 
     zeroshot/test.jsonl (1,222 statements), random/test.jsonl (2,195)   one {image, caption, label, relation} a line
-    images/000000050403.jpg                                             pictures of COCO 2017, in a folder or a zip
+    images/000000050403.jpg                                             images of COCO 2017, in a folder or a zip
 
 Entries have no id; it is the number of the line. Types are the meta-categories of relations of VSR's analysis
 (rel_meta_category_dict.txt). The overall scores are over all statements, not the mean over types.
@@ -47,7 +47,7 @@ class VSR(YesNo):
         files = Files(self.name, data)
         places = [f"{folder}{self.split}/test.jsonl" for folder in ("", "splits/", "data/splits/")]
         entries = files.json_lines(*places)
-        folders = files.pictures(images, "images", "data/images", "trainval2017", "images.zip", "vsr_images.zip")
+        folders = files.images(images, "images", "data/images", "trainval2017", "images.zip", "vsr_images.zip")
         self.digest = files.digest
         return self.place((self._item(number, entry) for number, entry in enumerate(entries)), folders)
 
@@ -66,7 +66,7 @@ class VSR(YesNo):
 
     def _item(self, number: int, entry: dict) -> tuple[Item, str]:
         where = f"statement {number}"
-        caption, picture, relation = (self.need(entry, key, str, where) for key in ("caption", "image", "relation"))
+        caption, image, relation = (self.need(entry, key, str, where) for key in ("caption", "image", "relation"))
         label = self.need(entry, "label", int, where)
         if label not in (0, 1):
             raise UsageError(f"{self.name}: {where} has the label {label!r}, expected 0 or 1")
@@ -77,4 +77,4 @@ class VSR(YesNo):
         )
         kind = _KIND_OF.get(relation, "unallocated")
         details = {"positive": label}
-        return Item(f"{self.split}/{number}", caption, prompt, [answer], answer, kind, details=details), picture
+        return Item(f"{self.split}/{number}", caption, prompt, [answer], answer, kind, details=details), image

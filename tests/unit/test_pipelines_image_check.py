@@ -1,4 +1,4 @@
-"""The check of a picture, which decodes JPEG at an eighth of its size, says what decoding it in full says."""
+"""The check of an image, which decodes JPEG at an eighth of its size, says what decoding it in full says."""
 
 import io
 import random
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlmamba.pictures import PictureError, open_picture
+from mlmamba.images import ImageError, open_image
 from pipelines import validate
 from pipelines.validate import check_image
 
@@ -23,8 +23,8 @@ def encoded(mode: str = "RGB", size: tuple[int, int] = (90, 60), **options) -> b
 def full(data: bytes) -> str:
     """What decoding in full finds."""
     try:
-        open_picture(data)
-    except PictureError as error:
+        open_image(data)
+    except ImageError as error:
         return error.reason
     return ""
 
@@ -72,9 +72,9 @@ def test_the_limit_counts_the_pixels_of_the_file_not_of_the_eighth(monkeypatch):
     assert check_image(encoded(size=(70, 60))) is None
 
 
-def test_a_turned_picture_is_good():
+def test_a_turned_image_is_good():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(exif=exif)
     assert check_image(data) is None
-    assert open_picture(data).size == (60, 90)
+    assert open_image(data).size == (60, 90)

@@ -1,4 +1,4 @@
-"""Decoding pictures: whatever bytes come in, either an upright RGB picture comes out or an error with its reason."""
+"""Decoding images: whatever bytes come in, either an upright RGB image comes out or an error with its reason."""
 
 import base64
 import io
@@ -7,44 +7,44 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlmamba.pictures import PictureError, as_picture, load_pixels, open_picture, to_pixels
+from mlmamba.images import ImageError, as_image, load_pixels, open_image, to_pixels
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def encode(picture: Image.Image, form: str = "PNG", **options) -> bytes:
+def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
     out = io.BytesIO()
-    picture.save(out, form, **options)
+    image.save(out, form, **options)
     return out.getvalue()
 
 
 def two_halves(width: int = 8, height: int = 4) -> Image.Image:
     """Left half red, right half blue."""
-    picture = Image.new("RGB", (width, height), RED)
-    picture.paste(BLUE, (width // 2, 0, width, height))
-    return picture
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (width // 2, 0, width, height))
+    return image
 
 
 def reason_of(data: bytes, **options) -> str:
-    with pytest.raises(PictureError) as caught:
-        open_picture(data, **options)
+    with pytest.raises(ImageError) as caught:
+        open_image(data, **options)
     return caught.value.reason
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
 def test_common_formats_open_in_rgb(form):
-    picture = open_picture(encode(Image.new("RGB", (9, 5), (200, 100, 50)), form))
-    assert (picture.mode, picture.size) == ("RGB", (9, 5))
-    assert np.abs(np.asarray(picture).astype(int) - (200, 100, 50)).max() <= 12
+    image = open_image(encode(Image.new("RGB", (9, 5), (200, 100, 50)), form))
+    assert (image.mode, image.size) == ("RGB", (9, 5))
+    assert np.abs(np.asarray(image).astype(int) - (200, 100, 50)).max() <= 12
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture at all", b"<html>404</html>", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
-def test_what_is_no_picture_is_unreadable(data):
+@pytest.mark.parametrize("data", [b"", b"no image at all", b"<html>404</html>", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_what_is_no_image_is_unreadable(data):
     assert reason_of(data) == "image_unreadable"
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
-def test_a_truncated_picture_is_an_error(form):
+def test_a_truncated_image_is_an_error(form):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encode(noise, form)
     assert reason_of(data[: len(data) // 2]) == "image_truncated"
@@ -52,7 +52,7 @@ def test_a_truncated_picture_is_an_error(form):
 
 def test_too_many_pixels_are_refused_before_decoding():
     data = encode(Image.new("RGB", (100, 50)))
-    assert open_picture(data, max_pixels=5000).size == (100, 50)
+    assert open_image(data, max_pixels=5000).size == (100, 50)
     assert reason_of(data, max_pixels=4999) == "image_bomb"
     truncated = data[:60]
     assert reason_of(truncated, max_pixels=4999) == "image_bomb"
@@ -70,10 +70,10 @@ def test_a_real_bomb_has_the_same_reason():
     [(1, [RED, BLUE]), (2, [BLUE, RED]), (3, [BLUE, RED]), (6, [RED, RED]), (8, [BLUE, BLUE])],
 )
 def test_the_exif_orientation_is_applied(orientation, first_row):
-    picture = two_halves()
-    exif = picture.getexif()
+    image = two_halves()
+    exif = image.getexif()
     exif[0x0112] = orientation
-    upright = open_picture(encode(picture, exif=exif))
+    upright = open_image(encode(image, exif=exif))
     assert upright.size == ((8, 4) if orientation < 5 else (4, 8))
     assert [upright.getpixel((0, 0)), upright.getpixel((upright.width - 1, 0))] == first_row
 
@@ -81,21 +81,21 @@ def test_the_exif_orientation_is_applied(orientation, first_row):
 @pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1", "CMYK"])
 def test_every_mode_becomes_rgb(mode):
     form = "TIFF" if mode == "CMYK" else "PNG"
-    picture = open_picture(encode(Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode), form))
-    assert picture.mode == "RGB"
-    assert (np.asarray(picture) == 255).all()
+    image = open_image(encode(Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode), form))
+    assert image.mode == "RGB"
+    assert (np.asarray(image) == 255).all()
 
 
 def test_a_palette_keeps_its_colours():
     palette = two_halves().convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
     assert palette.mode == "P"
-    opened = open_picture(encode(palette))
+    opened = open_image(encode(palette))
     assert (opened.getpixel((0, 0)), opened.getpixel((7, 0))) == (RED, BLUE)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
-    opened = np.asarray(open_picture(encode(Image.fromarray(ramp))))
+    opened = np.asarray(open_image(encode(Image.fromarray(ramp))))
     assert (opened == (ramp >> 8)[..., None]).all()
 
 
@@ -112,35 +112,35 @@ def test_the_aspect_is_ignored():
 
 def test_bytes_become_pixels_in_one_call():
     assert (load_pixels(encode(two_halves()), 8) == to_pixels(two_halves(), 8)).all()
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         load_pixels(b"nothing", 8)
 
 
-def test_a_picture_of_pillow_is_turned_and_scaled_as_its_file_would_be():
-    picture = two_halves()
-    exif = picture.getexif()
+def test_a_image_of_pillow_is_turned_and_scaled_as_its_file_would_be():
+    image = two_halves()
+    exif = image.getexif()
     exif[0x0112] = 3
-    turned = Image.open(io.BytesIO(encode(picture, exif=exif)))
-    assert as_picture(turned).getpixel((0, 0)) == BLUE
+    turned = Image.open(io.BytesIO(encode(image, exif=exif)))
+    assert as_image(turned).getpixel((0, 0)) == BLUE
     deep = Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16))
-    assert as_picture(deep).getpixel((0, 0)) == (40_000 >> 8,) * 3
+    assert as_image(deep).getpixel((0, 0)) == (40_000 >> 8,) * 3
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:;base64,"])
 def test_base64_is_read_with_and_without_its_prefix(prefix):
     text = base64.encodebytes(encode(two_halves())).decode()  # with line breaks
-    assert (np.asarray(as_picture(prefix + text)) == np.asarray(two_halves())).all()
+    assert (np.asarray(as_image(prefix + text)) == np.asarray(two_halves())).all()
 
 
 def test_values_are_taken_with_channels_first_or_last():
     values = np.asarray(two_halves())
     for form in (values, values.transpose(2, 0, 1)):
-        assert (np.asarray(as_picture(form)) == values).all()
+        assert (np.asarray(as_image(form)) == values).all()
 
 
-@pytest.mark.parametrize("source", ["/no/such/picture.png", "no such file", "x" * 5000, "zero\0byte", ""])
+@pytest.mark.parametrize("source", ["/no/such/image.png", "no such file", "x" * 5000, "zero\0byte", ""])
 def test_what_is_neither_file_nor_base64_is_missing(source):
-    with pytest.raises(PictureError) as caught:
-        as_picture(source)
+    with pytest.raises(ImageError) as caught:
+        as_image(source)
     assert caught.value.reason in ("image_missing", "image_unreadable")
     assert len(str(caught.value)) < 200

@@ -1,4 +1,4 @@
-"""Where the pictures of a source lie that has them in files of their own: a folder, or a zip of it."""
+"""Where the images of a source lie that has them in files of their own: a folder, or a zip of it."""
 
 import posixpath
 from functools import cached_property
@@ -9,27 +9,27 @@ from pipelines.sources.files import MAX_FILE_BYTES, RangeReader, location, parse
 from pipelines.sources.zip_index import ZipIndex, read_member
 
 
-class Pictures(Protocol):
-    """A place for pictures."""
+class Images(Protocol):
+    """A place for images."""
 
     def locate(self, path: str) -> str | None:
-        """The location of the picture with this path, or None where it is known that there is none."""
+        """The location of the image with this path, or None where it is known that there is none."""
 
     def read(self, location: str) -> bytes:
-        """The picture's file. Raises FileNotFoundError, OSError, ValueError."""
+        """The image's file. Raises FileNotFoundError, OSError, ValueError."""
 
     def fingerprint(self) -> str:
         """Changes when `locate` gives other answers."""
 
 
-def open_pictures(uri: str) -> Pictures:
-    """The pictures in a folder or in a file that ends in .zip."""
+def open_images(uri: str) -> Images:
+    """The images in a folder or in a file that ends in .zip."""
     filesystem, path = storage.open_fs(uri)
     return Archive(filesystem, path, uri) if path.endswith(".zip") else Folder(filesystem, path)
 
 
 class Folder:
-    """Pictures in a folder and the folders below it. A location is the path."""
+    """Images in a folder and the folders below it. A location is the path."""
 
     def __init__(self, filesystem, folder: str):
         self._filesystem, self._folder = filesystem, folder
@@ -48,7 +48,7 @@ class Folder:
 
 
 class Archive:
-    """Pictures in a zip, read by range. Who only reads locations does without the archive's directory."""
+    """Images in a zip, read by range. Who only reads locations does without the archive's directory."""
 
     def __init__(self, filesystem, path: str, uri: str):
         folder, self._name = posixpath.split(path)

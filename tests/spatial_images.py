@@ -1,13 +1,13 @@
 """Spatial questions with a known difficulty: a red and a green shape, and where one is from the other.
 
 "left or right of the other shape : where is the red": each side is the answer as often as the other for each axis and
-distance, so nothing can be had without the picture. Difficulty is how far apart the shapes are along the axis asked
+distance, so nothing can be had without the image. Difficulty is how far apart the shapes are along the axis asked
 for: near is less than one cell of a 4 x 4 grid of features.
 
-The colour is the last word, so a model need not carry it from one word to the next before it looks at the picture.
+The colour is the last word, so a model need not carry it from one word to the next before it looks at the image.
 
 From such questions alone a small model learns little, because the answer hangs on both places at once. So every
-picture also has lessons: where each shape is, and where each is from the other along both axes.
+image also has lessons: where each shape is, and where each is from the other along both axes.
 """
 
 import random
@@ -30,9 +30,9 @@ WORDS += ["to", "four", "columns", "rows", *LINES]
 
 @dataclass(frozen=True)
 class Spatial:
-    """One picture with one question and its answer."""
+    """One image with one question and its answer."""
 
-    picture: Image.Image
+    image: Image.Image
     question: list[str]
     answer: str
     distance: str
@@ -56,7 +56,7 @@ Lesson = tuple[list[str], str]
 
 
 def draw_questions(count: int, seed: int) -> list[Spatial]:
-    """Seeded questions, a picture each: axes, distances and answers in turn, in a shuffled order."""
+    """Seeded questions, an image each: axes, distances and answers in turn, in a shuffled order."""
     rng, made = random.Random(seed), []
     kinds = [(axis, distance, side) for axis in (0, 1) for distance in DISTANCES for side in (0, 1)]
     for number in range(count):
@@ -78,12 +78,12 @@ def _draw(axis: int, distance: str, side: int, rng: random.Random) -> Spatial:
     first[across] = second[across] + apart
     colour, other = rng.sample([*COLOURS], 2)
     shade = rng.randint(225, 255)
-    picture = Image.new("RGB", (SIDE, SIDE), (shade, rng.randint(225, 255), rng.randint(225, 255)))
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIDE, SIDE), (shade, rng.randint(225, 255), rng.randint(225, 255)))
+    canvas = ImageDraw.Draw(image)
     _shape(canvas, rng.choice(SHAPES), COLOURS[other], second, radius)
     _shape(canvas, rng.choice(SHAPES), COLOURS[colour], first, radius)
     centres = {colour: (first[0], first[1]), other: (second[0], second[1])}
-    return Spatial(picture, _asked(axis, colour), SIDES[axis][side], distance, centres)
+    return Spatial(image, _asked(axis, colour), SIDES[axis][side], distance, centres)
 
 
 def _asked(axis: int, colour: str) -> list[str]:
