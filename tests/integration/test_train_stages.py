@@ -1,6 +1,7 @@
 """What stages can be, and what happens to those that go wrong, on two real workers."""
 
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
