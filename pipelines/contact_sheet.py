@@ -34,7 +34,7 @@ class Sample:
     """Encoded images."""
     pieces: list[tuple[str, str]]
     """(text, kind) in reading order. Kinds: LOSS where the model learns to write the text, PLAIN where it only reads
-    it, IMAGE for an image's tokens, and WRONG for what should not be: a label that differs from its token, or a
+    it, IMAGE for an image's tokens, and WRONG for what should not be: a label that differs from its token, or an
     image with too many or too few tokens."""
 
 

@@ -46,7 +46,7 @@ OUTCOMES = pa.schema(
         ("detail", pa.string()),
         ("id", _DIGEST),
         ("content", _DIGEST),
-        ("images", pa.list_(_DIGEST)),
+        ("image_digests", pa.list_(_DIGEST)),
     ]
 )
 

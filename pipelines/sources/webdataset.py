@@ -1,7 +1,7 @@
 """WebDataset tar shards as a source.
 
 Files whose names are the same up to the first dot of the last part, and that follow one another, are one sample.
-Listing reads the tar headers and the text files; images are skipped, and read later by range from where they lie. A
+Listing reads the tar headers and the text files; images are skipped, and read later by range from where they lie. An
 image smaller than the read-ahead is read with its neighbours all the same, which from an object store is quicker than
 a request for every header. Compressed tars cannot be read by range and are refused.
 """

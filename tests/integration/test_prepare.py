@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_written(corpus, tmp_path):
         prepare(config(corpus), str(tmp_path / "file" / "data"), TOKENS_PER_IMAGE, SEED)
 
 
-def test_a_image_that_fills_the_row(corpus, tmp_path):
+def test_an_image_that_fills_the_row(corpus, tmp_path):
     with pytest.raises(ValueError, match="an image takes 160 tokens and a row has 160"):
         prepare(config(corpus), str(tmp_path), MAX_TOKENS, SEED)
 

@@ -124,7 +124,7 @@ def test_the_page_can_be_left_out(loaded):
 
 
 @in_browser
-def test_a_image_and_two_questions(page, file):
+def test_an_image_and_two_questions(page, file):
     page.get_by_label("Choose images").set_input_files(file)
     page.get_by_role("button", name="Take out blocks.png").wait_for()
     keep(page, "desk-chosen")
@@ -166,7 +166,7 @@ def test_words_appear_while_they_come_and_stop_frees_the_slot(page, service, loa
 
 
 @in_browser
-def test_dropping_a_image_and_taking_it_out(page):
+def test_dropping_an_image_and_taking_it_out(page):
     page.evaluate(
         """data => {
             const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), items = new DataTransfer();

@@ -115,7 +115,7 @@ def test_a_forward_pass(model, inputs, message):
         model(**inputs)
 
 
-def test_a_image_that_goes_on_in_the_next_row(model):
+def test_an_image_that_goes_on_in_the_next_row(model):
     """The sums agree: two images, eight placeholders. transformers' models would fill them across the rows."""
     ids = torch.cat([prompt(9), prompt(9)])
     ids[0, :6] = ids[1, :2] = IMAGE_ID

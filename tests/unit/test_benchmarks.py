@@ -36,7 +36,7 @@ def edit(file: Path, change) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_item_has_an_id_of_its_own_and_a_image_that_opens(name, tmp_path):
+def test_every_item_has_an_id_of_its_own_and_an_image_that_opens(name, tmp_path):
     benchmark = read(name, tmp_path)
     assert not benchmark.missing
     assert len({item.id for item in benchmark.items}) == len(benchmark.items)

@@ -108,6 +108,6 @@ def test_prompts_that_cannot_be_asked_are_named(answerer):
     assert bad["e"] == "the question is empty"
 
 
-def test_a_image_that_cannot_be_decoded_is_an_error(answerer):
+def test_an_image_that_cannot_be_decoded_is_an_error(answerer):
     with pytest.raises(ValueError, match="not an image"):
         answerer.reply([Asked(b"no image", ["What is it?"])])

@@ -116,7 +116,7 @@ def test_bytes_become_pixels_in_one_call():
         load_pixels(b"nothing", 8)
 
 
-def test_a_image_of_pillow_is_turned_and_scaled_as_its_file_would_be():
+def test_an_image_of_pillow_is_turned_and_scaled_as_its_file_would_be():
     image = two_halves()
     exif = image.getexif()
     exif[0x0112] = 3

@@ -151,7 +151,7 @@ def test_images_come_in_every_form(pipe, tmp_path, url):
         assert torch.equal(inputs["pixel_values"], expected), form
 
 
-def test_a_url_without_a_image_is_an_error(pipe, url):
+def test_a_url_without_an_image_is_an_error(pipe, url):
     with pytest.raises(ValueError, match=r"cannot fetch the image at http://127.0.0.1:\d+/2.png: .*404"):
         pipe(text=question("what?", {"type": "image", "url": f"{url}/2.png"}))
 

@@ -55,7 +55,7 @@ def partitions(tmp_path):
                     else {
                         "id": digest(name.encode()),
                         "content": digest(content.encode()),
-                        "images": [digest(image.encode()) for image in images],
+                        "image_digests": [digest(image.encode()) for image in images],
                     }
                 )
                 for name, content, images in rows
@@ -124,7 +124,7 @@ def test_splits_are_by_themselves_and_only_training_is_kept_clean(partitions, ex
     assert tallies["validation"].by_reason() == {"duplicate_content": 4, "duplicate_id": 2, "empty_turn": 1}
 
 
-def test_a_image_of_two_sets_is_counted_once(excluded):
+def test_an_image_of_two_sets_is_counted_once(excluded):
     assert excluded.counts == {"validation/t": 2, "test/t": 1}
     assert not Excluded()
 

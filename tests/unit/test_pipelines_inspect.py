@@ -123,7 +123,7 @@ class TestSamples:
         assert choose(folder, "train", 6, 1) != chosen
         assert len(choose(folder, "validation", 50, 0)) == 4
 
-    def test_a_wrong_label_or_length_of_a_image_is_marked(self, folder):
+    def test_a_wrong_label_or_length_of_an_image_is_marked(self, folder):
         dataset = PackedDataset(folder)
         tokenizer = Tokenizer.from_file(f"{folder}/tokenizer/tokenizer.json")
         row = dataset[0]  # its second sample shows one image

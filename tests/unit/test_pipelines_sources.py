@@ -72,7 +72,7 @@ def llava(tmp_path):
 
 
 class TestLlava:
-    def test_placeholders_say_which_turn_shows_a_image(self, llava):
+    def test_placeholders_say_which_turn_shows_an_image(self, llava):
         turns = [
             {"from": "human", "value": "Hello"},
             {"from": "gpt", "value": "Hi"},

@@ -64,7 +64,7 @@ def test_damage_inside_the_data():
     assert check_image(bytes(data)).reason == "image_unreadable"
 
 
-def test_a_image_at_the_aspect_limit_passes():
+def test_an_image_at_the_aspect_limit_passes():
     assert check_image(encoded(width=200, height=10)) is None
 
 

@@ -127,7 +127,7 @@ def damaged():
         (data_uri(damaged()), "image_truncated"),
     ],
 )
-def test_a_image_that_cannot_be_used(url, code):
+def test_an_image_that_cannot_be_used(url, code):
     error = refused(("user", [text("what?"), image_part(url)]))
     assert (error.code, error.param) == (code, "messages[0].content[1].image_url.url")
 

@@ -98,7 +98,7 @@ def refused(fetcher, url):
     return caught.value.code
 
 
-def test_a_image_from_an_allowed_address(site):
+def test_an_image_from_an_allowed_address(site):
     assert fetcher(site).fetch(f"{site.url}/ok.png?size=1") == IMAGE
     assert site.asked[-1] == ("/ok.png?size=1", f"images.test:{site.port}", None)
 
