@@ -26,7 +26,15 @@ from workflows.evaluate.benchmarks.own_data import TestSources
 from workflows.evaluate.results import table
 from workflows.evaluate.run import choose_example, evaluate_recipe, evaluation_folder
 from workflows.evaluate.sheet import save_example
-from workflows.preflight import check_nodes, check_room, check_stages, check_this_node, check_weights, where_files_meet
+from workflows.preflight import (
+    check_cluster,
+    check_nodes,
+    check_room,
+    check_stages,
+    check_this_node,
+    check_weights,
+    where_files_meet,
+)
 from workflows.recipe.schema import DataRecipe, Recipe
 from workflows.registry import promote, register, rolled_back
 from workflows.runtime import connect_ray, stop_on_sigterm
@@ -38,7 +46,7 @@ from workflows.tracking.journal import short_reason
 from workflows.tracking.tracker import Tracker, check_registry, tracking_uri
 from workflows.train.initial import build_initial, built, image_tokens
 from workflows.train.stage import total_steps
-from workflows.train.trainer import check_cluster, finished, run_stage, stage_digest
+from workflows.train.trainer import finished, run_stage, stage_digest
 
 
 def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:

@@ -19,7 +19,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines import storage
 from pipelines.identity import digest, identity
 from workflows.errors import WorkflowError
-from workflows.preflight import check_cluster
 from workflows.recipe.schema import Recipe
 from workflows.recipe.train import StageRecipe
 from workflows.storage.layout import Layout
@@ -27,8 +26,6 @@ from workflows.storage.remote import is_remote, is_whole, place
 from workflows.train.entry import run_job
 from workflows.train.events import EventLog, Failures, OnEvent, Pump
 from workflows.train.job import MARK, StageJob
-
-__all__ = ["check_cluster", "finished", "run_stage", "stage_digest"]
 
 
 def stage_digest(recipe: Recipe, index: int, data_digests: dict[str, str]) -> str:
