@@ -2,7 +2,7 @@
 
 A grid of height H and width W is stored row-major, patch (r, c) at index r * W + c. `orders(name, H, W)` returns one
 permutation per scan; reading patch order[i] at step i and writing the result back to order[i] returns every patch to
-its place (tests/unit/test_scan2d.py).
+its place (tests/unit/mlmamba/test_scan2d.py).
 
 BSM, bidirectional (ML-Mamba figure 3; the released code): forward and backward over the rows.
 CSM, cross-scan (ML-Mamba figure 3; never released, so this follows VMamba's cross scan, which VL-Mamba names as its

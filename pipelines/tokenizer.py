@@ -59,7 +59,7 @@ class WorkerTokenizer:
     """What `mlmamba.conversation.encode` needs of a tokenizer, without transformers.
 
     It gives the ids of the transformers tokenizer that wrote the file, a few times faster, and spares each worker the
-    import of transformers (tests/unit/test_pipelines_tokenizer.py compares the two).
+    import of transformers (tests/unit/pipelines/test_tokenizer.py compares the two).
     """
 
     def __init__(self, data: bytes, eos_token: str):

@@ -2,7 +2,7 @@
 
 The image check decodes with the function that training decodes with, so that an image that passes here cannot stop a
 training run. A JPEG is decoded at an eighth of its size: its data is still read to the end, so the verdict is the same
-(tests/unit/test_pipelines_image_check.py), in half the time.
+(tests/unit/pipelines/test_image_check.py), in half the time.
 """
 
 import io

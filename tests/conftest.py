@@ -1,4 +1,4 @@
-"""Puts this folder on the import path (tests share tiny.py and closeness.py) and holds the fixtures that many use."""
+"""Fixtures that many tests use."""
 
 import pytest
 
@@ -6,14 +6,14 @@ import pytest
 @pytest.fixture(scope="session")
 def model():
     """A tiny model in evaluation mode. Tests only read it; one that changes a model builds its own."""
-    from tiny import tiny_model
+    from tests.helpers.tiny import tiny_model
 
     return tiny_model()
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from tiny import tiny_tokenizer
+    from tests.helpers.tiny import tiny_tokenizer
 
     return tiny_tokenizer()
 
@@ -21,11 +21,12 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def neox():
     """The real GPT-NeoX-20B tokenizer, with <image> and padding as a model has them."""
-    from tiny import NEOX
     from transformers import PreTrainedTokenizerFast
 
+    from tests.helpers.tiny import NEOX, NO_NEOX
+
     if not NEOX.is_file():
-        pytest.skip(f"no GPT-NeoX tokenizer at {NEOX}")
+        pytest.skip(NO_NEOX)
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(NEOX), eos_token=end, pad_token=end, unk_token=end)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})

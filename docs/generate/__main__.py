@@ -1,7 +1,7 @@
 """`python -m docs.generate` writes docs/reference; `--check` only says which pages are out of date (exit 1).
 
 Nothing on these pages is written by hand: change the string under a recipe's field, or the help of an argument, and
-run this again. tests/unit/test_docs_reference.py fails until it has been.
+run this again. tests/unit/docs/test_reference.py fails until it has been.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import sys
 import pytest
 import ray
 
-from tests.integration.toy_training import Workers, make_toy
+from tests.helpers.toy_training import Workers, make_toy
 
 os.environ.setdefault("RAY_ADDRESS", "local")  # no test joins a cluster that happens to run, another test's own least
 _status = pytest.StashKey[int]()
@@ -42,7 +42,7 @@ def two_cpus():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A prepared data set and an untrained model, both tiny (tests/integration/toy_training.py)."""
+    """A prepared data set and an untrained model, both tiny (tests/helpers/toy_training.py)."""
     return make_toy(tmp_path_factory.mktemp("toy"))
 
 

@@ -15,12 +15,12 @@ import requests
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tests.integration.ray_cluster import RayCluster
-from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
-from tests.manifests import CLUSTER, entrypoints
-from tests.postgres import mlflow_on, programs, running_postgres
-from tests.promql import expressions, metrics_of
-from tests.s3 import running_s3
+from tests.helpers.manifests import CLUSTER, entrypoints
+from tests.helpers.postgres import mlflow_on, programs, running_postgres
+from tests.helpers.promql import expressions, metrics_of
+from tests.helpers.ray_cluster import RayCluster
+from tests.helpers.s3 import running_s3
+from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.manifests import CLUSTER, PROJECT, versions
-from tests.unit.test_cluster_images import steps
+from tests.helpers.manifests import CLUSTER, PROJECT, versions
+from tests.unit.cluster.test_container_images import steps
 
 KERNEL = "__global__ void twice(float* x) { x[threadIdx.x] *= 2; } void launch(float* x) { twice<<<1, 32>>>(x); }\n"
 SETUP = """

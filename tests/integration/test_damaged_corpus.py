@@ -10,7 +10,7 @@ from pipelines.config import DataConfig
 from pipelines.prepare import prepare
 from pipelines.reader import PackedDataset
 from pipelines.validate import REASONS
-from tests.bad_input import BadInput
+from tests.helpers.bad_input import BadInput
 
 GOOD, EACH = 150, 8
 

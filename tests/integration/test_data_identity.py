@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.manifest import Manifest
 from pipelines.verify import verify
-from tests.integration.toy_workflow import recipe, start, write_corpus, write_recipe
+from tests.helpers.toy_workflow import recipe, start, write_corpus, write_recipe
 from workflows.cli import main
 from workflows.recipe.load import load_recipe
 from workflows.storage.layout import earlier_data_folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import ROOT, Block, blocks, pages
+from tests.helpers.documents import ROOT, Block, blocks, pages
 
 MARKED = [page for page in pages() if any(block.run for block in blocks(page))]
 CODE = ("mlmamba", "pipelines", "workflows", "tests", "docs", "pyproject.toml")
@@ -139,7 +139,9 @@ def test_the_connector_of_the_page_passes_the_connectors_tests(copy):
     edit(table, '    "ldpv2": LDPv2Connector,\n', '    "gated": GatedConnector,\n')
     names = copy / "workflows" / "configs" / "model.py"
     edit(names, '"fused_mlp", "ldpv2"', ', "gated"')
-    check = "python -m pytest -q -p no:cacheprovider tests/unit/test_connector.py && python -m docs.generate && "
+    check = (
+        "python -m pytest -q -p no:cacheprovider tests/unit/mlmamba/test_connector.py && python -m docs.generate && "
+    )
     check += "grep -q gated docs/reference/recipe.md"
     printed = run(Block(ROOT / page, "sh", check), copy, copy)
     assert " passed" in printed

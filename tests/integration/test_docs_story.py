@@ -1,7 +1,7 @@
 """Every command of the pages, run as it stands there, on one storage: from the first run to rolling back.
 
 The recipe `quickstart` is a file of that name in the folder, which the commands take before the shipped one: the same
-recipe on few images and steps. Ports are free ones. What is not run, and why, is in tests/documents.py.
+recipe on few images and steps. Ports are free ones. What is not run, and why, is in tests/helpers/documents.py.
 """
 
 import os
@@ -19,8 +19,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.documents import ROOT, Block, blocks, story
-from tests.integration.ray_cluster import listen_to_interrupts
+from tests.helpers.documents import ROOT, Block, blocks, story
+from tests.helpers.ray_cluster import listen_to_interrupts
 from tests.integration.test_docs_commands import write
 from workflows.recipe.load import RECIPES
 

@@ -7,9 +7,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mlmamba.processing import MLMambaProcessor
-from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
-from tests.published_benchmarks import write_gqa, write_pope, write_vsr
-from tests.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
+from tests.helpers.published_benchmarks import write_gqa, write_pope, write_vsr
+from tests.helpers.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
+from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import main
 from workflows.console import Console
 from workflows.evaluate.benchmarks import Benchmark, open_benchmark

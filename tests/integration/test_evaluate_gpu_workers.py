@@ -4,8 +4,8 @@ import pytest
 import ray
 
 from mlmamba.processing import MLMambaProcessor
-from tests.published_benchmarks import write_gqa
-from tests.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
+from tests.helpers.published_benchmarks import write_gqa
+from tests.helpers.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks import open_benchmark
 from workflows.evaluate.collect import Workers

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.evaluations import HOSTILE, hostile, vqa_rows, write_evaluation
-from tests.integration.toy_workflow import write_corpus
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.evaluations import HOSTILE, hostile, vqa_rows, write_evaluation
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.toy_workflow import write_corpus
 from workflows.cli import main
 from workflows.evaluate.report import write_report
 from workflows.evaluate.results import read_answers, read_scores, write_answers

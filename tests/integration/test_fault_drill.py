@@ -1,11 +1,12 @@
 """The whole workflow on a head and three workers while a node is killed in the preparation, the client after it and a
-node in the training: it ends by itself in what it ends in undisturbed. tests/benchmarks/cluster_drill.py is the drill.
+node in the training: it ends by itself in what it ends in undisturbed. tests/benchmarks/drills/cluster_drill.py is
+the drill.
 """
 
 import pytest
 
-from tests.benchmarks.cluster_drill import WORKERS, Drill
-from tests.integration.ray_cluster import RayCluster
+from tests.benchmarks.drills.cluster_drill import WORKERS, Drill
+from tests.helpers.ray_cluster import RayCluster
 
 
 @pytest.mark.slow

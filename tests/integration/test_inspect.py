@@ -7,7 +7,7 @@ import pytest
 import ray
 from PIL import Image
 
-from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
+from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import main
 
 

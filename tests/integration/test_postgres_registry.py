@@ -13,11 +13,11 @@ import mlflow
 import pytest
 import torch
 
-from tests.manifests import CLUSTER
-from tests.postgres import mlflow_on, programs, running_postgres
-from tests.registry_server import add_model
-from tests.s3 import running_s3
-from tests.swap_models import write_model
+from tests.helpers.manifests import CLUSTER
+from tests.helpers.postgres import mlflow_on, programs, running_postgres
+from tests.helpers.registry_server import add_model
+from tests.helpers.s3 import running_s3
+from tests.helpers.swap_models import write_model
 from workflows.errors import WorkflowError
 from workflows.registry import holder, promote, resolve_model, rollback
 from workflows.tracking import tracker as tracking

@@ -1,12 +1,12 @@
 """A preparation while a worker, a node and the driver are killed (SIGKILL), on a real Ray cluster of two nodes.
 
-One kill of each kind here; tests/benchmarks/prepare_faults.py does it at random moments as often as one likes.
+One kill of each kind here; tests/benchmarks/drills/prepare_faults.py does it at random moments as often as one likes.
 """
 
 import pytest
 import ray
 
-from tests.benchmarks.prepare_faults import KINDS, Faults, FaultyCluster
+from tests.benchmarks.drills.prepare_faults import KINDS, Faults, FaultyCluster
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.prepare import PrepareError, prepare
 from pipelines.reader import PackedDataset
-from tests.corpora import conversation, image, write_files
+from tests.helpers.corpora import conversation, image, write_files
 
 TOKENS_PER_IMAGE, SEED = 4, 7
 

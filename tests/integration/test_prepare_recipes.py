@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests import published
+from tests.helpers import published
 from workflows.cli import main
 
 # Ray starts here, so that its workers are not in the folder that the recipes' paths are relative to.

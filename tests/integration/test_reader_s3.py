@@ -15,8 +15,8 @@ from pipelines.contact_sheet import draw_sheet
 from pipelines.inspect import inspect_data
 from pipelines.reader import PackedDataset, collate, prefetch, step_indices
 from pipelines.verify import verify
-from tests import packed_set
-from tests.packed_set import MAX_TOKENS, write_packed_set
+from tests.helpers import packed_set
+from tests.helpers.packed_set import MAX_TOKENS, write_packed_set
 
 ALLOWANCE = 3 << 20  # bytes; the set has three times as many
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.registry_server import add_version
+from tests.helpers.registry_server import add_version
 from workflows.cli import main
 from workflows.errors import UsageError, WorkflowError
 from workflows.recipe.evaluate import Gate

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from tests.integration.toy_workflow import recipe, write_corpus
-from tests.packed_set import write_packed_set
-from tests.swap_models import drawn_example, write_model
+from tests.helpers.packed_set import write_packed_set
+from tests.helpers.swap_models import drawn_example, write_model
+from tests.helpers.toy_workflow import recipe, write_corpus
 from workflows.cli import main
 from workflows.recipe.schema import Recipe
 from workflows.registry import get_version, lineage, promote, register, resolve_model

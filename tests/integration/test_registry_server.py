@@ -17,8 +17,8 @@ import uvicorn
 from mlflow.entities.webhook import WebhookAction, WebhookEntity, WebhookEvent
 from PIL import Image
 
-from tests.registry_server import add_model, free_port, mlflow_server, stop
-from tests.swap_models import answer_of, drawn_example, write_model, write_spoiled
+from tests.helpers.registry_server import add_model, free_port, mlflow_server, stop
+from tests.helpers.swap_models import answer_of, drawn_example, write_model, write_spoiled
 from workflows.registry import get_version, holder, promote, resolve_model, rollback
 from workflows.registry.models import RegistryUnreachable
 from workflows.registry.register import Example

@@ -24,7 +24,7 @@ from mlmamba.answering import Answerer, Asked
 from mlmamba.conversation import Turn
 from mlmamba.images import open_image
 from mlmamba.loading import load_model
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry import pyfunc
 from workflows.serve.client import ask, data_uri, request

@@ -1,15 +1,15 @@
 """Seventy hostile requests: never a server error, and the good requests beside them are answered as if alone.
 
-tests/benchmarks/serve_hostile.py sends as many as one likes.
+tests/benchmarks/drills/serve_hostile.py sends as many as one likes.
 """
 
 import json
 
 import pytest
 
-from tests.benchmarks.serve_hostile import attack, failures
-from tests.hostile import post, question, send
-from tests.serving import encoded, load_tiny, raw, running, serve, wait_for
+from tests.benchmarks.drills.serve_hostile import attack, failures
+from tests.helpers.hostile import post, question, send
+from tests.helpers.serving import encoded, load_tiny, raw, running, serve, wait_for
 from workflows.serve.client import data_uri
 from workflows.serve.options import Limits
 
@@ -72,7 +72,7 @@ def _status(connection) -> int | None:
 
 
 def _as_hostile(data: bytes):
-    from tests.hostile import Hostile
+    from tests.helpers.hostile import Hostile
 
     return Hostile("one", ((data, 0.0),))
 

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
-from tests.benchmarks.serve_kill import failed_though_asked_later, kill_one
-from tests.registry_server import free_port
-from tests.serve_load import Clients, states, wait_until_all_serve
-from tests.swap_models import answer_of, register_models, write_model, write_spoiled
+from tests.benchmarks.drills.serve_kill import failed_though_asked_later, kill_one
+from tests.helpers.registry_server import free_port
+from tests.helpers.serve_load import Clients, states, wait_until_all_serve
+from tests.helpers.swap_models import answer_of, register_models, write_model, write_spoiled
 from workflows.registry import promote
 from workflows.serve.start import serve_model
 from workflows.serve.swap import SwapOptions

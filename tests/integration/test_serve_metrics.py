@@ -14,8 +14,8 @@ import ray
 import torch
 from ray import serve
 
-from tests.serving import encoded, wait_for
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.serving import encoded, wait_for
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from workflows.serve.client import ask
 from workflows.serve.deployment import ServeOptions, application
 from workflows.serve.options import Limits

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlmamba.conversation import Turn
-from tests.serving import encoded, load_tiny, raw, resolved, running, serve, wait_for
+from tests.helpers.serving import encoded, load_tiny, raw, resolved, running, serve, wait_for
 from workflows.serve.auth import Access
 from workflows.serve.client import ask, data_uri
 from workflows.serve.engine import Engine

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.serving import encoded, load_tiny, running, serve, wait_for
+from tests.helpers.serving import encoded, load_tiny, running, serve, wait_for
 from workflows.serve import http as playground
 from workflows.serve.auth import Access
 from workflows.serve.options import Limits

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.registry_server import free_port
-from tests.swap_models import QUESTION, TOKENS, answer_of, register_models, write_model, write_spoiled
+from tests.helpers.registry_server import free_port
+from tests.helpers.swap_models import QUESTION, TOKENS, answer_of, register_models, write_model, write_spoiled
 from workflows.registry import promote, rollback
 from workflows.serve.client import request
 from workflows.serve.start import serve_model

@@ -13,8 +13,8 @@ from pipelines.packed import PackedDataset
 from pipelines.prepare import prepare
 from pipelines.sources import open_source
 from pipelines.verify import verify
-from tests.corpora import conversation, image, write_files, write_parquet, write_tar, write_zip
-from tests.s3 import running_s3
+from tests.helpers.corpora import conversation, image, write_files, write_parquet, write_tar, write_zip
+from tests.helpers.s3 import running_s3
 
 COUNT = 12
 TOKENS_PER_IMAGE, SEED = 4, 7

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import pytest
 
 from pipelines import storage as files
-from tests.s3 import running_s3
+from tests.helpers.s3 import running_s3
 from workflows.cli import main
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry.models import resolve_model

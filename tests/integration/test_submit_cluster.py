@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.integration.ray_cluster import RayCluster, lines_until
-from tests.integration.toy_workflow import recipe, write_corpus, write_recipe
-from tests.registry_server import mlflow_server
-from tests.s3 import KEYS, running_s3
+from tests.helpers.ray_cluster import RayCluster, lines_until
+from tests.helpers.registry_server import mlflow_server
+from tests.helpers.s3 import KEYS, running_s3
+from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import main
 from workflows.registry.models import resolve_model
 

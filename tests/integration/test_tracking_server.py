@@ -15,7 +15,7 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from pipelines.manifest import Manifest
-from tests.integration.toy_workflow import recipe
+from tests.helpers.toy_workflow import recipe
 from workflows.errors import WorkflowError
 from workflows.recipe.schema import Recipe
 from workflows.storage.layout import Layout

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.toy_training import Workers, difference, same
+from tests.helpers.toy_training import Workers, difference, same
 from workflows.train.checkpoint import COMPLETE, newest, whole_checkpoints
 
 SLOW = pytest.mark.slow

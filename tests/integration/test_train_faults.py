@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.benchmarks.train_faults import Killer
-from tests.integration.toy_stage import run_toy_stage, toy_recipe
-from tests.integration.toy_training import make_toy, same
+from tests.benchmarks.drills.train_faults import Killer
+from tests.helpers.toy_stage import run_toy_stage, toy_recipe
+from tests.helpers.toy_training import make_toy, same
 from workflows.errors import WorkflowError
 
 pytestmark = [pytest.mark.usefixtures("two_cpus"), pytest.mark.slow]

@@ -20,12 +20,12 @@ import ray
 from safetensors.torch import load_file
 
 from pipelines import storage as files
-from tests.benchmarks.train_faults import Killer
-from tests.integration.toy_stage import toy_recipe
-from tests.integration.toy_training import Toy, Workers, difference, make_toy, same
-from tests.integration.toy_workflow import mlmamba, recipe, write_corpus, write_recipe
-from tests.registry_server import mlflow_server
-from tests.s3 import S3, running_s3
+from tests.benchmarks.drills.train_faults import Killer
+from tests.helpers.registry_server import mlflow_server
+from tests.helpers.s3 import S3, running_s3
+from tests.helpers.toy_stage import toy_recipe
+from tests.helpers.toy_training import Toy, Workers, difference, make_toy, same
+from tests.helpers.toy_workflow import mlmamba, recipe, write_corpus, write_recipe
 from workflows.recipe.schema import Recipe
 from workflows.registry.models import resolve_model
 from workflows.storage.layout import Layout, open_storage

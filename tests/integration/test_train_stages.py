@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.toy_training import difference
+from tests.helpers.toy_training import difference
 from workflows.recipe.train import StageRecipe
 from workflows.train.checkpoint import newest
 

@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from mlmamba.loading import load_model
-from tests.integration.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
+from tests.helpers.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
 from workflows.serve.client import ask
 from workflows.serve.start import serve_model
 

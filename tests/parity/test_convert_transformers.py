@@ -5,13 +5,13 @@ transformers' Mamba2ForCausalLM is the judge: it loads what we write, and reads 
 
 import pytest
 import torch
-from closeness import assert_close
-from tiny import TEXT, prompt, tiny_model
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from mlmamba.convert import convert, load_language_model, read_language_model
 from mlmamba.modeling import MLMambaForConditionalGeneration
-from tests.checkpoints import write_state_spaces
+from tests.helpers.checkpoints import write_state_spaces
+from tests.helpers.closeness import assert_close
+from tests.helpers.tiny import TEXT, prompt, tiny_model
 
 IDS = torch.cat([prompt(13, seed=1), prompt(13, seed=2)])
 CONFIGS = {

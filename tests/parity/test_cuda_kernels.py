@@ -1,4 +1,5 @@
-"""The mamba_ssm and causal_conv1d kernels against the recurrence: what tests/unit/test_ops.py asks of the torch path.
+"""The mamba_ssm and causal_conv1d kernels against the recurrence: what tests/unit/mlmamba/test_ops.py asks of the
+torch path.
 
 Needs a GPU with both packages. Sizes are larger than in the unit tests, because the kernels are built for head sizes
 and states in powers of two from 16 on.
@@ -8,12 +9,12 @@ import itertools
 
 import pytest
 import torch
-from closeness import assert_close, assert_same_gradients
-from ops_inputs import conv_inputs, ssd_inputs
-from tiny import pad, prompt, tiny_model
 
 from mlmamba import ops
 from mlmamba.ops import naive
+from tests.helpers.closeness import assert_close, assert_same_gradients
+from tests.helpers.ops_inputs import conv_inputs, ssd_inputs
+from tests.helpers.tiny import pad, prompt, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,11 +6,11 @@ decoding forgets the limits of the time step, and biases leak into left padding.
 
 import pytest
 import torch
-from closeness import assert_close, relative_error
-from tiny import TEXT, pad, prompt
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from mlmamba.mamba2 import Mamba2LanguageModel
+from tests.helpers.closeness import assert_close, relative_error
+from tests.helpers.tiny import TEXT, pad, prompt
 
 CONFIGS = {
     "tied": {},

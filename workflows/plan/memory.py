@@ -17,7 +17,7 @@ ZeRO 3 (stage3.py shares it). Its buffers come on top: the reduce bucket of 5e8 
 ZeRO 3 the gathered parameters, at most stage3_max_live_parameters = 1e9 (defaults of runtime/zero/config.py).
 
 Activations, in bytes per token, of a Mamba-2 block of width d, inner width e, h heads, g groups, state n, chunk q, for
-a compute type of a bytes. The list is that of the tensors which autograd keeps (tests/unit/test_plan_memory.py compares
+a compute type of a bytes. The list is that of the tensors which autograd keeps (tests/unit/plan/test_memory.py compares
 it with what it keeps):
 
     residual, in and out of the block's norm, float32        8 d

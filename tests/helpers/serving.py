@@ -1,0 +1,85 @@
+"""What tests of the service share: a tiny model, and the HTTP interface in front of it on a free loopback port."""
+
+import io
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import uvicorn
+from PIL import Image
+
+from mlmamba.loading import load_model
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from workflows.registry import ResolvedModel
+from workflows.serve.engine import Engine
+from workflows.serve.http import Served, Service, build_app
+from workflows.train.initial import save
+
+
+def load_tiny(folder: Path):
+    """Model and processor. Its answers are noise that depends on every word and image."""
+    torch.set_num_threads(1)
+    save(tiny_model({"tie_word_embeddings": False}, max_position_embeddings=300), tiny_tokenizer(), folder)
+    return load_model(folder)
+
+
+def serve(loaded, limits, access=None, version="3", threads=1) -> Service:
+    """A service with a loaded model, as version `version` of `shapes`. Close its engine in the end."""
+    service = Service(limits, access)
+    service.served = Served(Engine(*loaded, limits, threads), resolved(version))
+    return service
+
+
+def resolved(version: str) -> ResolvedModel:
+    """Where the model is said to come from."""
+    return ResolvedModel(Path("somewhere"), "shapes", version, "run0123")
+
+
+@contextmanager
+def running(service: Service):
+    """URL of the application, under uvicorn."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="critical", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def raw(url, path, body=None, method=None, headers=None):
+    """Status, headers and JSON of a response, whatever its status."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    call = urllib.request.Request(
+        url + path, data, {"Content-Type": "application/json", **(headers or {})}, method=method
+    )
+    try:
+        with urllib.request.urlopen(call, timeout=60) as reply:
+            return reply.status, reply.headers, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, json.load(error)
+
+
+def encoded(seed: int = 0, kind: str = "PNG", size=(40, 30)) -> bytes:
+    """An encoded image of a few large blocks: noise would be all alike to the encoder."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (2, 2, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    """Until the condition holds; fails when that takes too long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)

@@ -1,0 +1,128 @@
+"""The processor: prompts and images in, model inputs out; what does not fit is an error and never cut."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlmamba.conversation import Turn
+from mlmamba.images import to_pixels
+from mlmamba.processing import MLMambaProcessor
+from tests.helpers.tiny import IMAGE_ID, PER_IMAGE, SIDE
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer) -> MLMambaProcessor:
+    return MLMambaProcessor(tokenizer, image_size=SIDE, tokens_per_image=PER_IMAGE, max_length=40)
+
+
+def image(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def test_a_prompt_is_rendered_ready_for_an_answer(processor):
+    turns = [Turn("user", "one?", images=1), Turn("assistant", "1"), Turn("user", "two?")]
+    end = "<|endoftext|>"
+    assert processor.prompt(turns) == (
+        f"<image><|user|>\none?{end}\n<|assistant|>\n1{end}\n<|user|>\ntwo?{end}\n<|assistant|>\n"
+    )
+    with pytest.raises(ValueError, match="a prompt ends with a user turn"):
+        processor.prompt(turns[:2])
+    with pytest.raises(ValueError, match="has no turns"):
+        processor.prompt([])
+
+
+def test_each_placeholder_becomes_one_run(processor):
+    batch = processor(images=[image(0), image(1)], text="<image>a<image>")
+    run = [IMAGE_ID] * PER_IMAGE
+    a = processor.tokenizer("a")["input_ids"]
+    assert batch["input_ids"].tolist() == [[*run, *a, *run]]
+    assert batch["attention_mask"].tolist() == [[1] * 9]
+
+
+def test_images_are_stacked_in_reading_order(processor):
+    images = [image(seed) for seed in range(3)]
+    batch = processor(images=images, text=["<image>a<image>", "<image>b"])
+    assert (batch["pixel_values"].dtype, batch["pixel_values"].shape) == (torch.uint8, (3, 3, SIDE, SIDE))
+    for ours, one in zip(batch["pixel_values"], images, strict=True):
+        assert np.array_equal(ours, to_pixels(one, SIDE))
+
+
+def test_a_single_image_needs_no_list(processor):
+    assert torch.equal(
+        processor(images=image(), text="<image>")["pixel_values"],
+        processor(images=[image()], text=["<image>"])["pixel_values"],
+    )
+
+
+def test_images_come_as_one_list_or_one_for_each_prompt(processor):
+    shown, texts = [image(seed) for seed in range(3)], ["<image>a<image>", "b", "<image>c"]
+    flat = processor(images=shown, text=texts)
+    grouped = processor(images=[shown[:2], [], shown[2:]], text=texts)
+    assert torch.equal(flat["pixel_values"], grouped["pixel_values"])
+    assert torch.equal(flat["input_ids"], grouped["input_ids"])
+    assert "pixel_values" not in processor(images=[[]], text="no image")
+
+
+def test_images_alone_need_no_text(processor):
+    batch = processor(images=[image(0), image(1)])
+    assert set(batch) == {"pixel_values"}
+    assert torch.equal(processor.image_processor([image(0), image(1)])["pixel_values"], batch["pixel_values"])
+    assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values"]
+
+
+def test_text_alone_needs_no_images(processor):
+    assert set(processor(text="hello")) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(("text", "count"), [("<image>", 0), ("no image", 1), (["<image>", "<image>"], 1)])
+def test_placeholders_and_images_must_match(processor, text, count):
+    with pytest.raises(ValueError, match=rf"have \d <image> but {count} images were given"):
+        processor(images=[image()] * count, text=text)
+
+
+def test_a_prompt_over_the_limit_is_an_error(processor):
+    assert processor(text="a" * 40)["input_ids"].shape == (1, 40)
+    with pytest.raises(ValueError, match="a prompt is 41 tokens long, over the limit of 40"):
+        processor(text=["short", "a" * 41])
+    with pytest.raises(ValueError, match="a prompt is 41 tokens long"):
+        processor(images=[image()], text="<image>" + "a" * 37)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_come_from_lengths_although_padding_is_the_end_token(processor, side):
+    end = processor.tokenizer.eos_token
+    assert processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id == 0
+    batch = processor(text=[f"{end}a{end}", "long text"], padding_side=side)
+    ids = [0, *processor.tokenizer("a")["input_ids"], 0]
+    fill = [0] * 6
+    assert batch["input_ids"][0].tolist() == (fill + ids if side == "left" else ids + fill)
+    assert batch["attention_mask"][0].tolist() == ([0] * 6 + [1] * 3 if side == "left" else [1] * 3 + [0] * 6)
+    assert batch["attention_mask"][1].tolist() == [1] * 9
+
+
+def test_padding_is_left_unless_asked_otherwise(processor):
+    assert processor(text=["a", "long"])["attention_mask"][0].tolist() == [0, 0, 0, 1]
+
+
+def test_a_saved_processor_gives_the_same_inputs(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = MLMambaProcessor.from_pretrained(tmp_path)
+    settings = ("image_size", "tokens_per_image", "max_length", "image_token_id")
+    assert all(getattr(loaded, name) == getattr(processor, name) for name in settings)
+    inputs = {"images": [image()], "text": ["<image>what?", "é\n"]}
+    ours, theirs = processor(**inputs), loaded(**inputs)
+    assert set(ours) == set(theirs) == {"input_ids", "attention_mask", "pixel_values"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("unknown", [None, "<|endoftext|>"])
+def test_a_tokenizer_without_a_placeholder_is_refused(unknown):
+    """GPT-NeoX would give <image> the id of its unknown token, which is also the end token."""
+    core = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, "a": 1}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", unk_token=unknown)
+    with pytest.raises(ValueError, match="the tokenizer has no id for <image>"):
+        MLMambaProcessor(tokenizer)
