@@ -101,11 +101,11 @@ def _decide(partitions: list[Partition], work: str, excluded: Excluded, deduplic
     """The removals of one split, as an array of _REMOVAL."""
     owners, rows, ids, contents = [], [], [], []
     removed = []
-    columns = ["reason", "id", "content", *(["image_digests"] if excluded else [])]
+    columns = ["reason", "id", "content", *(["digests"] if excluded else [])]
     for owner, (_, outcomes) in enumerate(iter_outcomes(partitions, work, columns)):
         usable = outcomes["reason"].is_null().to_numpy().copy()
         if excluded:
-            found = _contaminated(outcomes["image_digests"].combine_chunks(), excluded)
+            found = _contaminated(outcomes["digests"].combine_chunks(), excluded)
             removed += [(owner, row, _REASONS.index(CONTAMINATED), *cause) for row, cause in found.items()]
             usable[list(found)] = False
         place = np.flatnonzero(usable)

@@ -64,10 +64,10 @@ def read_excluded(config: DataConfig, partitions: list[Partition], work: str, on
     excluded = Excluded()
     if config.exclude_evaluation_images:
         validation = [partition for partition in partitions if partition.split == "validation"]
-        for _, outcomes in iter_outcomes(validation, work, ["source", "image_digests"]):
+        for _, outcomes in iter_outcomes(validation, work, ["source", "digests"]):
             for source in outcomes["source"].unique().to_pylist():
                 own = outcomes.filter(pc.equal(outcomes["source"], source))
-                excluded.add(f"validation/{source}", own["image_digests"].combine_chunks().flatten())
+                excluded.add(f"validation/{source}", own["digests"].combine_chunks().flatten())
     sets = config.evaluation_sets()
     names, tasks = {}, []
     for number, (name, source) in enumerate(sets.items()):

@@ -46,7 +46,7 @@ OUTCOMES = pa.schema(
         ("detail", pa.string()),
         ("id", _DIGEST),
         ("content", _DIGEST),
-        ("image_digests", pa.list_(_DIGEST)),
+        ("digests", pa.list_(_DIGEST)),
     ]
 )
 

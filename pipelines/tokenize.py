@@ -230,7 +230,7 @@ def _digests(record: Record, ids: np.ndarray, images: list[bytes]) -> dict:
     return {
         "id": digest(record.source.encode(), record.id.encode()),
         "content": digest(str(record.repeat).encode(), tokens, *digests),
-        "image_digests": digests,
+        "digests": digests,
     }
 
 

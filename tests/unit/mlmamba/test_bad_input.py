@@ -278,7 +278,7 @@ CALLS = {
     "a missing file": (
         {"text": "<image>", "images": "/no/such/image.png"},
         ImageError,
-        "no image at /no/such/pict",
+        "no image at /no/such/imag",
     ),
     "bytes of no image": ({"text": "<image>", "images": b"no"}, ImageError, "not an image that Pillow can read"),
     "an empty image": ({"text": "<image>", "images": Image.new("RGB", (0, 4))}, ImageError, "is empty: 0x4 pixels"),

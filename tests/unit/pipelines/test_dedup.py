@@ -55,7 +55,7 @@ def partitions(tmp_path):
                     else {
                         "id": digest(name.encode()),
                         "content": digest(content.encode()),
-                        "image_digests": [digest(image.encode()) for image in images],
+                        "digests": [digest(image.encode()) for image in images],
                     }
                 )
                 for name, content, images in rows
