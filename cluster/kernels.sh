@@ -30,6 +30,6 @@ ln -s lib "$home/lib64"
 [[ -e $home/lib/libcudart.so ]] || ln -s "libcudart.so.$major" "$home/lib/libcudart.so"
 
 # mamba_ssm's kernels for Mamba-2 are Triton's, which are compiled where they run; what it would build here is
-# Mamba-1's.
-CUDA_HOME=$home CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE MAX_JOBS=${MAX_JOBS:-4} \
+# Mamba-1's, which mlmamba/ops/cuda.py does without. FORCE_BUILD: else each set-up first looks for a wheel to download.
+CUDA_HOME=$home CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE MAX_JOBS=${MAX_JOBS:-4} \
     python -m pip wheel -c "$constraints" --no-deps --no-build-isolation --wheel-dir "$wheels" "${packages[@]}"

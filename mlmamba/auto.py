@@ -5,7 +5,8 @@ After `import mlmamba`, a saved model opens with AutoConfig, AutoProcessor, Auto
 registration; the model class itself, which needs timm, is imported when one is loaded.
 
 transformers' modules import each other in circles, and importing one of ours in the middle of that would fail. So the
-registration waits until the outermost import of a module of transformers or mlmamba is done (tests/unit/mlmamba/test_auto.py).
+registration waits until the outermost import of a module of transformers or mlmamba is done
+(tests/unit/mlmamba/test_auto.py).
 """
 
 import sys

@@ -1,8 +1,8 @@
 """The prompt format of mlmamba/conversation.py as a Jinja template, for `processor.apply_chat_template`.
 
 It renders a chat as `render` renders its turns, so that training and every server see the same tokens
-(tests/unit/mlmamba/test_chat_template.py). What the format has no place for is an error, as in `check_turns`: roles out of
-order, empty messages, images of the assistant, tools. As in the HTTP server, system messages become the first
+(tests/unit/mlmamba/test_chat_template.py). What the format has no place for is an error, as in `check_turns`: roles out
+of order, empty messages, images of the assistant, tools. As in the HTTP server, system messages become the first
 paragraphs of the first question, and a message of several texts has one line for each.
 
 The template marks answers as `generation`, so `return_assistant_tokens_mask=True` gives the positions that have labels.

@@ -9,8 +9,8 @@ stand before its text: a recurrent model has to see the context before the quest
 context after the question costs 15 points). The first turn's images therefore open the sequence, as in the paper.
 
 Training tokenizes turn by turn. Inference tokenizes the rendered string as one. Both give the same ids because every
-user segment ends in special text and messages are stripped (tests/unit/mlmamba/test_conversation.py, on the real GPT-NeoX
-tokenizer).
+user segment ends in special text and messages are stripped (tests/unit/mlmamba/test_conversation.py, on the real
+GPT-NeoX tokenizer).
 """
 
 from collections.abc import Sequence

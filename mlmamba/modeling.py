@@ -257,8 +257,8 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             for row, count in enumerate(found):
                 if count % features.shape[1]:
                     raise ValueError(
-                        f"row {row} has {count} image placeholders, no multiple of the {features.shape[1]} tokens of an "
-                        "image; an image does not go on in the next row"
+                        f"row {row} has {count} image placeholders, no multiple of the {features.shape[1]} tokens of "
+                        "an image; an image does not go on in the next row"
                     )
         return places
 

@@ -2,8 +2,8 @@
 
 For so few rows torch's CPU matrix product reads the weights at a fifth to a half of the memory's rate. The transposed
 product, weight times columns, comes closer to that rate from two columns on, so a single row is taken twice
-(tests/benchmarks/measurements/linear_rows.py prints the rates). Compiled, a single row is written as a sum of products instead: the
-compiler's own loop reads the weights at nine tenths of the memory's rate.
+(tests/benchmarks/measurements/linear_rows.py prints the rates). Compiled, a single row is written as a sum of products
+instead: the compiler's own loop reads the weights at nine tenths of the memory's rate.
 """
 
 import torch

@@ -126,7 +126,7 @@ def _device() -> list[Finding]:
     try:
         import torch
 
-        from mlmamba.ops import has_kernels
+        from mlmamba.ops import OPERATORS, kernel_problem
     except ImportError as error:
         return [Finding("operators", "missing", str(error), "make install")]
     if not torch.cuda.is_available():
@@ -136,8 +136,12 @@ def _device() -> list[Finding]:
         ]
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     findings = [Finding("device", "ok", f"{names} (CUDA {torch.version.cuda})")]
-    if has_kernels():
-        findings += [_package(name, "note", "") for name in KERNELS]
-        return [*findings, Finding("operators", "ok", "cuda path (mamba_ssm, causal_conv1d)")]
-    advice = "pip install --no-build-isolation mlmamba[gpu], with nvcc of torch's CUDA version"
-    return [*findings, Finding("operators", "note", "torch path: mamba_ssm or causal_conv1d is missing", advice)]
+    findings += [_package(name, "note", "") for name in KERNELS]
+    advice = (
+        "build it for this torch and its CUDA: cluster/kernels.sh, or pip install --no-build-isolation mlmamba[gpu]"
+    )
+    for operator, package in OPERATORS.items():
+        problem = kernel_problem(operator)
+        path = f"torch path: {problem}" if problem else f"cuda path ({package})"
+        findings.append(Finding(f"operator {operator}", "note" if problem else "ok", path, advice if problem else ""))
+    return findings

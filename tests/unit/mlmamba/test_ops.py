@@ -6,6 +6,8 @@ kernels stand the same test in tests/parity/test_cuda_kernels.py.
 """
 
 import itertools
+import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -193,3 +195,22 @@ def test_unknown_paths_are_refused(monkeypatch):
     monkeypatch.setenv("MLMAMBA_OPS", "fast")
     with pytest.raises(ValueError, match="unknown operator path 'fast'"):
         ops.path_for(torch.zeros(1))
+
+
+def test_a_kernel_package_that_is_found_and_does_not_import_is_named_and_not_used(tmp_path, monkeypatch):
+    """As a build for another torch is: the torch path then runs, and the reason is known."""
+    package = tmp_path / "causal_conv1d"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('causal_conv1d_cuda.so: undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)
+    loaders = import_module("mlmamba.ops.cuda")
+    for cached in (loaders.load_convolution, ops.kernel_problem):
+        cached.cache_clear()
+    try:
+        problem = ops.kernel_problem("causal_conv1d")
+        assert problem == "causal_conv1d does not import: ImportError: causal_conv1d_cuda.so: undefined symbol: _ZN3c10"
+        assert not ops.has_kernels()
+    finally:
+        for cached in (loaders.load_convolution, ops.kernel_problem):
+            cached.cache_clear()
