@@ -5,6 +5,7 @@ import math
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.runtime.torch_autocast import get_default_autocast_lower_precision_modules
 from torch import nn
 
 from workflows.recipe.train import StageRecipe, TrainRecipe
@@ -12,6 +13,11 @@ from workflows.train.saver import MemoryEngine
 
 # DeepSpeed would compile this extension on first use on a CPU: a minute, a compiler, and it serves only inference.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+BF16_MODULES = ["mlmamba.ops.linear.Linear", *get_default_autocast_lower_precision_modules()]
+"""Classes whose parameters travel between workers as bf16. DeepSpeed compares classes exactly, so that a subclass of
+torch's Linear that is not named here would travel as float32."""
 
 
 class ClippedAdamW(torch.optim.AdamW):
@@ -68,7 +74,11 @@ def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": train.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": BF16_MODULES,
+        },
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }

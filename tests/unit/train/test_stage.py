@@ -1,9 +1,12 @@
 """What a stage trains and freezes, its parameter groups and its schedule."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from tests.helpers.tiny import tiny_model
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.optim import ClippedAdamW, deepspeed_config, parameter_groups, schedule
 from workflows.train.stage import describe, freeze, total_steps
@@ -101,3 +104,20 @@ def test_accumulation_fills_the_batch():
 def test_offload_needs_a_zero_stage_that_shards_what_it_moves(offload, zero_stage):
     with pytest.raises(ValueError, match=f"offload = {offload} needs zero_stage"):
         TrainRecipe(workers=1, offload=offload, zero_stage=zero_stage, stages=[stage()])
+
+
+def test_in_bf16_all_linear_weights_travel_as_bf16_and_the_state_parameters_do_not():
+    """Decided by DeepSpeed's own marks: it looks at the exact class of a module."""
+    from deepspeed.runtime.torch_autocast import get_comm_dtype, init_autocast_params
+
+    model = tiny_model()
+    train = TrainRecipe(workers=1, precision="bf16", stages=[stage()])
+    named = deepspeed_config(train.stages[0], train)["torch_autocast"]["lower_precision_safe_modules"]
+    init_autocast_params(SimpleNamespace(module=model, zero_quantized_weights=lambda: False), torch.bfloat16, named)
+    travels = {name: get_comm_dtype(parameter) for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert get_comm_dtype(module.weight) == torch.bfloat16, name
+    for name, dtype in travels.items():
+        if name.endswith(("A_log", "dt_bias", ".D")):
+            assert dtype == torch.float32, name
