@@ -5,6 +5,8 @@ STORAGE ?= storage
 JOBS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# On a terminal pip shows what it fetches, with a bar; a log of CI has a line a step. (Within $( ) only stderr is make's.)
+PIP = $(BIN)/pip install --disable-pip-version-check -c constraints.txt $$(test -t 2 || echo --quiet)
 
 .PHONY: install quickstart test test-all lint clean
 
@@ -12,12 +14,15 @@ install: $(STAMP)
 
 # torch goes first: DeepSpeed's set-up imports it. DS_BUILD_OPS=0: no compiler is needed.
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation -e '.[test,quickstart]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	@echo "install 1/3: an environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "install 2/3: torch and its CUDA libraries, about 3 GB to fetch: some minutes"
+	@$(PIP) torch setuptools wheel
+	@echo "install 3/3: Ray, DeepSpeed, MLflow and the rest: some minutes more"
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e '.[test,quickstart]'
+	@touch $@
+	@echo "install: done"
 
 quickstart: install
 	$(BIN)/mlmamba run quickstart --storage $(STORAGE)

@@ -1,6 +1,7 @@
-"""Typed description of a data set: where the records come from, how they are tokenized and packed.
+"""The recipe's `data` section: where the records come from, how they are tokenized and how they are packed.
 
-The models of the single kinds of source are in pipelines/config.py.
+One model for each kind of source comes first, then `DataConfig`, which holds them, and `data_identity`, the digest that
+names the data set of a config.
 """
 
 import hashlib
@@ -11,6 +12,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipelines.identity import Decides, StrictModel, identity
+
+SPLITS_TO_PACK = ("train", "validation")
+SCHEMA_VERSION = 2
+"""Version of the shards and the manifest. Sets of another version are made again."""
 
 
 class SourceBase(StrictModel):
@@ -38,11 +43,11 @@ class SourceBase(StrictModel):
         return self.name or self.type
 
     def absolute(self) -> "SourceBase":
-        """The same source with local paths made absolute, for workers that run in another folder."""
+        """Return the same source with its local paths made absolute, for workers that run in another folder."""
         return self.model_copy(update={field: _absolute(getattr(self, field)) for field in self.PATHS})
 
     def reader_fields(self) -> dict:
-        """What decides how a listed record reads: all but the choice of which records are listed."""
+        """The fields that decide what a listed record contains, without those that choose which records are listed."""
         return self.model_dump(mode="json", exclude={"limit", "weight", "seed", "repeated_ids"})
 
 
@@ -186,34 +191,6 @@ SourceConfig = Annotated[
 ]
 
 
-def _absolute(path: str | list[str]) -> str | list[str]:
-    if isinstance(path, list):
-        return [_absolute(one) for one in path]
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "SPLITS_TO_PACK",
-    "CaptionsSource",
-    "DataConfig",
-    "EasyVQASource",
-    "LlavaSource",
-    "ParquetSource",
-    "QuestionsSource",
-    "SourceBase",
-    "SourceConfig",
-    "StrictModel",
-    "TokenizerConfig",
-    "WebDatasetSource",
-    "data_identity",
-]
-
-SPLITS_TO_PACK = ("train", "validation")
-SCHEMA_VERSION = 2
-"""Version of the shards and the manifest. Sets of another version are made again."""
-
-
 class TokenizerConfig(StrictModel):
     """Either an existing tokenizer or a new one trained on the train split."""
 
@@ -282,12 +259,18 @@ class DataConfig(StrictModel):
 
 
 def data_identity(config: DataConfig, tokens_per_image: int, seed: int) -> str:
-    """sha256 in hex of everything that decides a data set's content: its folder's name and its manifest hold it.
+    """Return the sha256, in hex, of everything that decides a data set's content.
 
-    Of the test sources it covers what keeps their images out of training, which is nothing when
-    `exclude_evaluation_images` is off.
+    It names the data set's folder and stands in its manifest. The test sources count only because their images are kept
+    out of training, so they do not count when `exclude_evaluation_images` is off.
     """
     content = identity(config, Decides.RUN)
     excluded = {name: source.model_dump(mode="json") for name, source in config.evaluation_sets().items()}
     text = json.dumps([SCHEMA_VERSION, tokens_per_image, seed, content, excluded], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _absolute(path: str | list[str]) -> str | list[str]:
+    if isinstance(path, list):
+        return [_absolute(one) for one in path]
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))

@@ -1,4 +1,7 @@
-"""A PNG of samples as the model sees them: square images, decoded conversation, and what has loss in green."""
+"""Draw samples of a data set into a PNG as the model sees them: square images, decoded text, loss tokens in green.
+
+`choose` picks the samples and `sample_of` decodes them; the rest of the file lays them out as cards on one page.
+"""
 
 import io
 import re
@@ -19,11 +22,22 @@ from pipelines.shuffle import permutation
 
 _ROWS = 100  # rows that the choice is made from
 PLAIN, LOSS, IMAGE, WRONG = "plain", "loss", "image", "wrong"
+_COLUMNS, _CARD, _GAP, _MARGIN = 2, 860, 24, 28  # pixels, but for the first
+_IMAGES, _MOST_IMAGES = 224, 9  # side of the place for a card's images; how many are drawn there
+_LINES, _TAIL = 24, 7  # lines of a card at most; of these, how many are the end of what is longer
+_INK, _QUIET, _EDGE = "#1c1c1c", "#8a8f98", "#d5d9df"
+_STYLES = {
+    PLAIN: Style(_INK),
+    LOSS: Style(_INK, "#bdf0c4"),
+    IMAGE: Style("#0b3d91", "#d6e6ff"),
+    WRONG: Style("#ffffff", "#d0103a"),
+}
+_MARK = re.compile("(" + "|".join(re.escape(mark) for mark in (USER, ASSISTANT)) + r"|<\|endoftext\|>|\n)")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it lies in its row."""
+    """One sample, decoded from its row."""
 
     id: str
     source: str
@@ -38,8 +52,38 @@ class Sample:
     image with too many or too few tokens."""
 
 
+def draw_sheet(uri: str, out: str, split: str = "train", count: int = 12, seed: int = 0) -> dict:
+    """Draw samples of a data set into a PNG file. The file is written whole or not at all.
+
+    Args:
+        uri: folder of the data set.
+        out: the file, path or URI.
+        split: "train" or "validation".
+        count: samples.
+        seed: of the choice.
+
+    Returns:
+        `sheet` (the file), `samples` (how many) and `characters_without_font` (count by script).
+
+    Raises:
+        FileNotFoundError, ValueError: as PackedDataset.
+        OSError: the file cannot be written.
+    """
+    text = Typesetter(15)
+    samples = choose(uri, split, count, seed)
+    cards = [_card(sample, text) for sample in samples]
+    title = f"{storage.shown(uri)}: {len(samples)} samples of the {split} split, seed {seed}"
+    buffer = io.BytesIO()
+    _page(title, cards, text).save(buffer, "PNG")
+    try:
+        storage.write_atomic(out, buffer.getvalue())
+    except OSError as error:
+        raise OSError(f"cannot write {storage.shown(out)} ({error}); choose another place") from error
+    return {"sheet": storage.shown(out), "samples": len(samples), "characters_without_font": dict(text.missing)}
+
+
 def choose(uri: str, split: str, count: int, seed: int) -> list[Sample]:
-    """Up to `count` samples of a split, of every source and with no, one and several images as far as there are.
+    """Choose up to `count` samples of a split, from every source, with no, one and several images where they exist.
 
     Raises:
         FileNotFoundError, ValueError: as PackedDataset.
@@ -52,7 +96,7 @@ def choose(uri: str, split: str, count: int, seed: int) -> list[Sample]:
         for place, source in enumerate(row.source):
             kind = source, min(int((owners == place).sum()), 2)
             groups.setdefault(kind, []).append((index, place))
-    # Shuffled, or the samples would all be of the first rows: a row can hold dozens.
+    # Shuffled, because a row can hold dozens of samples: unshuffled, all would come from the first rows.
     queues = [[group[i] for i in permutation(len(group), seed, "group")] for _, group in sorted(groups.items())]
     turns = [place for one_of_each in zip_longest(*queues) for place in one_of_each if place is not None]
     chosen = turns[:count]
@@ -94,51 +138,8 @@ def sample_of(row: PackedRow, index: int, place: int, tokenizer: Tokenizer, toke
     )
 
 
-_COLUMNS, _CARD, _GAP, _MARGIN = 2, 860, 24, 28  # pixels, but for the first
-_IMAGES, _MOST_IMAGES = 224, 9  # side of the place for a card's images; how many are drawn there
-_LINES, _TAIL = 24, 7  # lines of a card at most; of these, how many are the end of what is longer
-_INK, _QUIET, _EDGE = "#1c1c1c", "#8a8f98", "#d5d9df"
-_STYLES = {
-    PLAIN: Style(_INK),
-    LOSS: Style(_INK, "#bdf0c4"),
-    IMAGE: Style("#0b3d91", "#d6e6ff"),
-    WRONG: Style("#ffffff", "#d0103a"),
-}
-_MARK = re.compile("(" + "|".join(re.escape(mark) for mark in (USER, ASSISTANT)) + r"|<\|endoftext\|>|\n)")
-
-
-def draw_sheet(uri: str, out: str, split: str = "train", count: int = 12, seed: int = 0) -> dict:
-    """Draw samples of a data set into a PNG file, which is written whole or not at all.
-
-    Args:
-        uri: folder of the data set.
-        out: the file, path or URI.
-        split: "train" or "validation".
-        count: samples.
-        seed: of the choice.
-
-    Returns:
-        `sheet` (the file), `samples` (how many) and `characters_without_font` (count by script).
-
-    Raises:
-        FileNotFoundError, ValueError: as PackedDataset.
-        OSError: the file cannot be written.
-    """
-    text = Typesetter(15)
-    samples = choose(uri, split, count, seed)
-    cards = [_card(sample, text) for sample in samples]
-    title = f"{storage.shown(uri)}: {len(samples)} samples of the {split} split, seed {seed}"
-    buffer = io.BytesIO()
-    _page(title, cards, text).save(buffer, "PNG")
-    try:
-        storage.write_atomic(out, buffer.getvalue())
-    except OSError as error:
-        raise OSError(f"cannot write {storage.shown(out)} ({error}); choose another place") from error
-    return {"sheet": storage.shown(out), "samples": len(samples), "characters_without_font": dict(text.missing)}
-
-
 def _page(title: str, cards: list[Image.Image], text: Typesetter) -> Image.Image:
-    """All cards under a title and a legend, each in the column that is shorter."""
+    """Put all cards under a title and a legend, each into the column that is shorter so far."""
     head = Typesetter(20)
     width = 2 * _MARGIN + _COLUMNS * _CARD + (_COLUMNS - 1) * _GAP
     inner = width - 2 * _MARGIN
@@ -171,7 +172,7 @@ def _page(title: str, cards: list[Image.Image], text: Typesetter) -> Image.Image
 
 
 def _card(sample: Sample, text: Typesetter) -> Image.Image:
-    """One sample: where it is from, its images on the left, its conversation beside them."""
+    """Draw one sample: a line about its origin, its images on the left, its conversation on the right."""
     pad, small = 14, Typesetter(12)
     left = pad + (_IMAGES + pad if sample.images else 0)
     facts = f"{sample.source}, row {sample.row}, {sample.tokens:,} tokens, {sample.loss_tokens:,} with loss"
@@ -191,7 +192,7 @@ def _card(sample: Sample, text: Typesetter) -> Image.Image:
 
 
 def _pieces(sample: Sample) -> list[tuple[str, Style]]:
-    """The conversation as styled text: role marks and line ends in grey, line ends visible."""
+    """Style the conversation: role marks and line ends in grey, with a visible mark for each line end."""
     pieces = []
     for text, kind in sample.pieces:
         style = _STYLES[kind]
@@ -202,7 +203,7 @@ def _pieces(sample: Sample) -> list[tuple[str, Style]]:
 
 
 def _shortened(lines: list, text: Typesetter) -> list:
-    """The beginning and the end of what has more than `_LINES` lines."""
+    """Keep the beginning and the end of a text of more than `_LINES` lines, with a note between."""
     if len(lines) <= _LINES:
         return lines
     head = _LINES - _TAIL - 1
@@ -211,7 +212,7 @@ def _shortened(lines: list, text: Typesetter) -> list:
 
 
 def _images(images: list[bytes]) -> tuple[Image.Image, str]:
-    """A sample's images in a square grid, numbered when there are several, and their sizes as text."""
+    """Return a sample's images in a square grid, numbered when there are several, and their sizes as text."""
     if not images:
         return Image.new("RGB", (1, 1), "white"), ""
     shown = images[:_MOST_IMAGES]
@@ -235,7 +236,7 @@ def _images(images: list[bytes]) -> tuple[Image.Image, str]:
 
 
 def _tile(data: bytes, side: int) -> tuple[Image.Image, str]:
-    """An image decoded as training decodes it, and its stored size."""
+    """Decode an image as training does. Returns it with its stored size as text, or a red tile with the error."""
     try:
         tile = Image.fromarray(load_pixels(data, side).transpose(1, 2, 0))
     except ImageError as error:

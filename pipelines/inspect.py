@@ -1,7 +1,8 @@
-"""What is in a finished data set: counts, lengths, sources and what was set aside, as plain data.
+"""What is in a finished data set: counts, lengths, sources and records set aside, as plain data and as text.
 
-The counts are the manifest's. Lengths, images per sample and samples per row are counted from rows: all of them or,
-in a split of more than `ROWS`, that many drawn at random. Of those only the small columns are read, no images.
+`inspect_data` takes the counts from the manifest. Lengths, images per sample and samples per row it counts from rows:
+all of them or, in a split of more than `ROWS`, that many drawn at random. It reads only the small columns, no images.
+`report` turns the result into text for a person.
 """
 
 from collections import Counter
@@ -16,13 +17,14 @@ from pipelines.schema import values
 from pipelines.shuffle import permutation
 
 ROWS = 5000  # rows that the histograms of a split are made from
-BINS = 12
-_THREADS = 16  # shards read at a time; in an object store reading is waiting
+BINS = 12  # of a histogram, at most; one more where the round edges ask for it
+_BAR = 40  # characters of the longest bar
+_THREADS = 16  # shards read at a time, many because reading from an object store is mostly waiting
 _COLUMNS = ["sample_ids", "seq_idx", "image_positions"]
 
 
 def inspect_data(uri: str) -> dict:
-    """Everything that inspect_text.report shows, as plain data for JSON.
+    """Count what a data set holds, as plain data for JSON; `report` shows it as text.
 
     Args:
         uri: folder of the data set, path or URI.
@@ -64,8 +66,21 @@ def _distribution(numbers: np.ndarray) -> dict:
     }
 
 
+def histogram(numbers: np.ndarray, bins: int = BINS) -> list[dict]:
+    """Count in at most `bins` + 1 bins with round edges, each as `from` (included), `to` (included) and `count`."""
+    least, most = int(numbers.min()), int(numbers.max())
+    width = _round_up(max((most - least + 1) / bins, 1))
+    edges = np.arange(least // width * width, most + width, width)
+    counts = np.bincount((numbers - edges[0]) // width, minlength=len(edges))
+    return [
+        {"from": int(edge), "to": int(edge + width - 1), "count": int(count)}
+        for edge, count in zip(edges, counts, strict=True)
+        if edge <= most
+    ]
+
+
 def _count(uri: str, split: SplitInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and images of each sample, samples of each row, int64, of the rows that are counted."""
+    """Count tokens and images of each sample and samples of each row (int64 arrays) over the rows that are counted."""
     rows = np.arange(split.rows) if split.rows <= ROWS else np.sort(permutation(split.rows, "inspect")[:ROWS])
     ends = np.cumsum([shard.rows for shard in split.shards])
     shards = np.searchsorted(ends, rows, side="right")
@@ -82,14 +97,14 @@ def _count(uri: str, split: SplitInfo) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _count_row(batch) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and images of each sample of a row."""
+    """Count tokens and images of each sample of a row."""
     seq_idx, positions = (values(batch, name).to_numpy() for name in ("seq_idx", "image_positions"))
     samples = len(values(batch, "sample_ids"))
     return np.bincount(seq_idx, minlength=samples), np.bincount(seq_idx[positions], minlength=samples)
 
 
 def _quarantine(uri: str) -> list[dict]:
-    """The reasons for which records were set aside, most frequent first, each with its first record."""
+    """List the reasons for which records were set aside, most frequent first, each with its first record."""
     file = storage.join(uri, QUARANTINE_FILE)
     if not storage.exists(file):
         return []
@@ -106,30 +121,14 @@ def _quarantine(uri: str) -> list[dict]:
     ]
 
 
-def histogram(numbers: np.ndarray, bins: int = BINS) -> list[dict]:
-    """Counts in at most `bins` + 1 bins whose edges are round numbers: `from` (included), `to` (included), `count`."""
-    least, most = int(numbers.min()), int(numbers.max())
-    width = _round_up(max((most - least + 1) / bins, 1))
-    edges = np.arange(least // width * width, most + width, width)
-    counts = np.bincount((numbers - edges[0]) // width, minlength=len(edges))
-    return [
-        {"from": int(edge), "to": int(edge + width - 1), "count": int(count)}
-        for edge, count in zip(edges, counts, strict=True)
-        if edge <= most
-    ]
-
-
 def _round_up(number: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, 100, ..."""
+    """Round up to the next of 1, 2, 5, 10, 20, 50, 100, ..."""
     power = 10 ** (len(str(int(number))) - 1)
     return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
 
 
-_BAR = 40  # characters of the longest bar
-
-
 def report(content: dict) -> str:
-    """The result of `inspect_data` as text."""
+    """Format the result of `inspect_data` as text."""
     splits = content["splits"]
     lines = [
         content["uri"],
@@ -193,7 +192,7 @@ def _set_aside(entries: list[dict]) -> list[str]:
 
 
 def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    """Lines whose columns stand under one another; those in `left` begin together, the others end together."""
+    """Format rows as lines with aligned columns: those in `left` to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

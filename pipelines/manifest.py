@@ -1,7 +1,7 @@
-"""manifest.json: what a finished data set holds. It is written last, so a folder without one is not a data set.
+"""manifest.json: what a finished data set holds, and whether a folder already holds the data set of a recipe.
 
-Both splits stand in one manifest, because they are made by one recipe with one tokenizer and a run trains on one and
-measures on the other: one digest names what the run saw, and there is no moment when only half of it is there.
+The manifest is written last, so a folder without one is not a finished data set. Both splits stand in one manifest: one
+recipe and one tokenizer make them, a run trains on one and validates on the other, and one digest names both.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class ShardInfo(StrictModel):
 
 
 class SplitInfo(StrictModel):
-    """One split: its shards and what became of its records."""
+    """One split: its shards, and how many of its records were packed, cut or set aside."""
 
     shards: list[ShardInfo]
     """In row order."""
@@ -74,7 +74,7 @@ class Manifest(StrictModel):
     tokenizer_digest: str
     """sha256 of tokenizer/tokenizer.json."""
     recipe_digest: str
-    """Of the config and the other arguments of `prepare`, so far as they decide the content."""
+    """`data_identity` of the config and the other arguments of `prepare`."""
     sources: dict[str, str]
     """Fingerprint of each source's list of records, by split/name."""
     excluded: dict[str, int] = Field(default_factory=dict)
@@ -95,17 +95,17 @@ class Manifest(StrictModel):
         return sum(split.rows for split in self.splits.values())
 
     def content_digest(self) -> str:
-        """What `digest` has to be."""
+        """Compute the digest from the shards and the tokenizer; `digest` has to equal it."""
         parts = [shard.sha256 for shard in self.shards] + [self.tokenizer_digest]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @classmethod
     def load(cls, uri: str) -> "Manifest":
-        """The manifest of the data set in a folder.
+        """Read the manifest of the data set in a folder.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not a manifest, or of another schema version.
+            ValueError: the file is not a manifest, or has another schema version.
         """
         file = storage.join(uri, MANIFEST_FILE)
         if not storage.exists(file):
@@ -120,7 +120,7 @@ class Manifest(StrictModel):
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{storage.shown(file)} has schema version {version}, expected {SCHEMA_VERSION}; run mlmamba prepare "
-                "again, it makes the data set anew"
+                "again to make the data set in this version"
             )
         try:
             return cls.model_validate_json(data)
@@ -165,17 +165,13 @@ def split_info(
     )
 
 
-def _created_by() -> str:
-    return f"mlmamba {__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}"
-
-
 def fingerprints(config: DataConfig) -> dict[str, str]:
-    """Digest of the list of records of each source that is packed or kept out, by split/name. Images are not read."""
+    """Digest the list of records of each source that is packed or kept out, by split/name. No images are read."""
     return {key: open_source(source).fingerprint() for key, source in _sources(config).items()}
 
 
 def find_finished(config: DataConfig, out: str, recipe: str) -> Manifest | None:
-    """The finished data set in `out`, if it is of this recipe and its sources still list the same records."""
+    """Return the manifest in `out` if it is of this recipe and its sources still list the same records, else None."""
     if not storage.exists(storage.join(out, MANIFEST_FILE)):
         return None
     try:
@@ -185,7 +181,7 @@ def find_finished(config: DataConfig, out: str, recipe: str) -> Manifest | None:
     if manifest.recipe_digest != recipe:
         return None
     for key, source in _sources(config).items():
-        # A finished data set stays good when its raw corpus has been cleared away.
+        # A finished data set stays valid after its raw corpus was deleted.
         with suppress(OSError, ImportError):
             if open_source(source).fingerprint() != manifest.sources.get(key):
                 return None
@@ -195,3 +191,7 @@ def find_finished(config: DataConfig, out: str, recipe: str) -> Manifest | None:
 def _sources(config: DataConfig) -> dict[str, SourceConfig]:
     packed = {f"{split}/{source.label}": source for split in SPLITS_TO_PACK for source in getattr(config, split)}
     return packed | config.evaluation_sets()
+
+
+def _created_by() -> str:
+    return f"mlmamba {__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}"

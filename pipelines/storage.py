@@ -108,10 +108,10 @@ def checksum(uri: str) -> tuple[int, str]:
     return length, digest.hexdigest()
 
 
-def write_atomic(uri: str, data: bytes) -> None:
-    """Write a whole file or nothing, making its folder on a local disk."""
-    with atomic_file(uri) as path, open(path, "wb") as file:
-        file.write(data)
+def write_atomic(uri: str | os.PathLike, data: bytes | str) -> None:
+    """Write a whole file or nothing, making its folder on a local disk. Text is written as UTF-8."""
+    with atomic_file(os.fspath(uri)) as path, open(path, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager

@@ -10,12 +10,11 @@ import sys
 
 from workflows.errors import UsageError, WorkflowError
 from workflows.runtime import quiet_libraries
-from workflows.verbs.data import DATA
 from workflows.verbs.evaluate import EVALUATE
 from workflows.verbs.models import MODELS
 from workflows.verbs.serve import CHAT, SERVE
 from workflows.verbs.submit import SUBMIT
-from workflows.verbs.tools import CONVERT, DOCTOR
+from workflows.verbs.tools import CONVERT, DATA, DOCTOR
 from workflows.verbs.verb import Verb
 from workflows.verbs.workflow import PREPARE, RUN, TRAIN
 

@@ -1,7 +1,14 @@
-"""What the cluster's nodes must have before a workflow starts: the storage folder and the packages.
+"""Checks before any work: what would otherwise fail a workflow hours after its start.
 
-A folder that only the head sees is a common mistake on a cluster, and shows hours later as a missing file. So every
-node is asked to read a word that the driver wrote into the storage folder, and to write one back.
+    check_weights     the weights that the recipe names are there and of its size
+    check_workers     the cluster can hold the training's workers
+    check_nodes       every node sees the storage and has the packages
+    check_evaluation  this node can score the model, where storage is an object store
+    check_room        the storage has room for models, checkpoints and data
+    check_stages      the prepared data has the rows and splits that the stages want
+
+Storage that only the head sees is a common mistake on a cluster. So every node is asked to read a word that the driver
+wrote there, and to write one back.
 """
 
 import importlib.util
@@ -19,8 +26,8 @@ from huggingface_hub import hf_hub_download
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines import storage as files
 from pipelines.manifest import MANIFEST_FILE, Manifest
-from pipelines.storage import delete, exists, join, read_bytes, shown, write_atomic
 from workflows.errors import UsageError, WorkflowError
 from workflows.plan.rows import count_rows
 from workflows.plan.train import GIB, disk_of, meta_model
@@ -28,8 +35,9 @@ from workflows.recipe.evaluate import EvaluateRecipe
 from workflows.recipe.model import ModelRecipe
 from workflows.recipe.schema import Recipe
 from workflows.recipe.train import TrainRecipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
-from workflows.storage.remote import CACHE, is_remote, place
+from workflows.storage.remote import CACHE
 from workflows.train.initial import image_tokens, locate
 
 _NEEDED = ("torch", "transformers", "timm", "pyarrow", "deepspeed", "mlflow", "safetensors")
@@ -43,9 +51,10 @@ class Answer:
 
     host: str
     problem: str
+    """What it lacks, for people; "" when nothing."""
 
 
-def check_nodes(storage: Path) -> None:
+def check_nodes(storage: Folder) -> None:
     """See that every node that can work sees the storage folder and has the packages.
 
     Raises:
@@ -54,10 +63,10 @@ def check_nodes(storage: Path) -> None:
     own = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
     if workers := [node for node in nodes if node["Resources"].get("CPU", 0) > 0]:
-        _check_storage(workers, place(storage))
+        _ask_nodes(workers, storage)
 
 
-def check_this_node(wanted: EvaluateRecipe) -> None:
+def check_evaluation(wanted: EvaluateRecipe) -> None:
     """See that this node can score a model by itself, as it must where storage is an object store.
 
     Raises:
@@ -76,10 +85,10 @@ def check_this_node(wanted: EvaluateRecipe) -> None:
 
 
 @contextmanager
-def where_files_meet(storage: Path) -> Iterator[None]:
-    """Ray Data's tasks of the block run where files that they write come together: with storage in an object store on
-    the node of this process, else anywhere."""
-    if not is_remote(place(storage)):
+def tasks_where_files_meet(storage: Folder) -> Iterator[None]:
+    """Run Ray Data's tasks of the block where the files that they write come together: on the node of this process if
+    storage is an object store, else anywhere."""
+    if not storage.remote:
         yield
         return
     context, own = DataContext.get_current(), ray.get_runtime_context().get_node_id()
@@ -101,11 +110,11 @@ def _schedule(context: DataContext, strategy, strategy_large_args) -> None:
         context.scheduling_strategy_large_args = strategy_large_args
 
 
-def _check_storage(nodes: list[dict], storage: str) -> None:
+def _ask_nodes(nodes: list[dict], storage: Folder) -> None:
+    """Raise WorkflowError unless every node reads the driver's word in the storage and writes one back."""
     word = uuid.uuid4().hex
     name = f".seen-{word}"
-    file = join(storage, name)
-    write_atomic(file, word.encode())
+    storage.write(name, word)
     try:
         asked = {}
         for node in nodes:
@@ -122,17 +131,16 @@ def _check_storage(nodes: list[dict], storage: str) -> None:
                 continue
             if answer.problem:
                 problems.append(f"{answer.host} {answer.problem}")
-            elif not exists(join(storage, f"{name}.{asked[each]['NodeID']}")):
-                where = shown(storage)
-                problems.append(f"{answer.host} has another folder at {where}: what it wrote there is not seen here")
+            elif not (storage / f"{name}.{asked[each]['NodeID']}").exists():
+                problems.append(f"{answer.host} has another folder at {storage}: what it wrote there is not seen here")
     finally:
         for left in (name, *(f"{name}.{node['NodeID']}" for node in nodes)):
             with suppress(OSError):
-                delete(join(storage, left))
+                files.delete((storage / left).uri)
     if problems:
         wanted = (
             "need credentials for the object store in --storage"
-            if is_remote(storage)
+            if storage.remote
             else "must share the folder in --storage, such as a network file system"
         )
         raise WorkflowError(
@@ -142,18 +150,18 @@ def _check_storage(nodes: list[dict], storage: str) -> None:
 
 
 @ray.remote(num_cpus=0, max_retries=1)
-def _look(storage: str, name: str, word: str) -> Answer:
+def _look(storage: Folder, name: str, word: str) -> Answer:
     """Runs on a node: read the driver's word and leave an answer."""
-    host, where = ray.util.get_node_ip_address(), shown(storage)
+    host = ray.util.get_node_ip_address()
     try:
-        seen = read_bytes(join(storage, name)).decode()
-        write_atomic(join(storage, f"{name}.{ray.get_runtime_context().get_node_id()}"), word.encode())
+        seen = storage.read(name).decode()
+        storage.write(f"{name}.{ray.get_runtime_context().get_node_id()}", word)
     except FileNotFoundError:
-        return Answer(host, f"does not see {where}, or has another folder there")
+        return Answer(host, f"does not see {storage}, or has another folder there")
     except OSError as error:
-        return Answer(host, f"cannot write to {where} ({error.strerror or error})")
+        return Answer(host, f"cannot write to {storage} ({error.strerror or error})")
     if seen != word:
-        return Answer(host, f"sees something else in {where}")
+        return Answer(host, f"sees something else in {storage}")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     return Answer(host, f"lacks the packages {', '.join(missing)}" if missing else "")
 
@@ -210,19 +218,19 @@ def check_room(recipe: Recipe, layout: Layout, note: Callable[[str], None]) -> N
     Only of a workflow that has not begun: of another, part of it is there. An object store has room, its copies on this
     machine's disk need some.
     """
-    if layout.initial.exists():
+    if layout.initial.local.exists():
         return
-    remote = is_remote(place(layout.storage))
-    free = shutil.disk_usage(layout.storage).free
+    remote, disk_folder = layout.storage.remote, layout.storage.local
+    free = shutil.disk_usage(disk_folder).free
     _, sizes, _ = meta_model(recipe, layout)
     tokens, data = image_tokens(recipe.model), {}
     for stage in recipe.train.stages:
         folder = layout.data[stage.name]
-        data[folder] = count_rows(recipe.data_of(stage), folder, tokens, {}).bytes or 0
+        data[folder] = count_rows(recipe.data_of(stage), folder.local, tokens, {}).bytes or 0
         data[folder] *= not (remote or (folder / MANIFEST_FILE).exists())  # else it takes no room here, or no more
     disk = disk_of(recipe.train, sizes, data)
     certain, likely = disk["models"] + disk["registered"], disk["total"]
-    text = f"{layout.storage} has {free / GIB:.1f} GiB free"
+    text = f"{disk_folder} has {free / GIB:.1f} GiB free"
     if free < certain:
         raise WorkflowError(
             f"{text}, the models of this recipe alone take {certain / GIB:.1f} GiB: make room, or choose another "
@@ -232,7 +240,7 @@ def check_room(recipe: Recipe, layout: Layout, note: Callable[[str], None]) -> N
         note(f"{text}, this workflow may take {likely / GIB:.1f} GiB (`--dry-run` lists what)")
 
 
-def check_cluster(recipe: Recipe) -> None:
+def check_workers(recipe: Recipe) -> None:
     """Raise WorkflowError when the cluster that Ray is connected to can never hold the workers."""
     check_fit(recipe.train, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 

@@ -6,9 +6,7 @@ is skipped when its mark is there. So a workflow killed anywhere and started aga
 
 import errno
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,33 +21,33 @@ from pipelines.prepare import PrepareError, prepare
 from workflows.console import Console
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.own_data import TestSources
-from workflows.evaluate.results import table
 from workflows.evaluate.run import choose_example, evaluate_recipe, evaluation_folder
 from workflows.evaluate.sheet import save_example
 from workflows.preflight import (
-    check_cluster,
+    check_evaluation,
     check_nodes,
     check_room,
     check_stages,
-    check_this_node,
     check_weights,
-    where_files_meet,
+    check_workers,
+    tasks_where_files_meet,
 )
 from workflows.recipe.schema import DataRecipe, Recipe
 from workflows.registry import promote, register, rolled_back
 from workflows.runtime import connect_ray, stop_on_sigterm
-from workflows.storage.layout import Layout, data_folder, earlier_data_folder, layout_of
-from workflows.storage.lock import lease
-from workflows.storage.remote import address, at_hand, is_remote, keep, kept, mirrored, place
+from workflows.storage.folder import Folder
+from workflows.storage.layout import Layout, adopt_earlier, data_folder, earlier_data_folder, layout_of
+from workflows.storage.lock import lock
+from workflows.storage.mirror import mirrored
 from workflows.tracking.journal import FILES as JOURNAL_FILES
 from workflows.tracking.journal import short_reason
-from workflows.tracking.tracker import Tracker, check_registry, tracking_uri
+from workflows.tracking.tracker import Tracker, check_registry
 from workflows.train.initial import build_initial, built, image_tokens
 from workflows.train.stage import total_steps
 from workflows.train.trainer import finished, run_stage, stage_digest
 
 
-def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
+def run_workflow(recipe: Recipe, storage: Folder, console: Console) -> dict:
     """Run or continue a recipe. Returns the summary that is also written to summary.json in the run folder.
 
     Raises:
@@ -60,24 +58,24 @@ def run_workflow(recipe: Recipe, storage: Path, console: Console) -> dict:
         data_digest = digest_of(manifests)
         tracker.log_data(manifests, layout)
         trained = train_stages(recipe, layout, manifests, console, tracker)
-        model = at_hand(place(trained))
+        model = trained.fetch()
         result = evaluate_model(recipe, layout, model, console, tracker)
         promotion = publish(recipe, layout, tracker, model, data_digest, result, console)
     summary = {
         "recipe": recipe.name,
         "run_id": tracker.run_id,
-        "data": {"folders": sorted(map(address, set(layout.data.values()))), "digest": data_digest},
-        "model": {"folder": address(model), **promotion},
+        "data": {"folders": sorted({folder.shown for folder in layout.data.values()}), "digest": data_digest},
+        "model": {"folder": trained.shown, **promotion},
         "evaluation": result,
-        "samples": address(layout.evaluation / "samples.png"),
-        "example": save_example(recipe, layout.evaluation),
-        "storage": address(storage),
+        "samples": (layout.evaluation / "samples.png").shown,
+        "example": save_example(recipe, layout.evaluation.local),
+        "storage": storage.shown,
     }
-    files.write_atomic(place(layout.run / "summary.json"), json.dumps(summary, indent=2).encode())
+    layout.run.write("summary.json", json.dumps(summary, indent=2))
     return summary
 
 
-def train_only(recipe: Recipe, storage: Path, console: Console, stage: str | None) -> dict:
+def train_only(recipe: Recipe, storage: Folder, console: Console, stage: str | None) -> dict:
     """Prepare and train, all stages or one. Returns the model's folder and the run's id.
 
     Raises:
@@ -87,12 +85,78 @@ def train_only(recipe: Recipe, storage: Path, console: Console, stage: str | Non
         manifests = prepare_data(recipe, layout, console)
         tracker.log_data(manifests, layout)
         model = train_stages(recipe, layout, manifests, console, tracker, stage)
-    return {"model": address(model), "run_id": tracker.run_id}
+    return {"model": model.shown, "run_id": tracker.run_id}
+
+
+@contextmanager
+def session(
+    recipe: Recipe, storage: Folder, console: Console, evaluates: bool = False
+) -> Iterator[tuple[Layout, Tracker]]:
+    """Set up what a workflow needs, hold the recipe's lock, and keep its MLflow run open while the block runs.
+
+    Args:
+        evaluates: the block will score the model too.
+
+    Raises:
+        UsageError, WorkflowError: another process works on this recipe, the recipe does not fit the cluster, or the
+            storage is full; before the block where it can be known there.
+    """
+    layout = layout_of(recipe, storage, image_tokens(recipe.model))
+    check_registry(storage)
+    try:
+        if not built(layout.initial):
+            check_weights(recipe.model)
+        stop_on_sigterm()
+        with lock((layout.run / "lock.json").uri, f"recipe {recipe.name}", console.note):
+            connect_ray()
+            check_workers(recipe)
+            check_nodes(storage)
+            if evaluates and storage.remote:
+                check_evaluation(recipe.evaluate)
+            check_room(recipe, layout, console.note)
+            layout.run.local.mkdir(parents=True, exist_ok=True)
+            with mirrored(layout.run, JOURNAL_FILES, console.note):
+                tracker = Tracker(storage.local, recipe, layout.run.name, layout.run.local, console.note)
+                with _run_status(tracker):
+                    yield layout, tracker
+    except OSError as error:
+        raise explained(error, storage) from error
+    except MlflowException as error:
+        raise WorkflowError(f"{short_reason(error)}. Run the same command again, it goes on from here") from error
+
+
+@contextmanager
+def _run_status(tracker: Tracker) -> Iterator[None]:
+    """Set the MLflow run's status from how the block exits."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def explained(error: OSError, storage: Folder) -> Exception:
+    """The error itself, or a message for a person when the storage is full or an object store fails."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return WorkflowError(
+            f"the storage {storage} is full ({error.strerror}: {error.filename or 'while writing'}): make room and run "
+            "the same command again, it goes on from what is whole"
+        )
+    if storage.remote:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return WorkflowError(
+            f"the storage {storage} failed: {reason}. Run the same command again, it goes on from what is whole"
+        )
+    return error
 
 
 def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, Manifest]:
     """Shards and manifest of every stage's data. Returns the manifests by stage."""
-    made: dict[Path, Manifest] = {}
+    made: dict[Folder, Manifest] = {}
     tokens = image_tokens(recipe.model)
     for stage in recipe.train.stages:
         folder = layout.data[stage.name]
@@ -102,7 +166,7 @@ def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, 
     return {stage.name: made[layout.data[stage.name]] for stage in recipe.train.stages}
 
 
-def prepare_sets(recipe: Recipe | DataRecipe, storage: Path, console: Console) -> dict[Path, Manifest]:
+def prepare_sets(recipe: Recipe | DataRecipe, storage: Folder, console: Console) -> dict[Folder, Manifest]:
     """Make every data set of a recipe, or the one of a data recipe. Returns the manifests by folder."""
     if isinstance(recipe, DataRecipe):
         named = (storage, recipe.data, recipe.name, recipe.tokens_per_image, recipe.seed)
@@ -114,7 +178,7 @@ def prepare_sets(recipe: Recipe | DataRecipe, storage: Path, console: Console) -
 
 
 def _prepare_one(
-    data: DataConfig, folder: Path, earlier: Path, tokens_per_image: int, seed: int, console: Console
+    data: DataConfig, folder: Folder, earlier: Folder, tokens_per_image: int, seed: int, console: Console
 ) -> Manifest:
     with console.step(f"prepare {folder.name}"):
         phases = []
@@ -124,12 +188,14 @@ def _prepare_one(
             console.preparation(progress)
 
         try:
-            lock = folder.with_name(f".{folder.name}.lock")
-            with lease(lock, f"preparation of {folder.name}", console.note, wait=True):
-                if not files.exists(place(folder / MANIFEST_FILE)):
-                    _adopt_earlier(earlier, folder, data_identity(data, tokens_per_image, seed), console)
-                manifest = prepare(data, place(folder), tokens_per_image, seed, watch)
-                _bring_head(folder)
+            held = folder.beside(f".{folder.name}.lock").uri
+            with lock(held, f"preparation of {folder.name}", console.note, wait=True):
+                if not (folder / MANIFEST_FILE).exists():
+                    adopt_earlier(earlier, folder, data_identity(data, tokens_per_image, seed), console.note)
+                manifest = prepare(data, folder.uri, tokens_per_image, seed, watch)
+                for name in files.list_names((folder / "tokenizer").uri):  # what the driver reads; workers read shards
+                    folder.fetch_file(f"tokenizer/{name}")
+                folder.fetch_file(MANIFEST_FILE)
         except (PrepareError, ValueError, OSError, ModuleNotFoundError) as error:
             raise WorkflowError(f"preparation: {error}") from error
         if phases == ["finished"]:
@@ -142,35 +208,6 @@ def _prepare_one(
             + (f", {cut} cut short" if cut else "")
         )
     return manifest
-
-
-def _adopt_earlier(earlier: Path, folder: Path, wanted: str, console: Console) -> None:
-    """Give a data set that version 0.1 prepared its new name, if it is the wanted one; say what becomes of another."""
-    if not files.exists(place(earlier / MANIFEST_FILE)):
-        return
-    with lease(earlier.with_name(f".{earlier.name}.lock"), f"preparation of {earlier.name}", console.note, wait=True):
-        try:
-            found = Manifest.load(place(earlier)).recipe_digest
-        except (FileNotFoundError, ValueError):
-            return
-        if found != wanted:
-            console.note(f"{address(earlier)} holds a data set with other test sources and stays as it is")
-        elif is_remote(place(earlier)):
-            console.note(f"{address(earlier)} has been made by version 0.1 and is not used any more: delete it")
-        else:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)  # a preparation that was begun and not finished
-            earlier.rename(folder)
-            console.note(f"prepared by version 0.1 as {earlier.name}, which is now called {folder.name}")
-
-
-def _bring_head(folder: Path) -> None:
-    """Of a data set in an object store: what the driver reads of it, here. Workers read the shards from there."""
-    where = place(folder)
-    if is_remote(where):
-        inside = [f"tokenizer/{name}" for name in files.list_names(files.join(where, "tokenizer"))]
-        for name in (*inside, MANIFEST_FILE):
-            files.write_atomic(str(folder / name), files.read_bytes(files.join(where, *name.split("/"))))
 
 
 def digest_of(manifests: dict[str, Manifest]) -> str:
@@ -186,7 +223,7 @@ def train_stages(
     console: Console,
     tracker: Tracker,
     only: str | None = None,
-) -> Path:
+) -> Folder:
     """Train all stages, or the one called `only`. Returns the folder of the last trained model.
 
     Raises:
@@ -194,10 +231,9 @@ def train_stages(
     """
     check_stages(recipe, manifests)
     if not built(layout.initial):
-        layout.initial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(layout.initial, ignore_errors=True)  # a copy that did not reach the object store
-        build_initial(recipe, layout.data[recipe.train.stages[0].name], layout.initial)
-        keep(layout.initial)
+        with layout.initial.writing() as folder:
+            shutil.rmtree(folder, ignore_errors=True)  # a copy that did not reach the object store
+            build_initial(recipe, layout.data[recipe.train.stages[0].name].local, folder)
     digests = {name: manifest.digest for name, manifest in manifests.items()}
     offset, model = 0, layout.initial
     for index, stage in enumerate(recipe.train.stages):
@@ -232,8 +268,8 @@ def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
             tracker.log_metrics({f"train/{k}": v for k, v in numbers.items()}, offset + event["step"])
         elif kind == "start":
             tracker.set_tag(f"mlmamba.stage.{stage}", event["text"])
-            if event["resharded_from"]:
-                console.note(f"the checkpoint of {event['resharded_from']} workers is cut anew for this number of them")
+            if made_by := event["resharded_from"]:
+                console.note(f"the checkpoint of {made_by} workers is resharded for this number of them")
         elif kind == "validation":
             tracker.log_metrics({"validation/loss": event["loss"]}, offset + event["step"])
             console.note(f"step {event['step']}: validation loss {event['loss']:.3f}")
@@ -247,8 +283,8 @@ def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
 
 def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console, tracker: Tracker) -> dict:
     """Scores on the test sources and the benchmarks, beside the baselines; reports, and the sheet of samples."""
-    with console.step("evaluate"), kept(layout.evaluation), where_files_meet(layout.storage):
-        return evaluate_recipe(recipe, layout.evaluation, model, console, tracker)
+    with console.step("evaluate"), layout.evaluation.editing() as out, tasks_where_files_meet(layout.storage):
+        return evaluate_recipe(recipe, out, model, console, tracker)
 
 
 def publish(
@@ -263,7 +299,7 @@ def publish(
     """Register the model, and move the alias to it if the gate holds and it was not rolled back before."""
     name, alias = recipe.register_as.name, recipe.register_as.alias
     with console.step("register"):
-        answered = evaluation_folder(layout.evaluation, TestSources(recipe), model, recipe.seed)
+        answered = evaluation_folder(layout.evaluation.local, TestSources(recipe), model, recipe.seed)
         example = choose_example(answered, recipe.evaluate.max_new_tokens)
         version = register(tracker, recipe, layout, model, data_digest, result["scores"], example)
         undone = rolled_back(tracker.client, name, version, alias)
@@ -282,110 +318,3 @@ def publish(
             was = f" (was {done.previous})" if done.previous else ""
             console.note(f"{name} version {version} is now {alias}{was}")
     return {"name": name, "version": version, "alias": alias, "promoted": holds, "gate_failures": failures}
-
-
-def summary_text(summary: dict) -> str:
-    """The summary for a person: a table of scores, where things are, what to try next."""
-    model, example = summary["model"], summary["example"]
-    state = f"is {model['alias']}" if model["promoted"] else "not promoted (see the gate above)"
-    reference = f"models:/{model['name']}@{model['alias']}" if model["promoted"] else _short(model["folder"])
-    remote = is_remote(summary["storage"])
-    common = reference + ("" if remote else f" --storage {_short(summary['storage'])}")
-    uri = tracking_uri(Path(summary["storage"]))
-    return "\n".join(
-        [
-            "",
-            table(summary["evaluation"]),
-            "",
-            f"model    {model['name']} version {model['version']}, {state}",
-            f"         {_short(model['folder'])}",
-            f"run      {summary['run_id']} (MLflow)",
-            *(f"shards   {_short(folder)}" for folder in summary["data"]["folders"]),
-            f"look at  {_short(summary['samples'])}",
-            "",
-            "next",
-            f"  {_command('mlmamba')} chat {common} \\",
-            f"      --image {_short(example['image'])} --question '{example['question']}'",
-            f"  {_command('mlmamba')} serve {common}",
-            *([] if remote else [f"  {_command('mlflow')} ui --backend-store-uri {uri}"]),
-        ]
-    )
-
-
-def _short(path: str) -> str:
-    """A path as a person would type it: relative when it lies below the current folder."""
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
-
-
-def _command(name: str) -> str:
-    """How to call a command of this environment: by its name when the shell finds it, else by its path."""
-    if shutil.which(name):
-        return name
-    return os.path.relpath(Path(sys.executable).with_name(name))
-
-
-@contextmanager
-def session(
-    recipe: Recipe, storage: Path, console: Console, evaluates: bool = False
-) -> Iterator[tuple[Layout, Tracker]]:
-    """Everything that a workflow needs while it runs. The run's status is what becomes of the block.
-
-    Args:
-        evaluates: the block will score the model too.
-
-    Raises:
-        UsageError, WorkflowError: another process works on this recipe, the recipe does not fit the cluster, or the
-            storage is full; before the block where it can be known there.
-    """
-    layout = layout_of(recipe, storage, image_tokens(recipe.model))
-    check_registry(storage)
-    try:
-        if not built(layout.initial):
-            check_weights(recipe.model)
-        stop_on_sigterm()
-        with lease(layout.run / "lock.json", f"recipe {recipe.name}", console.note):
-            connect_ray()
-            check_cluster(recipe)
-            check_nodes(storage)
-            if evaluates and is_remote(place(storage)):
-                check_this_node(recipe.evaluate)
-            check_room(recipe, layout, console.note)
-            layout.run.mkdir(parents=True, exist_ok=True)
-            with mirrored(layout.run, JOURNAL_FILES, console.note):
-                tracker = Tracker(storage, recipe, layout.run.name, layout.run, console.note)
-                with _status(tracker):
-                    yield layout, tracker
-    except OSError as error:
-        raise clear(error, storage) from error
-    except MlflowException as error:
-        raise WorkflowError(f"{short_reason(error)}. Run the same command again, it goes on from here") from error
-
-
-@contextmanager
-def _status(tracker: Tracker) -> Iterator[None]:
-    """What becomes of the block becomes the run's status."""
-    status = "FAILED"
-    try:
-        yield
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
-
-
-def clear(error: OSError, storage: Path) -> Exception:
-    """The error itself, or a message for a person when the storage is full or an object store fails."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WorkflowError(
-            f"the storage {storage} is full ({error.strerror}: {error.filename or 'while writing'}): make room and run "
-            "the same command again, it goes on from what is whole"
-        )
-    if is_remote(place(storage)):
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return WorkflowError(
-            f"the storage {address(storage)} failed: {reason}. Run the same command again, it goes on from what is "
-            "whole"
-        )
-    return error

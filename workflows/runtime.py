@@ -1,4 +1,4 @@
-"""Starting what the workflow stands on: Ray, quiet libraries, and an orderly end when it is stopped."""
+"""Prepare a process for a verb: quiet the libraries, connect to Ray, and end in order on SIGTERM."""
 
 import logging
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from workflows.errors import WorkflowError
 
+REQUIRED = ("torch", "timm", "transformers", "tokenizers", "pyarrow", "ray", "deepspeed", "mlflow", "safetensors")
+"""Packages that every installation must have; `mlmamba doctor` looks for them."""
 QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -22,11 +24,11 @@ QUIET = {
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' own chatter off the terminal; their errors stay. Call before importing them."""
+    """Keep the libraries' own messages below errors off the terminal. Call before importing them."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if not any(Path("/dev").glob("nvidia[0-9]*")):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed reports its search for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed logs its search for an accelerator
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="mlflow")
     for name in ("DeepSpeed", "deepspeed", "mlflow", "alembic", "transformers", "timm"):
@@ -53,19 +55,16 @@ def connect_ray(verbose: bool = False) -> None:
         except ConnectionError as error:
             raise WorkflowError(str(error)) from error
         if callable(handler) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray puts its own there, which leaves without a word
+            signal.signal(signal.SIGTERM, handler)  # Ray's own handler would end the process at once
         logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def stop_on_sigterm() -> None:
-    """Take SIGTERM, which a cluster stops a job with, as Ctrl-C: the work is put in order and its run marked KILLED."""
+    """Treat SIGTERM, with which a cluster stops a job, as Ctrl-C: clean up and mark the run KILLED."""
 
     def interrupt(signum, frame) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would disturb the first one's tidying up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the cleaning up
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
-
-
-REQUIRED = ("torch", "timm", "transformers", "tokenizers", "pyarrow", "ray", "deepspeed", "mlflow", "safetensors")

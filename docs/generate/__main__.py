@@ -11,7 +11,7 @@ from pathlib import Path
 
 from docs.generate.pages import command_page, http_page, recipe_page
 from docs.generate.sizing import sizing_page
-from workflows.storage.layout import write_atomic
+from pipelines.storage import write_atomic
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 PAGES: dict[str, Callable[[], str]] = {

@@ -1,4 +1,8 @@
-"""What the sources share that have one file of annotations, and their images in a folder or a zip."""
+"""Sources with one file of annotations and their images in a folder or a zip.
+
+`AnnotatedImages` opens both, `JsonAnnotations` reads JSON entries, and two kinds of entry follow: LLaVA's conversations
+(`Llava`) and one question per entry (`Questions`).
+"""
 
 import hashlib
 import io
@@ -36,14 +40,14 @@ class AnnotatedImages:
         return digest.hexdigest()
 
     def locate(self, path: str) -> str:
-        """The location of an image. Raises EntryError when it is known not to be there."""
+        """Return the location of an image. Raises EntryError when a zip's directory does not list it."""
         location = self._images.locate(path)
         if location is None:
             raise EntryError(f"{storage.shown(self.config.images)} has no member {path}", "image_missing")
         return location
 
     def open_text(self):
-        """The annotations as a stream of bytes; what ends in .gz is unpacked.
+        """Open the annotations as a stream of bytes, decompressed when the name ends in .gz.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -60,18 +64,18 @@ class AnnotatedImages:
 
 
 class JsonAnnotations(AnnotatedImages):
-    """Entries of a JSON list or JSONL file. A kind of entry says how one is called and how it reads."""
+    """A source of the entries of a JSON list or JSONL file. Subclasses implement `name` and `parse`."""
 
     def name(self, entry: dict) -> object:
-        """The entry's id; anything but a string or number is none."""
+        """Return the entry's id. Anything but a string or an integer is reported as a bad entry."""
         raise NotImplementedError
 
     def parse(self, entry: dict, record_id: str) -> Record:
-        """The record of an entry. Raises EntryError."""
+        """Turn an entry into its record. Raises EntryError."""
         raise NotImplementedError
 
     def records(self) -> Iterator[Record]:
-        """One record per entry, in the file's order.
+        """List one record per entry, in the file's order.
 
         Raises:
             FileNotFoundError: no annotations file.
@@ -103,11 +107,11 @@ class Llava(JsonAnnotations):
     """Reader of a `LlavaSource`."""
 
     def name(self, entry: dict) -> object:
-        """The entry's id."""
+        """Return the entry's id."""
         return entry.get("id")
 
     def parse(self, entry: dict, record_id: str) -> Record:
-        """The record of an entry. Raises EntryError."""
+        """Turn an entry into its record. Raises EntryError."""
         images = entry.get("image")
         images = [] if images is None else images if isinstance(images, list) else [images]
         for path in images:
@@ -120,11 +124,11 @@ class Questions(JsonAnnotations):
     """Reader of a `QuestionsSource`."""
 
     def name(self, entry: dict) -> object:
-        """The entry's id, or its image's name."""
+        """Return the entry's id, or its image's name when the config names no id field."""
         return entry.get(self.config.id or self.config.image)
 
     def parse(self, entry: dict, record_id: str) -> Record:
-        """The record of an entry. Raises EntryError."""
+        """Turn an entry into its record. Raises EntryError."""
         image, images = entry.get(self.config.image), []
         if image is not None:
             path = f"{image}{self.config.image_suffix}" if isinstance(image, str | int) else image

@@ -1,6 +1,6 @@
-"""Which records of a source are used, and how often: its limit, its weight, and numbers for repeated ids.
+"""Open a source by its config, and list only the records that its limit and weight ask for.
 
-This happens where records are listed, on one machine, so the choice is the same whatever works on them afterwards.
+The records are listed on one machine, so the choice does not depend on the workers that read them afterwards.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,16 +13,31 @@ from pipelines.shuffle import permutation
 from pipelines.sources.source import Record, Source
 
 _BLOCK = 1024  # records among which a share is chosen at a time
+_READERS = {
+    "captions": ("pipelines.sources.captions", "Captions"),
+    "easy_vqa": ("pipelines.sources.easy_vqa", "EasyVQA"),
+    "llava": ("pipelines.sources.annotations", "Llava"),
+    "parquet": ("pipelines.sources.parquet", "Parquet"),
+    "questions": ("pipelines.sources.annotations", "Questions"),
+    "webdataset": ("pipelines.sources.webdataset", "WebDataset"),
+}
+"""Module and class of each type of source. Imported on use: only users of a source need its packages."""
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Return the reader of a source config, which lists the records that the config's limit and weight ask for."""
+    module, name = _READERS[config.type]
+    return Selection(getattr(import_module(module), name)(config), config)
 
 
 class Selection:
-    """A source that lists what its config asks for."""
+    """A source limited, repeated and numbered as its config asks."""
 
     def __init__(self, source: Source, config: SourceBase):
         self._source, self._config = source, config
 
     def records(self) -> Iterator[Record]:
-        """The records once, twice, ... as the weight says, and last the share that its fraction asks for."""
+        """List the records as often as the weight's whole part says, then a share of them for its fraction."""
         whole = int(self._config.weight)
         for repeat in range(1, whole + 1):
             yield from self._listed(repeat)
@@ -35,11 +50,11 @@ class Selection:
         return self._source.read_image(location)
 
     def fingerprint(self) -> str:
-        """That of the source: the recipe's digest stands for the choice."""
+        """The source's own digest. Limit and weight are not in it: the recipe's digest covers them."""
         return self._source.fingerprint()
 
     def _listed(self, repeat: int) -> Iterator[Record]:
-        """Every record up to the limit, for the nth time."""
+        """List every record up to the limit; from the second repeat on, ids end in @2, @3, ..."""
         records = islice(self._source.records(), self._config.limit)
         if self._config.repeated_ids == "number":
             records = _numbered(records)
@@ -48,12 +63,12 @@ class Selection:
 
 
 def share(records: Iterable[Record], fraction: float, *key: int | str) -> Iterator[Record]:
-    """A share of the records, in their order: of n records floor(n x fraction), and of every stretch alike.
+    """Choose a share of the records, evenly along the list and in its order: floor(n x fraction) of n records.
 
     Args:
         records: in a fixed order.
         fraction: between 0 and 1.
-        key: another one chooses others.
+        key: seed of the choice; the same key chooses the same records.
     """
     records = iter(records)
     seen = taken = number = 0
@@ -66,24 +81,8 @@ def share(records: Iterable[Record], fraction: float, *key: int | str) -> Iterat
 
 
 def _numbered(records: Iterable[Record]) -> Iterator[Record]:
+    """Add #2, #3, ... to the id of a record whose id came before."""
     times_seen: dict[str, int] = {}
     for record in records:
         times = times_seen[record.id] = times_seen.get(record.id, 0) + 1
         yield record if times == 1 else replace(record, id=f"{record.id}#{times}")
-
-
-_READERS = {
-    "captions": ("pipelines.sources.captions", "Captions"),
-    "easy_vqa": ("pipelines.sources.easy_vqa", "EasyVQA"),
-    "llava": ("pipelines.sources.annotations", "Llava"),
-    "parquet": ("pipelines.sources.parquet", "Parquet"),
-    "questions": ("pipelines.sources.annotations", "Questions"),
-    "webdataset": ("pipelines.sources.webdataset", "WebDataset"),
-}
-
-
-def open_source(config: SourceConfig) -> Source:
-    """The reader of a source config. It lists the records that the config's limit and weight ask for."""
-
-    module, name = _READERS[config.type]
-    return Selection(getattr(import_module(module), name)(config), config)

@@ -1,4 +1,4 @@
-"""What a source is: something that lists records without touching their images, and reads an image on request."""
+"""The interface of a source: it lists records without reading their images, and reads an image on request."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,11 +28,11 @@ class Record:
     turns: list[Turn] = field(default_factory=list)
     """The conversation."""
     question_types: list[str] | None = None
-    """One per question, that is per pair of turns, where the source knows; evaluation reports accuracy by them."""
+    """Kind of each question (one per pair of turns) where the source knows it; evaluation reports accuracy by kind."""
     problem: Problem | None = None
     """Set when the source could not make sense of the entry. The record then only goes to the quarantine table."""
     repeat: int = 1
-    """Which of the times it is that the source's weight lists this record."""
+    """1 for the first time that this record is listed, 2 for the second and so on, as the source's weight asks."""
 
 
 class Source(Protocol):
@@ -45,7 +45,4 @@ class Source(Protocol):
         """The image's file as it is stored. Raises FileNotFoundError when it is not there."""
 
     def fingerprint(self) -> str:
-        """A digest that changes when the listed records do, so that a finished data set is known to be out of date."""
-
-
-# type -> (module, class). Imported on use: a source's packages are needed only by those who use it.
+        """Digest of the listed records. It changes when they do, which marks a finished data set as out of date."""

@@ -8,15 +8,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-
-
-def image(number: int = 0, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
-    """An encoded image of one colour; another number is quite another one, also as a JPEG."""
-    mixed = number * 0x9E3779B1
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (mixed & 255, mixed >> 8 & 255, mixed >> 16 & 255)).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def conversation(*texts: str) -> list[dict]:

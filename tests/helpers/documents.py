@@ -16,7 +16,7 @@ from pathlib import Path
 from docs.generate.schema import anchor
 
 ROOT = Path(__file__).parents[2]
-LANGUAGES = ("sh", "python", "yaml", "text", "json")
+LANGUAGES = ("sh", "python", "yaml", "text", "json", "mermaid")
 _FENCE = re.compile(
     r"^(?:<!-- (?P<mark>run|file: (?P<file>\S+)) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )

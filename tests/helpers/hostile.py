@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from tests.helpers.serving import encoded
+from tests.helpers.images import encoded
 
 CHAT = "/v1/chat/completions"
 

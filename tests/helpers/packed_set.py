@@ -1,12 +1,10 @@
 """A finished data set made without Ray in a second: real tokenizer, real encoding, every kind of sample."""
 
-import io
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from mlmamba.conversation import IGNORE_INDEX, EncodedConversation, Turn, encode
 from pipelines import storage
@@ -15,6 +13,7 @@ from pipelines.manifest import Manifest, ShardInfo, split_info
 from pipelines.quarantine import QUARANTINE_FILE
 from pipelines.schema import PACKED, QUARANTINE, one_row
 from pipelines.tokenizer import load_or_train, save
+from tests.helpers.images import encoded
 
 MAX_TOKENS, TOKENS_PER_IMAGE, PER_ROW, PER_SHARD = 400, 4, 3, 2
 SET_ASIDE = [
@@ -34,11 +33,9 @@ def turns_of(i: int) -> list[Turn]:
     ]
 
 
-def image(i: int, size: tuple[int, int] = (20, 10)) -> bytes:
-    """An encoded image of one colour."""
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (i * 40 % 256, 90, 200)).save(buffer, "PNG")
-    return buffer.getvalue()
+def image_of(i: int) -> bytes:
+    """The encoded image that sample i shows, of one colour."""
+    return encoded(i, size=(20, 10), blocks=(1, 1))
 
 
 def write_packed_set(out: Path, splits: dict[str, int]) -> Manifest:
@@ -47,8 +44,8 @@ def write_packed_set(out: Path, splits: dict[str, int]) -> Manifest:
     digest = save(tokenizer, str(out / "tokenizer"))
     infos = {}
     for split, samples in splits.items():
-        encoded = [(i, encode(tokenizer, turns_of(i), TOKENS_PER_IMAGE)) for i in range(samples)]
-        rows = [_row(split, encoded[start : start + PER_ROW]) for start in range(0, samples, PER_ROW)]
+        tokens = [(i, encode(tokenizer, turns_of(i), TOKENS_PER_IMAGE)) for i in range(samples)]
+        rows = [_row(split, tokens[start : start + PER_ROW]) for start in range(0, samples, PER_ROW)]
         shards = [
             _shard(out, f"shards/{split}-{start // PER_SHARD:05d}.arrow", rows[start : start + PER_SHARD])
             for start in range(0, len(rows), PER_SHARD)
@@ -78,17 +75,17 @@ def write_packed_set(out: Path, splits: dict[str, int]) -> Manifest:
 
 
 def _row(split: str, samples: list[tuple[int, EncodedConversation]]) -> dict:
-    starts = np.cumsum([0, *(len(encoded.input_ids) for _, encoded in samples)])
+    starts = np.cumsum([0, *(len(tokens.input_ids) for _, tokens in samples)])
     return {
         "sample_ids": [f"{split}-{i}" for i, _ in samples],
-        "input_ids": np.concatenate([encoded.input_ids for _, encoded in samples]).astype(np.int32),
-        "labels": np.concatenate([encoded.labels for _, encoded in samples]).astype(np.int32),
+        "input_ids": np.concatenate([tokens.input_ids for _, tokens in samples]).astype(np.int32),
+        "labels": np.concatenate([tokens.labels for _, tokens in samples]).astype(np.int32),
         "seq_idx": np.repeat(np.arange(len(samples), dtype=np.int32), np.diff(starts)),
-        "images": [image(i) for i, encoded in samples for _ in encoded.image_positions],
+        "images": [image_of(i) for i, tokens in samples for _ in tokens.image_positions],
         "image_positions": [
             int(start) + place
-            for start, (_, encoded) in zip(starts, samples, strict=False)
-            for place in encoded.image_positions
+            for start, (_, tokens) in zip(starts, samples, strict=False)
+            for place in tokens.image_positions
         ],
         "source": ["captions" if i % 2 else "talk" for i, _ in samples],
     }

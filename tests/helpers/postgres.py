@@ -17,7 +17,8 @@ from pathlib import Path
 import psycopg2
 
 from tests.helpers.manifests import CLUSTER
-from tests.helpers.registry_server import free_port, stop
+from tests.helpers.processes import free_port
+from tests.helpers.registry_server import stop
 from tests.helpers.s3 import S3
 
 USER, DATABASE = "mlflow", "mlflow"

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tests.helpers.corpora import conversation, image, write_files, write_zip
+from tests.helpers.corpora import conversation, write_files, write_zip
+from tests.helpers.images import encoded
 
 
 def write_llava_558k(root: Path, count: int = 6) -> None:
@@ -18,7 +19,7 @@ def write_llava_558k(root: Path, count: int = 6) -> None:
         for i, name in enumerate(names)
     ]
     write_files(root, {"LLaVA-Pretrain/blip_laion_cc_sbu_558k.json": entries})
-    images = {f"{name}.jpg": image(i, "JPEG", (16, 12)) for i, name in enumerate(names)}
+    images = {f"{name}.jpg": encoded(i, "JPEG", (16, 12)) for i, name in enumerate(names)}
     write_zip(root / "LLaVA-Pretrain/images.zip", images)
 
 
@@ -39,8 +40,8 @@ def write_llava_665k(root: Path) -> None:
     chat = ("Write a list of fruit.", "Apple, pear, plum.", "In French?", "Pomme, poire, prune.")
     entries.append({"id": "wgByO4Y_0", "model": "", "conversations": conversation(*chat)})
     entries.append({"id": "wgByO4Y_33", "model": "", "conversations": conversation(*chat)[1:]})
-    images = {path: image(i, "JPEG", (80, 64)) for i, path in enumerate(paths.values())}
-    images["ocr_vqa/images/140031996.jpg"] = image(40, "GIF")  # some covers are GIF files that are called .jpg
+    images = {path: encoded(i, "JPEG", (80, 64)) for i, path in enumerate(paths.values())}
+    images["ocr_vqa/images/140031996.jpg"] = encoded(40, "GIF")  # some covers are GIF files that are called .jpg
     images["vg/VG_100K/2.jpg"] = images["vg/VG_100K/2.jpg"][:-20]
     write_files(root / "LLaVA-Instruct", {"llava_v1_5_mix665k.json": entries, **images})
 
@@ -56,7 +57,7 @@ def write_lvis_instruct4v(root: Path) -> None:
         for name, path in paths.items()
     ]
     write_files(root, {"LVIS-Instruct4V/lvis_instruct4v_220k.json": entries})
-    write_files(root / "LLaVA-Instruct", {path: image(100 + i, "JPEG") for i, path in enumerate(paths.values())})
+    write_files(root / "LLaVA-Instruct", {path: encoded(100 + i, "JPEG") for i, path in enumerate(paths.values())})
 
 
 def write_lrv_instruct(root: Path) -> None:
@@ -70,5 +71,5 @@ def write_lrv_instruct(root: Path) -> None:
         "filter_cap_more1.json": [question("2392588", i, task="reasoning") for i in range(2, 6)],
         "chart_release_update.json": [question("chart_7.png", 7), question("chart_7.png", 8)],
     }
-    images = {f"image/{name}.jpg": image(int(name) % 999, "JPEG") for name in ("2392588", "2392589")}
-    write_files(root / "LRV-Instruct", {**lists, **images, "chart_image/chart_7.png": image(777)})
+    images = {f"image/{name}.jpg": encoded(int(name) % 999, "JPEG") for name in ("2392588", "2392589")}
+    write_files(root / "LRV-Instruct", {**lists, **images, "chart_image/chart_7.png": encoded(777)})

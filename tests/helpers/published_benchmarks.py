@@ -7,7 +7,7 @@ image has another colour.
 import json
 from pathlib import Path
 
-from tests.helpers.corpora import image
+from tests.helpers.images import encoded
 
 PEOPLE = 10
 
@@ -186,7 +186,7 @@ def _people(answers: list[str]) -> list[dict]:
 
 def _image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(image(seed, "JPEG", (32, 32)))
+    path.write_bytes(encoded(seed, "JPEG", (32, 32)))
 
 
 def _json(path: Path, content) -> None:

@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import psutil
 import requests
+
+from tests.helpers.processes import finish, free_port
 
 _RAY = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
 _STORE = 100 << 20  # bytes of a node's object store
@@ -44,7 +45,7 @@ class RayCluster:
     def _start_all(self) -> "RayCluster":
         self.nodes = []
         self.folder = Path(tempfile.mkdtemp(prefix="rc"))  # short: sockets lie in it
-        port, dashboard, client = (_free_port() for _ in range(3))
+        port, dashboard, client = (free_port() for _ in range(3))
         self.token = secrets.token_hex(16)
         self.headers = {"Authorization": f"Bearer {self.token}"}
         self.gcs, self.address = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
@@ -114,12 +115,7 @@ class RayCluster:
     def submitted(self, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
         """`mlmamba submit` to its end."""
         process = self.submit(*arguments)
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return finish(process, timeout)
 
     def workers_of(self, node: subprocess.Popen, title: str) -> list[psutil.Process]:
         """A node's Ray workers whose process title contains a text."""
@@ -184,12 +180,6 @@ def _kill_tree(process: subprocess.Popen) -> None:
 def listen_to_interrupts() -> None:
     """Ctrl-C counts also where these tests themselves run in the background of a shell, which ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def lines_until(process: subprocess.Popen, word: str) -> list[str]:

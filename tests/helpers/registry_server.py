@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,15 +12,10 @@ from pathlib import Path
 import mlflow
 from mlflow.tracking import MlflowClient
 
+from tests.helpers.processes import free_port
 from workflows.recipe.evaluate import Gate
 
 _FEW_PROCESSES = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # runners of jobs that nobody gives
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @contextmanager

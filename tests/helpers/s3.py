@@ -9,7 +9,6 @@ Start it before Ray: workers take the keys from the environment that Ray is star
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyarrow import fs
+
+from tests.helpers.processes import free_port
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 _SECONDS_TO_START = 30
@@ -63,9 +64,7 @@ class S3:
 @contextmanager
 def running_s3() -> Iterator[S3]:
     """Start moto's server on a free port of this machine, with the keys in the environment; stop it at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     before = {name: os.environ.get(name) for name in KEYS}
     os.environ.update(KEYS)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]

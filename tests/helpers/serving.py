@@ -1,19 +1,15 @@
 """What tests of the service share: a tiny model, and the HTTP interface in front of it on a free loopback port."""
 
-import io
 import json
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import uvicorn
-from PIL import Image
 
 from mlmamba.loading import load_model
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
@@ -67,19 +63,3 @@ def raw(url, path, body=None, method=None, headers=None):
             return reply.status, reply.headers, json.load(reply)
     except urllib.error.HTTPError as error:
         return error.code, error.headers, json.load(error)
-
-
-def encoded(seed: int = 0, kind: str = "PNG", size=(40, 30)) -> bytes:
-    """An encoded image of a few large blocks: noise would be all alike to the encoder."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (2, 2, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    """Until the condition holds; fails when that takes too long."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)

@@ -7,6 +7,7 @@ import psutil
 
 from tests.helpers.toy_training import STAGE, Outcome, Toy
 from workflows.recipe.schema import Recipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
 from workflows.train.trainer import run_stage
 
@@ -32,8 +33,10 @@ def run_toy_stage(
         events.append(event)
         on_event(event)
 
-    folder = run_stage(recipe, stage, Layout(out, {stage.name: toy.data}, out), {stage.name: "toy"}, keep)
-    (out / "model").symlink_to(folder)
+    folder = run_stage(
+        recipe, stage, Layout(Folder(out), {stage.name: Folder(toy.data)}, Folder(out)), {stage.name: "toy"}, keep
+    )
+    (out / "model").symlink_to(folder.local)
     return Outcome("", events, out)
 
 

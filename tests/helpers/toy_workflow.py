@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 from PIL import Image
+
+from tests.helpers.processes import finish
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -99,9 +100,4 @@ def start(*arguments: str | Path) -> subprocess.Popen:
 def mlmamba(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run the command line to its end."""
     process = start(*arguments)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return finish(process, timeout)

@@ -5,7 +5,6 @@ rules read are looked for on the nodes."""
 
 import json
 import shlex
-import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -17,6 +16,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.helpers.manifests import CLUSTER, entrypoints
 from tests.helpers.postgres import mlflow_on, programs, running_postgres
+from tests.helpers.processes import free_port
 from tests.helpers.promql import expressions, metrics_of
 from tests.helpers.ray_cluster import RayCluster
 from tests.helpers.s3 import running_s3
@@ -89,8 +89,7 @@ def jobs(cluster, registry, place, scraped):
 def service(cluster, registry, place, jobs):
     """URL of the service, deployed by the config of the RayService."""
     config = yaml.safe_load((CLUSTER / "serve" / "serve.yaml").read_text())
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        config["http_options"] = {"host": "127.0.0.1", "port": free.getsockname()[1]}
+    config["http_options"] = {"host": "127.0.0.1", "port": free_port()}
     config["proxy_location"] = "HeadOnly"  # the nodes are on one machine, so their proxies would want one port
     arguments = config["applications"][0]["args"]
     arguments |= {"model": "models:/tiny@champion", "storage": str(place / "storage"), "registry": registry}

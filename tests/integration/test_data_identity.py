@@ -11,6 +11,7 @@ from pipelines.verify import verify
 from tests.helpers.toy_workflow import recipe, start, write_corpus, write_recipe
 from workflows.cli import main
 from workflows.recipe.load import load_recipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import earlier_data_folder
 
 TOKENS_PER_IMAGE = 4
@@ -57,7 +58,7 @@ def test_a_set_of_version_0_1_is_found_under_its_new_name_and_one_of_other_test_
     recipes, tmp_path, capsys
 ):
     loaded = load_recipe(str(recipes[0]))
-    earlier = earlier_data_folder(tmp_path, loaded.data, loaded.name, TOKENS_PER_IMAGE, loaded.seed)
+    earlier = earlier_data_folder(Folder(tmp_path), loaded.data, loaded.name, TOKENS_PER_IMAGE, loaded.seed).local
     assert main(["prepare", str(recipes[0]), "--storage", str(tmp_path), "--json"]) == 0
     ((made, content),) = json.loads(capsys.readouterr().out)["data"].items()
     shutil.move(made, earlier)

@@ -87,7 +87,7 @@ def test_the_source_of_the_page_reads_records(copy):
     page = "docs/how-to/add-a-source.md"
     write(find(page, "pipelines/sources/pairs.py"), copy)
     model = next(block for block in blocks(ROOT / page) if block.text.startswith("class PairsSource"))
-    config = copy / "pipelines" / "source_config.py"
+    config = copy / "pipelines" / "config.py"
     text = config.read_text()
     config.write_text(
         text.replace(
@@ -95,7 +95,7 @@ def test_the_source_of_the_page_reads_records(copy):
         )
     )
     edit(
-        copy / "pipelines" / "sources" / "base.py",
+        copy / "pipelines" / "sources" / "open.py",
         "_READERS = {\n",
         '    "pairs": ("pipelines.sources.pairs", "Pairs"),\n',
     )
@@ -137,7 +137,7 @@ def test_the_connector_of_the_page_passes_the_connectors_tests(copy):
         "from mlmamba.connectors.gated import GatedConnector\n",
     )
     edit(table, '    "ldpv2": LDPv2Connector,\n', '    "gated": GatedConnector,\n')
-    names = copy / "workflows" / "configs" / "model.py"
+    names = copy / "workflows" / "recipe" / "model.py"
     edit(names, '"fused_mlp", "ldpv2"', ', "gated"')
     check = (
         "python -m pytest -q -p no:cacheprovider tests/unit/mlmamba/test_connector.py && python -m docs.generate && "

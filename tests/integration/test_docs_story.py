@@ -7,7 +7,6 @@ recipe on few images and steps. Ports are free ones. What is not run, and why, i
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import yaml
 from PIL import Image
 
 from tests.helpers.documents import ROOT, Block, blocks, story
+from tests.helpers.processes import free_port
 from tests.helpers.ray_cluster import listen_to_interrupts
 from tests.integration.test_docs_commands import write
 from workflows.recipe.load import RECIPES
@@ -100,8 +100,7 @@ def run_python(text: str, folder: Path) -> str:
 
 def serve(block: Block, line: str, folder: Path) -> str:
     """Start a server on a free port, run the Python that its page has for it, and stop it. Returns what was printed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     line = f"{re.sub(r' --port [0-9]+', '', line.partition('#')[0])} --port {port}"
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
@@ -149,8 +148,9 @@ def test_every_command_of_the_pages_runs(said, place):
 
 
 def test_the_pages_python_opens_the_model_and_asks_the_service(said, place):
-    (readme,) = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
-    assert run_python(readme.text, place).strip()
+    page = ROOT / "docs" / "how-to" / "model-in-python.md"
+    (block,) = [block for block in blocks(page) if block.language == "python"]
+    assert run_python(block.text, place).strip()
     asked = [text for line, text in said.items() if line.startswith("mlmamba serve") and text]
     assert asked, "no page asks its service"
 

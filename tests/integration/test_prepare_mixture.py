@@ -8,7 +8,8 @@ from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.prepare import PrepareError, prepare
 from pipelines.reader import PackedDataset
-from tests.helpers.corpora import conversation, image, write_files
+from tests.helpers.corpora import conversation, write_files
+from tests.helpers.images import encoded
 
 TOKENS_PER_IMAGE, SEED = 4, 7
 
@@ -33,7 +34,7 @@ def root(tmp_path_factory):
     more = [{"image_id": str(i), "question": "?", "answer": "!"} for i in (9, 26)]
     folder = tmp_path_factory.mktemp("corpus")
     lists = {"a.json": a, "b.json": b, "validation.json": validation, "test.json": test, "more.json": more}
-    return write_files(folder, {**lists, **{f"{i}.png": image(i) for i in range(70)}})
+    return write_files(folder, {**lists, **{f"{i}.png": encoded(i) for i in range(70)}})
 
 
 def llava(root, name: str, **options) -> dict:

@@ -14,6 +14,7 @@ from workflows.cli import main
 from workflows.recipe.schema import Recipe
 from workflows.registry import get_version, lineage, promote, register, resolve_model
 from workflows.registry.register import Example
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
 from workflows.tracking.tracker import Tracker
 
@@ -29,11 +30,12 @@ def made(tmp_path_factory):
     content = recipe(storage / "corpus", evaluate={"gate": GATE})
     chosen = Recipe.model_validate(content)
     write_packed_set(storage / "data" / "tiny-1", {"train": 9})
-    data = {"connector": storage / "data" / "tiny-1", "full": storage / "data" / "tiny-1"}
-    layout = Layout(storage, data, storage / "runs" / "tiny-1")
-    tracker = Tracker(storage, chosen, "tiny-1", layout.run, print)
+    where = Folder(storage)
+    data = {"connector": where / "data" / "tiny-1", "full": where / "data" / "tiny-1"}
+    layout = Layout(where, data, where / "runs" / "tiny-1")
+    tracker = Tracker(storage, chosen, "tiny-1", layout.run.local, print)
     tracker.client.set_tag(tracker.run_id, "mlmamba.stage.full", "stage full: trains connector (1), language_model (2)")
-    model = write_model(layout.stage("full"), 1)
+    model = write_model(layout.stage("full").local, 1)
     (model / "stage.json").write_text(json.dumps({"digest": "abc123"}))
     return storage, chosen, layout, tracker, model
 

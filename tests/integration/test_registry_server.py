@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import mlflow
@@ -17,7 +16,8 @@ import uvicorn
 from mlflow.entities.webhook import WebhookAction, WebhookEntity, WebhookEvent
 from PIL import Image
 
-from tests.helpers.registry_server import add_model, free_port, mlflow_server, stop
+from tests.helpers.processes import free_port, wait_for
+from tests.helpers.registry_server import add_model, mlflow_server, stop
 from tests.helpers.swap_models import answer_of, drawn_example, write_model, write_spoiled
 from workflows.registry import get_version, holder, promote, resolve_model, rollback
 from workflows.registry.models import RegistryUnreachable
@@ -38,6 +38,7 @@ ENVIRONMENT = {
     "MLFLOW_WEBHOOK_CACHE_TTL": "0",
 }
 LIMITS = Limits(max_batch=4)
+PATIENCE = 180  # seconds for a change to reach a follower
 
 
 @pytest.fixture(scope="module")
@@ -165,18 +166,11 @@ def follow(client, tmp_path):
         service.served.engine.close()
 
 
-def wait_for(condition, seconds=180):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_the_webhook_is_believed_only_with_its_signature(client, follow):
     """The server's webhook makes a follower look that would look in an hour; without the secret nothing happens."""
     follower, service = follow(poll_seconds=3600)
     assert service.served.source.version == "1"
-    wait_for(lambda: follower.watcher.last_answer)
+    wait_for(lambda: follower.watcher.last_answer, PATIENCE)
     app = build_app(service)
     add_routes(app, follower, {SECRET_VARIABLE: SECRET})
     port = free_port()
@@ -184,16 +178,16 @@ def test_the_webhook_is_believed_only_with_its_signature(client, follow):
     thread = threading.Thread(target=web.run)
     thread.start()
     try:
-        wait_for(lambda: web.started)
+        wait_for(lambda: web.started, PATIENCE)
         event = WebhookEvent(WebhookEntity.MODEL_VERSION_ALIAS, WebhookAction.CREATED)
         hook = client.create_webhook("serving", f"http://127.0.0.1:{port}/webhooks/mlflow", [event], secret="wrong")
         assert client.test_webhook(hook.webhook_id, event).response_status == 401
         client.update_webhook(hook.webhook_id, secret=SECRET)
         assert client.test_webhook(hook.webhook_id, event).response_status == 200
         promote(client, NAME, "2")
-        wait_for(lambda: service.served.source.version == "2")
+        wait_for(lambda: service.served.source.version == "2", PATIENCE)
         rollback(client, NAME)
-        wait_for(lambda: service.served.source.version == "1")
+        wait_for(lambda: service.served.source.version == "1", PATIENCE)
         client.delete_webhook(hook.webhook_id)
     finally:
         web.should_exit = True
@@ -206,7 +200,7 @@ def test_serving_outlives_the_server_and_starts_without_it(server, client, follo
     follower, service = follow()
     assert service.served.source.label == f"{NAME}/1"
     stop(process)
-    wait_for(lambda: follower.watcher.failures)
+    wait_for(lambda: follower.watcher.failures, PATIENCE)
     with pytest.raises(RegistryUnreachable, match="does not answer"):
         promote(client, NAME, "2")
     assert service.ready
@@ -215,15 +209,15 @@ def test_serving_outlives_the_server_and_starts_without_it(server, client, follo
     folder, port = place
     with mlflow_server(folder, port, **ENVIRONMENT):
         promote(client, NAME, "2")
-        wait_for(lambda: {s.served.source.version for s in (service, second)} == {"2"})
-        wait_for(lambda: not follower.watcher.failures)
+        wait_for(lambda: {s.served.source.version for s in (service, second)} == {"2"}, PATIENCE)
+        wait_for(lambda: not follower.watcher.failures, PATIENCE)
         refused_versions_are_kept_out(client, follow, follower, service)
 
 
 def refused_versions_are_kept_out(client, follow, follower, service):
     """While the champion cannot be loaded, the old one stays, and a new replica starts with it."""
     promote(client, NAME, "3")
-    wait_for(lambda: follower.as_dict()["refused"])
+    wait_for(lambda: follower.as_dict()["refused"], PATIENCE)
     third, newcomer = follow()
     for state in (follower.as_dict(), third.as_dict()):
         assert (state["serving"], state["refused"]["version"]) == (f"{NAME}/2", "3")
@@ -231,4 +225,4 @@ def refused_versions_are_kept_out(client, follow, follower, service):
     record = json.loads(get_version(client, f"{NAME}/3").tags["mlmamba.refused"])
     assert "SafetensorError" in record["why"]
     rollback(client, NAME)
-    wait_for(lambda: follower.as_dict()["refused"] is None)
+    wait_for(lambda: follower.as_dict()["refused"] is None, PATIENCE)

@@ -2,11 +2,9 @@
 
 import base64
 import http.client
-import io
 import json
 import os
 import shlex
-import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -14,16 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
-import numpy as np
 import pytest
 import ray
 import torch
-from PIL import Image
 
 from mlmamba.answering import Answerer, Asked
 from mlmamba.conversation import Turn
 from mlmamba.images import open_image
 from mlmamba.loading import load_model
+from tests.helpers.images import encoded
+from tests.helpers.processes import free_port
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry import pyfunc
@@ -34,19 +32,6 @@ from workflows.train.initial import save
 
 CHAT = "/v1/chat/completions"
 TOKENS = 12
-
-
-def image(seed, kind="PNG"):
-    """An encoded image of a few large blocks."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (3, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((40, 30), Image.Resampling.NEAREST).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +82,7 @@ def post(url, body):
 
 
 def test_answers_are_those_of_the_model(url, folder):
-    asked = [Asked(image(1), ["what is shown?", "is it red?"]), Asked(image(2, "JPEG"), ["what is shown?"])]
+    asked = [Asked(encoded(1), ["what is shown?", "is it red?"]), Asked(encoded(2, "JPEG"), ["what is shown?"])]
     asked.append(Asked(None, ["say something"]))
     expected = [text for texts in Answerer(folder, TOKENS).answer(asked) for text in texts]
     answers = [ask(url, q, item.image, max_tokens=TOKENS) for item in asked for q in item.questions]
@@ -107,7 +92,7 @@ def test_answers_are_those_of_the_model(url, folder):
 
 def test_eight_at_once_get_the_answers_they_get_alone(url):
     questions = ["what?", "what is shown in this image?", "a " * 20 + "b", "is it red?"] * 2
-    images = [None if i % 3 == 0 else image(i) for i in range(8)]
+    images = [None if i % 3 == 0 else encoded(i) for i in range(8)]
     alone = [ask(url, q, p, max_tokens=TOKENS + i) for i, (q, p) in enumerate(zip(questions, images, strict=True))]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda i: ask(url, questions[i], images[i], max_tokens=TOKENS + i), range(8)))
@@ -116,7 +101,7 @@ def test_eight_at_once_get_the_answers_they_get_alone(url):
 
 
 def test_a_conversation_with_several_images_and_a_system_message(url, folder):
-    shown = [{"type": "image_url", "image_url": {"url": data_uri(image(seed))}} for seed in (3, 4)]
+    shown = [{"type": "image_url", "image_url": {"url": data_uri(encoded(seed))}} for seed in (3, 4)]
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "which is larger?"}, *shown]},
@@ -127,7 +112,7 @@ def test_a_conversation_with_several_images_and_a_system_message(url, folder):
     assert status == 200
     model, processor = load_model(folder)
     turns = [Turn("user", "Be brief.\n\nwhich is larger?", 2), Turn("assistant", "the first"), Turn("user", "sure?", 1)]
-    inputs = processor([open_image(image(seed)) for seed in (3, 4, 3)], processor.prompt(turns))
+    inputs = processor([open_image(encoded(seed)) for seed in (3, 4, 3)], processor.prompt(turns))
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -136,7 +121,7 @@ def test_a_conversation_with_several_images_and_a_system_message(url, folder):
     assert content["usage"]["completion_tokens"] == len(ids)
 
 
-BAD_IMAGE = {"type": "image_url", "image_url": {"url": data_uri(image(1)[:60])}}
+BAD_IMAGE = {"type": "image_url", "image_url": {"url": data_uri(encoded(1)[:60])}}
 MALFORMED = {
     "empty": b"",
     "not JSON": b"{messages: hello}",
@@ -169,7 +154,7 @@ MALFORMED = {
 
 
 def test_malformed_requests_are_400_and_the_service_goes_on(url):
-    before = ask(url, "what?", image(1), max_tokens=TOKENS)
+    before = ask(url, "what?", encoded(1), max_tokens=TOKENS)
     for name, body in MALFORMED.items():
         status, content = post(url, body)
         assert status == 400, (name, content)
@@ -179,7 +164,7 @@ def test_malformed_requests_are_400_and_the_service_goes_on(url):
     connection.putheader("Content-Length", "500")
     connection.endheaders(b'{"messages": [')  # and hangs up in the middle
     connection.close()
-    assert ask(url, "what?", image(1), max_tokens=TOKENS) == before
+    assert ask(url, "what?", encoded(1), max_tokens=TOKENS) == before
 
 
 def test_models_and_health(url, registered):
@@ -206,9 +191,9 @@ def test_the_announced_command_works(url, tmp_path):
 
     text = _announcement(url, ResolvedModel(tmp_path), 1)
     command = text[text.index("curl") :].replace("image.png", shlex.quote(str(tmp_path / "a.png")))
-    (tmp_path / "a.png").write_bytes(image(5))
+    (tmp_path / "a.png").write_bytes(encoded(5))
     reply = json.loads(subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout)
-    assert reply["choices"][0]["message"]["content"] == ask(url, "what is shown?", image(5))
+    assert reply["choices"][0]["message"]["content"] == ask(url, "what is shown?", encoded(5))
 
 
 def test_the_openai_wire_format(url):

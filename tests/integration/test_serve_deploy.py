@@ -14,7 +14,7 @@ import torch
 import yaml
 from ray import serve
 
-from tests.helpers.registry_server import free_port
+from tests.helpers.processes import free_port
 from tests.helpers.serve_load import Clients, post, wait_until_all_serve
 from tests.helpers.swap_models import answer_of, register_models, write_model
 from workflows.registry import promote

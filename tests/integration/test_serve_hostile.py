@@ -9,7 +9,9 @@ import pytest
 
 from tests.benchmarks.drills.serve_hostile import attack, failures
 from tests.helpers.hostile import post, question, send
-from tests.helpers.serving import encoded, load_tiny, raw, running, serve, wait_for
+from tests.helpers.images import encoded
+from tests.helpers.processes import wait_for
+from tests.helpers.serving import load_tiny, raw, running, serve
 from workflows.serve.client import data_uri
 from workflows.serve.options import Limits
 

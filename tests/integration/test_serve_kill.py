@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.benchmarks.drills.serve_kill import failed_though_asked_later, kill_one
-from tests.helpers.registry_server import free_port
+from tests.helpers.processes import free_port
 from tests.helpers.serve_load import Clients, states, wait_until_all_serve
 from tests.helpers.swap_models import answer_of, register_models, write_model, write_spoiled
 from workflows.registry import promote

@@ -14,7 +14,8 @@ import ray
 import torch
 from ray import serve
 
-from tests.helpers.serving import encoded, wait_for
+from tests.helpers.images import encoded
+from tests.helpers.processes import free_port, wait_for
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from workflows.serve.client import ask
 from workflows.serve.deployment import ServeOptions, application
@@ -23,11 +24,6 @@ from workflows.train.initial import save
 
 pytestmark = pytest.mark.slow
 LIMITS = Limits(max_batch=4, max_tokens=100_000, default_tokens=8)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

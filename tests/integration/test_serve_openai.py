@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mlmamba.conversation import Turn
-from tests.helpers.serving import encoded, load_tiny, raw, resolved, running, serve, wait_for
+from tests.helpers.images import encoded
+from tests.helpers.processes import wait_for
+from tests.helpers.serving import load_tiny, raw, resolved, running, serve
 from workflows.serve.auth import Access
 from workflows.serve.client import ask, data_uri
 from workflows.serve.engine import Engine

@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.helpers.serving import encoded, load_tiny, running, serve, wait_for
+from tests.helpers.images import encoded
+from tests.helpers.processes import wait_for
+from tests.helpers.serving import load_tiny, running, serve
 from workflows.serve import http as playground
 from workflows.serve.auth import Access
 from workflows.serve.options import Limits

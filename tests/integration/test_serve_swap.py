@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.registry_server import free_port
+from tests.helpers.processes import free_port
 from tests.helpers.swap_models import QUESTION, TOKENS, answer_of, register_models, write_model, write_spoiled
 from workflows.registry import promote, rollback
 from workflows.serve.client import request

@@ -13,7 +13,8 @@ from pipelines.packed import PackedDataset
 from pipelines.prepare import prepare
 from pipelines.sources import open_source
 from pipelines.verify import verify
-from tests.helpers.corpora import conversation, image, write_files, write_parquet, write_tar, write_zip
+from tests.helpers.corpora import conversation, write_files, write_parquet, write_tar, write_zip
+from tests.helpers.images import encoded
 from tests.helpers.s3 import running_s3
 
 COUNT = 12
@@ -37,7 +38,7 @@ def two_cpus(s3):
 def write_corpus(root) -> None:
     """The same kind of records in every layout; the images differ, so that nothing is a duplicate."""
     kinds = ("folder", "zip", "questions", "captions", "tar", "parquet")
-    images = {kind: {f"{i:02}.png": image(100 * k + i) for i in range(COUNT)} for k, kind in enumerate(kinds)}
+    images = {kind: {f"{i:02}.png": encoded(100 * k + i) for i in range(COUNT)} for k, kind in enumerate(kinds)}
     texts = [conversation(f"<image>\nWhich one is {i}?", f"Number {i}.") for i in range(COUNT)]
     for kind in ("folder", "zip"):
         entries = [{"id": str(i), "image": f"{i:02}.png", "conversations": texts[i]} for i in range(COUNT)]

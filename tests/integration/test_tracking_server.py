@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,9 +14,11 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from pipelines.manifest import Manifest
+from tests.helpers.processes import free_port
 from tests.helpers.toy_workflow import recipe
 from workflows.errors import WorkflowError
 from workflows.recipe.schema import Recipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
 from workflows.tracking import tracker as tracking
 from workflows.tracking.tracker import Tracker, git_revision
@@ -34,9 +35,7 @@ class Server:
     """`mlflow server` on a port of this machine."""
 
     def __init__(self, folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri, self._folder = f"http://127.0.0.1:{self.port}", folder
 
     def start(self) -> None:
@@ -120,7 +119,7 @@ def test_data_is_an_input_of_the_run_once_and_leaves_it_running(opened, tmp_path
         digest="d" * 64, tokenizer_digest="", recipe_digest="", sources={}, max_tokens=8, tokens_per_image=1, splits={}
     )
     manifest.save(str(folder))
-    layout = Layout(tmp_path, {"connector": folder, "full": folder}, tmp_path / "run")
+    layout = Layout(Folder(tmp_path), {"connector": Folder(folder), "full": Folder(folder)}, Folder(tmp_path / "run"))
     tracker, _ = opened()
     for _ in range(2):
         tracker.log_data({"connector": manifest, "full": manifest}, layout)

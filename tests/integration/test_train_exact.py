@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.toy_training import Workers, difference, same
-from workflows.train.checkpoint import COMPLETE, newest, whole_checkpoints
+from workflows.storage.folder import WHOLE, Folder
+from workflows.train.checkpoint import CheckpointStore
 
 SLOW = pytest.mark.slow
 ALL_STAGES = [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)]
@@ -58,23 +59,36 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(toy, workers, undi
     job = toy.job(tmp_path, save_every=2)
     workers.train(job, stop_after=6)
     root = tmp_path / "checkpoints"
-    assert [checkpoint.step for checkpoint in whole_checkpoints(root)] == [4, 6]
-    damaged = newest(root).folder
+    store = CheckpointStore(Folder(root))
+    assert [checkpoint.step for checkpoint in store.whole()] == [4, 6]
+    damaged, safe = store.newest().folder, store.whole()[0].folder
     (file, *_) = damaged.glob("*optim_states.pt")
     file.write_bytes(file.read_bytes()[:100])
-    unfinished = root / ".step-00000007.dead"
-    shutil.copytree(root / "step-00000004", unfinished)
-    (unfinished / COMPLETE).unlink()
+    unfinished = root / "step-00000007.dead"
+    shutil.copytree(safe, unfinished)
+    (unfinished / WHOLE).unlink()
     resumed = workers.train(job)
     assert resumed.of("start")[0]["step"] == 4
     assert same(resumed.weights, undisturbed(2).weights)
     assert not unfinished.exists()
 
 
+def test_a_checkpoint_of_version_0_1_is_gone_on_from(toy, workers, undisturbed, tmp_path):
+    """It has no attempt in its name; beside it lies what was half written then."""
+    job, root = toy.job(tmp_path, save_every=2), tmp_path / "checkpoints"
+    workers.train(job, stop_after=4)
+    CheckpointStore(Folder(root)).newest().folder.rename(root / "step-00000004")
+    shutil.copytree(root / "step-00000004", root / ".step-00000006.dead")
+    resumed = workers.train(job)
+    assert resumed.of("start")[0]["step"] == 4
+    assert same(resumed.weights, undisturbed(2).weights)
+    assert not (root / ".step-00000006.dead").exists()
+
+
 @SLOW
 def test_only_so_many_checkpoints_are_kept(toy, workers, tmp_path):
     workers.train(toy.job(tmp_path, save_every=1, keep_checkpoints=3), stop_after=6)
-    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == [
+    assert sorted(folder.name.split(".")[0] for folder in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000004",
         "step-00000005",
         "step-00000006",
@@ -111,6 +125,7 @@ def test_another_number_of_workers_goes_on_with_the_optimizer_as_it_was(
 def test_a_checkpoint_of_another_model_is_refused(toy, workers, tmp_path):
     workers.train(toy.job(tmp_path, save_every=2), stop_after=2)
     said = workers.train(toy.job(tmp_path, {"trains": ["connector"]})).result
-    assert "step-00000002 is of another model" in said
+    assert "is of another model" in said
     assert f"delete {tmp_path / 'checkpoints'}" in said
-    assert json.loads((tmp_path / "checkpoints" / "step-00000002" / COMPLETE).read_text())["step"] == 2
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert json.loads((kept / WHOLE).read_text())["step"] == 2

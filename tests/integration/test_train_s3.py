@@ -28,9 +28,9 @@ from tests.helpers.toy_training import Toy, Workers, difference, make_toy, same
 from tests.helpers.toy_workflow import mlmamba, recipe, write_corpus, write_recipe
 from workflows.recipe.schema import Recipe
 from workflows.registry.models import resolve_model
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout, open_storage
-from workflows.storage.remote import bring, cached, is_whole, place, upload_folder
-from workflows.train.checkpoint import ObjectStore
+from workflows.train.checkpoint import CheckpointStore
 from workflows.train.trainer import finished, run_stage, stage_digest
 
 
@@ -63,7 +63,7 @@ def s3(cache):
 @pytest.fixture(scope="module")
 def there(toy, s3) -> dict[str, str]:
     """URIs of the toy's data and initial model."""
-    upload_folder(toy.initial, s3.uri("toy/initial"))
+    copy_to(s3.uri("toy/initial"), toy.initial)
     return {"data": s3.upload(toy.data, "toy/data"), "start_from": s3.uri("toy/initial")}
 
 
@@ -73,6 +73,12 @@ def far_workers(s3):
     group = Workers(2)
     yield group
     group.close()
+
+
+def copy_to(uri: str, folder: Path) -> None:
+    """Put a folder of this machine into the store."""
+    with Folder(uri).writing() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
 
 
 def steps(s3: S3, folder: str) -> list[int]:
@@ -93,15 +99,15 @@ def test_stopped_and_resumed_on_another_machine_the_weights_are_those_of_a_local
     )
     assert far_workers.train(job, stop_after=5).result == "stopped"
     assert steps(s3, "run/checkpoints") == [2, 4]
-    assert not list(cached(job.checkpoints).rglob("*.pt"))  # the staging folder is empty again
-    newest = ObjectStore(job.checkpoints).newest()
+    assert not list(Folder(job.checkpoints).local.rglob("*.pt"))  # the staging folder is empty again
+    newest = CheckpointStore(Folder(job.checkpoints)).newest()
     unfinished = files.join(job.checkpoints, "step-00000006.dead", "x.pt")
     files.write_atomic(unfinished, b"x")
     shutil.rmtree(cache)
     second = far_workers.train(job)
     assert second.of("start")[0]["step"] == newest.step == 4
     assert not files.exists(unfinished)
-    assert is_whole(job.export_to)
+    assert Folder(job.export_to).whole()
     shutil.rmtree(cache)
     model = resolve_model(job.export_to, tmp_path).folder
     assert same(load_file(model / "model.safetensors"), undisturbed(2).weights)
@@ -119,7 +125,7 @@ def test_another_number_of_workers_goes_on_from_the_store(toy, undisturbed, s3, 
     finally:
         alone.close()
     assert second.of("start")[0]["resharded_from"] == 2
-    weights = load_file(bring(place["export_to"]) / "model.safetensors")
+    weights = load_file(Folder(place["export_to"]).fetch() / "model.safetensors")
     assert difference(weights, undisturbed(3).weights) < 2e-4
 
 
@@ -144,12 +150,12 @@ def ray_with_s3(s3):
     ray.shutdown()
 
 
-def run_stage_on(uri: str, toy: Toy, chosen: Recipe, on_event) -> Path:
+def run_stage_on(uri: str, toy: Toy, chosen: Recipe, on_event) -> Folder:
     """The recipe's stage with its storage in an object store."""
-    storage = open_storage(uri, remote=True)
+    storage = open_storage(uri)
     layout = Layout(storage, {"full": storage / "data" / "toy"}, storage / "runs" / "toy")
-    if not is_whole(place(layout.initial)):
-        upload_folder(toy.initial, place(layout.initial))
+    if not layout.initial.whole():
+        copy_to(layout.initial.uri, toy.initial)
     return run_stage(chosen, chosen.train.stages[0], layout, {"full": "toy"}, on_event)
 
 
@@ -175,7 +181,7 @@ def test_workers_killed_under_ray_train_cost_steps_but_change_nothing(s3, ray_wi
     assert finished(disturbed, stage_digest(chosen, 0, {"full": "toy"}))
     assert not finished(disturbed, "another")
     shutil.rmtree(cache)
-    one, other = (load_file(bring(place(folder)) / "model.safetensors") for folder in (whole, disturbed))
+    one, other = (load_file(folder.fetch() / "model.safetensors") for folder in (whole, disturbed))
     assert same(one, other)
     assert steps(s3, "killed") == []  # of a finished stage none is kept
     assert not [name for name in s3.names("killed") if ".ray" in name]
@@ -218,7 +224,7 @@ def test_the_whole_workflow_is_killed_and_goes_on_elsewhere(s3, cache, tmp_path)
         assert scored.returncode == 0, scored.stderr
         local = mlmamba("train", file, "--storage", tmp_path / "local", "--json")
         assert local.returncode == 0, local.stderr
-    far = bring(summary["model"]["folder"]) / "model.safetensors"
+    far = Folder(summary["model"]["folder"]).fetch() / "model.safetensors"
     near = Path(json.loads(local.stdout)["model"]) / "model.safetensors"
     assert same(load_file(far), load_file(near))
 

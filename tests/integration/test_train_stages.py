@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from tests.helpers.toy_training import difference
 from workflows.recipe.train import StageRecipe
-from workflows.train.checkpoint import newest
+from workflows.storage.folder import Folder
+from workflows.train.checkpoint import CheckpointStore
 
 SLOW = pytest.mark.slow
 ZERO_STAGES = [pytest.param(0, marks=SLOW), 2, pytest.param(3, marks=SLOW)]
@@ -126,7 +127,7 @@ def test_a_loss_that_is_no_number_stops_the_stage_with_its_last_checkpoint_safe(
     assert "nan" in said or "inf" in said
     assert "its checkpoint of step 1 is kept" in said
     assert "Lower the stage's learning_rate (now 1e+15), raise its warmup (now 0)" in said
-    assert newest(tmp_path / "checkpoints").step == 1
+    assert CheckpointStore(Folder(tmp_path / "checkpoints")).newest().step == 1
     assert not (tmp_path / "model").exists()
 
 
@@ -156,7 +157,7 @@ def test_a_disk_that_is_full_stops_the_stage_and_keeps_the_last_checkpoint(toy, 
     assert "stage full: the checkpoint of step 4 could not be written to" in said
     assert "File too large" in said
     assert "the one of step 2 is whole. Make room there" in said
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [folder.name.split(".")[0] for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert f"stage full: its model could not be written to {tmp_path / 'export' / 'model'}" in no_model
     assert not list((tmp_path / "export").glob("*model*"))
     assert workers.train(job).of("start")[0]["step"] == 2

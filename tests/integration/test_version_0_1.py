@@ -1,4 +1,4 @@
-"""What version 0.1 left behind still loads: a data set, a registered package and an evaluation.
+"""What version 0.1 left behind still loads: a data set, a checkpoint, a registered package and an evaluation.
 
 tests/data/version-0.1 is what its tiny workflow made, with the paths of the machine replaced by /lab.
 """
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mlmamba.answering import Answerer, Asked
@@ -20,6 +21,8 @@ from workflows.evaluate.report import write_report
 from workflows.evaluate.results import read_answers, read_image, read_scores
 from workflows.registry.models import open_package
 from workflows.registry.register import Example
+from workflows.storage.folder import Folder
+from workflows.train.checkpoint import CheckpointStore
 
 KEPT = Path(__file__).parents[1] / "data" / "version-0.1"
 
@@ -65,3 +68,13 @@ def test_the_evaluation_and_a_report_of_it(kept, tmp_path):
         read_image(scores, rows[0])
     write_report(folder, tmp_path / "report", {"recipe": "tiny"}, None)
     assert "tiny" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_the_checkpoint_of_an_unfinished_stage(kept):
+    """Found, whole by its sizes, kept by a sweep, and its tensors can be read."""
+    store = CheckpointStore(Folder(str(kept / "checkpoints")))
+    store.sweep()
+    found = store.newest()
+    assert (found.step, found.workers, found.zero_stage, found.model) == (4, 2, 2, "86d54c4818")
+    state = torch.load(kept / "checkpoints" / "step-00000004" / "mp_rank_00_model_states.pt", weights_only=False)
+    assert any(name.startswith("connector") for name in state["module"])

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from mlmamba.loading import load_model
+from tests.helpers.processes import free_port
 from tests.helpers.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
 from workflows.serve.client import ask
 from workflows.serve.start import serve_model
@@ -97,9 +97,7 @@ def test_the_champion_answers_in_the_terminal_and_over_http_alike(finished):
     asked = ("--image", example["image"], "--question", example["question"])
     said = mlmamba("chat", reference, "--storage", storage, *asked, "--json")
     assert said.returncode == 0, said.stderr
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with serve_model(reference, Path(storage), port=port, block=False) as server:
         answer = ask(server.url, example["question"], example["image"], max_tokens=64)
     assert answer == json.loads(said.stdout)["answer"]

@@ -10,13 +10,14 @@ from workflows import preflight as room
 from workflows.errors import UsageError, WorkflowError
 from workflows.preflight import check_weights
 from workflows.recipe.schema import Recipe
-from workflows.run import clear
+from workflows.run import explained
+from workflows.storage.folder import Folder
 from workflows.storage.layout import layout_of
 
 
 def test_models_that_the_storage_cannot_hold_are_refused_before_the_start(tmp_path, monkeypatch):
     loaded, notes = Recipe.model_validate(recipe(Path("/nowhere"))), []
-    layout = layout_of(loaded, tmp_path, 4)
+    layout = layout_of(loaded, Folder(tmp_path), 4)
     sizes = {"free": 10**9}
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("Usage", (), sizes))
     room.check_room(loaded, layout, notes.append)
@@ -27,17 +28,17 @@ def test_models_that_the_storage_cannot_hold_are_refused_before_the_start(tmp_pa
     sizes["free"] = 1_000_000
     with pytest.raises(WorkflowError, match=r"has 0.0 GiB free, the models of this recipe alone take"):
         room.check_room(loaded, layout, notes.append)
-    layout.initial.mkdir(parents=True)  # part of it is there
+    layout.initial.local.mkdir(parents=True)  # part of it is there
     room.check_room(loaded, layout, notes.append)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_storage_is_told_as_such(code):
-    error = clear(OSError(code, "No space left on device", "/s/x"), Path("/s"))
+    error = explained(OSError(code, "No space left on device", "/s/x"), Folder("/s"))
     assert isinstance(error, WorkflowError)
     assert "the storage /s is full" in str(error)
     other = OSError(errno.EACCES, "Permission denied")
-    assert clear(other, Path("/s")) is other
+    assert explained(other, Folder("/s")) is other
 
 
 @pytest.mark.parametrize(

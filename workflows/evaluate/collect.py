@@ -20,10 +20,10 @@ from mlmamba.conversation import Turn, clean
 from mlmamba.images import ImageError, open_image
 from mlmamba.processing import MLMambaProcessor
 from pipelines.execution import ensure_ray, quiet_ray_data
+from pipelines.storage import write_atomic
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, Item, ids_text
 from workflows.evaluate.questions import open_store
-from workflows.storage.layout import write_atomic
 
 OnProgress = Callable[[int, int], None]
 SEEING, BLIND = "seeing", "blind"

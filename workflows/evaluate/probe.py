@@ -1,6 +1,6 @@
-"""`mlmamba evaluate MODEL --probe scaling`: is it linear? Speed and memory against sequence length and batch size.
+"""`mlmamba evaluate MODEL --probe scaling`: speed and memory against sequence length and batch size.
 
-The model's language part and a Transformer of the same size from transformers (probe_peer.py) read random prompts and
+The model's language part and a Transformer of the same size from transformers read random prompts and
 go on from them, in one process and in turns, so that a busy machine hits both. For every length and batch:
 
     prefill   the prompt is read at once: seconds, and the most memory taken beside weights and what was there before

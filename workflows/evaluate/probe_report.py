@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from pipelines.storage import write_atomic
 from workflows.evaluate.probe import DECODE, OURS, PEER, PREFILL, Power, Scaling
-from workflows.storage.layout import write_atomic
 
 _COLOURS, _MARKERS = {OURS: "#0072B2", PEER: "#D55E00"}, {OURS: "o", PEER: "s"}
 _LINEAR = 1.15  # powers up to this are called linear: what remains is the machine's noise and its caches

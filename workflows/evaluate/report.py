@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from mlmamba.images import open_image
+from pipelines.storage import write_atomic
 from workflows.evaluate import plots
 from workflows.evaluate.benchmarks import benchmark_class
 from workflows.evaluate.benchmarks.base import normalise
@@ -28,7 +29,6 @@ from workflows.evaluate.intervals import Intervals, find_intervals
 from workflows.evaluate.plots import Bar
 from workflows.evaluate.results import MARGIN, OVERALL, SCORES, Answered, read_answers, read_image, read_scores
 from workflows.evaluate.statistics import Interval
-from workflows.storage.layout import write_atomic
 
 PAGE = "report.html"
 _EXAMPLES = 12

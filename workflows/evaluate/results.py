@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import storage
+from pipelines.storage import write_atomic
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, Item, ids_text
 from workflows.evaluate.collect import BLIND, SEEING
 from workflows.evaluate.questions import open_store
-from workflows.storage.layout import write_atomic
 
 ANSWERS = "answers.jsonl"
 SCORES = "scores.json"

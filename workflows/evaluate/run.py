@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from mlmamba.answering import first_tokens
 from mlmamba.processing import MLMambaProcessor
 from pipelines.identity import digest
+from pipelines.storage import write_atomic
 from workflows.console import Console
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks import open_benchmark
@@ -40,7 +41,6 @@ from workflows.evaluate.results import (
 from workflows.evaluate.sheet import draw_sheet
 from workflows.recipe.schema import Recipe
 from workflows.registry.register import Example
-from workflows.storage.layout import write_atomic
 from workflows.tracking.tracker import Tracker
 
 OnProgress = Callable[[int, int], None]

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from mlmamba.conversation import clean
 from mlmamba.images import open_image
 from pipelines.sources import open_source
+from pipelines.storage import write_atomic
 from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.questions import Image, load_questions
 from workflows.recipe.schema import Recipe
-from workflows.storage.layout import write_atomic
 
 
 def save_example(recipe: Recipe, folder: Path) -> dict[str, str]:

@@ -1,25 +1,27 @@
-"""Bootstrap intervals of scores, with whole images as the unit.
+"""Scores of answers and their bootstrap intervals, with whole images as the unit.
 
 Questions about one image share that image: when a model misreads it, several answers fall together. Resampling
 single questions would call such a score surer than it is, so images (clusters) are drawn, with all their questions.
 A resample is a vector of counts, how often each image was drawn, and a score is a function of those counts.
 
-The interval is BCa, bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"): scores near 0
-or 1 have skewed errors, which the percentile interval does not follow. Where (nearly)
-all draws give the same score, the bootstrap says nothing; then the interval is what that many equal draws still leave
-possible (for a share of 0 or 1: Clopper and Pearson 1934). Seeded, so the same answers give the same interval.
-With fewer than some 30 images every bootstrap interval is too narrow; `Interval.images` says how many there were.
+The interval is BCa, bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"), from
+scipy.stats.bootstrap: scores near 0 or 1 have skewed errors, which the percentile interval does not follow. The seed is
+fixed, so the same answers give the same interval. With fewer than some 30 images every bootstrap interval is too
+narrow; `Interval.images` says how many there were.
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES, SEED, LEVEL = 2000, 7, 0.95
+MOST_BCA = 5000
+"""Images up to which the interval is BCa. Its correction for skew shrinks with their number, while its cost, leaving
+out every image in turn, grows with the square of it: beyond, the percentile interval is the same to three digits."""
 _CHUNK_NUMBERS = 4_000_000  # counts held at once
-_GROUPS = 200  # of images left out together, for the acceleration
 _EQUAL = 1e-12
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -60,15 +62,16 @@ def bootstrap(
         ValueError: there are no images.
     """
     if images < 1:
-        raise ValueError("a bootstrap needs at least one image")
+        raise ValueError(f"{images} images: a bootstrap needs at least one image")
     values = statistic(np.ones((1, images)))[0]
-    draws, left_out = _resample(statistic, images, resamples, seed), _leave_out(statistic, images)
+    ends = _intervals(statistic, images, len(values), level, resamples, seed)
     counted = [images] * len(values) if counted is None else counted
     bounds = [(0.0, 1.0)] * len(values) if bounds is None else bounds
     intervals = []
-    for i, value in enumerate(values):
-        low, high = _ends(value, draws[:, i], left_out[:, i], level, max(1, counted[i]), bounds[i])
-        intervals.append(Interval(float(value), low, high, counted[i]))
+    for value, (low, high), count, bound in zip(values, ends, counted, bounds, strict=True):
+        if not high - low >= _EQUAL:
+            low, high = _ends_of_equal_draws(value, level, max(1, count), bound)
+        intervals.append(Interval(float(value), float(low), float(high), count))
     return intervals
 
 
@@ -96,49 +99,54 @@ def number(clusters: Sequence[Hashable]) -> np.ndarray:
     return np.array([seen.setdefault(cluster, len(seen)) for cluster in clusters], dtype=np.int64)
 
 
-def _resample(statistic: Statistic, images: int, resamples: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    step, values = max(1, _CHUNK_NUMBERS // images), []
-    for first in range(0, resamples, step):
-        rows = min(step, resamples - first)
-        drawn = rng.integers(images, size=(rows, images)) + images * np.arange(rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images)
-        values.append(statistic(counts.astype(np.float64)))
-    return np.concatenate(values)
+def _intervals(
+    statistic: Statistic, images: int, scores: int, level: float, resamples: int, seed: int
+) -> list[tuple[float, float]]:
+    """The ends of every score's interval, from scipy; NaN where the draws do not vary.
+
+    A draw that leaves a score undefined (none of the images of its type was drawn) does not count for that score.
+    """
+    if images < 2:
+        return [(np.nan, np.nan)] * scores
+
+    def of_drawn(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Numbers of images (..., k) -> scores (T, ...)."""
+        rows = drawn.reshape(-1, drawn.shape[-1])
+        bins = rows + images * np.arange(len(rows))[:, None]
+        counts = np.bincount(bins.ravel(), minlength=len(rows) * images).reshape(len(rows), images)
+        return statistic(counts.astype(np.float64)).T.reshape(-1, *drawn.shape[:-1])
+
+    method = "BCa" if images <= MOST_BCA else "percentile"
+    batch = max(1, _CHUNK_NUMBERS // images)
+    options = {"confidence_level": level, "vectorized": True, "batch": batch, "method": method}
+    numbers = (np.arange(images),)
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        rng = np.random.default_rng(seed)
+        result = stats.bootstrap(numbers, of_drawn, n_resamples=resamples, rng=rng, **options)
+        ends = list(zip(*result.confidence_interval, strict=True))
+        for i, draws in enumerate(result.bootstrap_distribution):
+            defined = draws[~np.isnan(draws)]
+            if 0 < len(defined) < len(draws):
+                one = stats.bootstrap(
+                    numbers,
+                    lambda drawn, axis=-1, i=i: of_drawn(drawn)[i],
+                    n_resamples=0,
+                    bootstrap_result=replace(result, bootstrap_distribution=defined),
+                    **options,
+                )
+                ends[i] = tuple(one.confidence_interval)
+    return ends
 
 
-def _leave_out(statistic: Statistic, images: int) -> np.ndarray:
-    """Jackknife: the scores without one image, or where there are many, without one of `_GROUPS` groups of them."""
-    groups = np.arange(images) % min(images, _GROUPS)
-    return statistic((groups[None, :] != np.arange(groups.max() + 1)[:, None]).astype(np.float64))
+def _ends_of_equal_draws(value: float, level: float, count: int, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The ends where (nearly) all draws give the same score: what `count` equal draws leave possible.
 
-
-def _ends(
-    value: float, draws: np.ndarray, left_out: np.ndarray, level: float, count: int, bounds: tuple[float, float]
-) -> tuple[float, float]:
-    draws, left_out = draws[~np.isnan(draws)], left_out[~np.isnan(left_out)]
-    if np.isnan(value) or not len(draws):
-        return float("nan"), float("nan")
-    tail, low, high = (1 - level) / 2, value, value
-    if len(left_out) and np.ptp(draws) > _EQUAL:
-        low, high = np.quantile(draws, _bca(value, draws, left_out, tail))
-    if high - low < _EQUAL:
-        unseen = 1 - tail ** (1 / count)
-        low, high = value - unseen * (value - bounds[0]), value + unseen * (bounds[1] - value)
-    return float(low), float(high)
-
-
-def _bca(value: float, draws: np.ndarray, left_out: np.ndarray, tail: float) -> list[float]:
-    """The shares of the draws that lie below the interval's ends, corrected for bias and skew (Efron 1987)."""
-    normal, near = NormalDist(), 1 / len(draws)
-    equal = np.abs(draws - value) < _EQUAL
-    below = (np.sum((draws < value) & ~equal) + 0.5 * np.sum(equal)) / len(draws)
-    bias = normal.inv_cdf(min(max(below, near), 1 - near))
-    away = left_out.mean() - left_out
-    spread = np.sum(away**2)
-    acceleration = np.sum(away**3) / (6 * spread**1.5) if spread > _EQUAL**2 else 0.0
-    ends = (bias + normal.inv_cdf(tail), bias + normal.inv_cdf(1 - tail))
-    return [normal.cdf(bias + z / max(1 - acceleration * z, _EQUAL)) for z in ends]
+    Written here because a bootstrap of equal draws has no width (scipy gives NaN), which would call 20 right answers
+    of 20 certain. For a share of 0 or 1 this is the exact binomial interval (Clopper and Pearson 1934).
+    """
+    unseen = 1 - ((1 - level) / 2) ** (1 / count)
+    return value - unseen * (value - bounds[0]), value + unseen * (bounds[1] - value)
 
 
 def mean(value: np.ndarray, weights: np.ndarray) -> float:
@@ -157,11 +165,15 @@ def means_by_type(table: dict[str, np.ndarray], weights: np.ndarray, column: str
 
 
 def precision_recall_f1(positive: np.ndarray, said: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
-    """Precision, recall and F1 of the positive class; 0 where nothing was said or there to say, as usual."""
-    hits = float((positive * said) @ weights)
-    claimed, there = float(said @ weights), float(positive @ weights)
+    """Precision, recall and F1 of the positive class; 0 where nothing was said or there to say, as usual.
+
+    Written here because a bootstrap calls it thousands of times, and scikit-learn's checks of its input take about a
+    thousand times as long as these sums.
+    """
     if not weights.sum():
         return (float("nan"),) * 3
+    hits = float((positive * said) @ weights)
+    claimed, there = float(said @ weights), float(positive @ weights)
     return (
         hits / claimed if claimed else 0.0,
         hits / there if there else 0.0,
@@ -172,7 +184,9 @@ def precision_recall_f1(positive: np.ndarray, said: np.ndarray, weights: np.ndar
 def average_precision(positive: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> float:
     """Area under precision over recall as a sum of steps: sum of (R_k - R_{k-1}) P_k over falling thresholds.
 
-    Items of one probability share a threshold. NaN without a positive item.
+    Items of one probability share a threshold. NaN without a positive item. Written here, as is `roc_auc`, because a
+    bootstrap calls it for every draw: sklearn.metrics gives the same (a test compares them) and takes eight times as
+    long for its checks of the input.
     """
     found, false = _counts(positive, probability, weights)
     if not len(found) or not found[-1]:

@@ -1,18 +1,18 @@
 """The plan of a preparation: samples, rows, shards, bytes, and hours and memory by the number of nodes."""
 
 import math
-from pathlib import Path
 
 from pipelines.config import DataConfig
 from workflows.errors import UsageError
 from workflows.plan.rows import Rows, check_labels, count_rows
 from workflows.recipe.schema import DataRecipe, Recipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import data_folder, layout_of
 from workflows.train.initial import image_tokens
 
 
 def plan_data(
-    recipe: Recipe | DataRecipe, storage: Path, given: dict[str, tuple[int, int | None]], node_cpus: int
+    recipe: Recipe | DataRecipe, storage: Folder, given: dict[str, tuple[int, int | None]], node_cpus: int
 ) -> dict:
     """One entry per data set, as JSON-able data.
 
@@ -37,10 +37,10 @@ def plan_data(
 
 
 def _plan_one(
-    folder: Path, data: DataConfig, tokens: int, given: dict[str, tuple[int, int | None]], node_cpus: int
+    folder: Folder, data: DataConfig, tokens: int, given: dict[str, tuple[int, int | None]], node_cpus: int
 ) -> dict:
-    rows = count_rows(data, folder, tokens, given)
-    plan = {"folder": str(folder), "rows": rows.as_dict(), "max_tokens": data.max_tokens, "shards": None}
+    rows = count_rows(data, folder.local, tokens, given)
+    plan = {"folder": folder.shown, "rows": rows.as_dict(), "max_tokens": data.max_tokens, "shards": None}
     if rows.rows is not None:
         # A packing task holds the rows of one shard, images included (DataConfig.shard_rows).
         task = rows.bytes // rows.rows * min(data.shard_rows, rows.rows)

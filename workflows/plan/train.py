@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,6 +14,7 @@ from workflows.plan.memory import STAGES, activations, model_states, saved_bytes
 from workflows.plan.rows import Rows, check_labels, count_rows, vocabulary_of
 from workflows.recipe.schema import Recipe
 from workflows.recipe.train import PARTS, StageRecipe, TrainRecipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout, layout_of
 from workflows.train.initial import image_tokens, model_config
 from workflows.train.stage import total_steps
@@ -59,7 +59,7 @@ def machine_of(recipe: Recipe, peak_tflops: float | None, mfu: float, gib: float
     )
 
 
-def plan_training(recipe: Recipe, storage: Path, given: dict[str, tuple[int, int | None]], machine: Machine) -> dict:
+def plan_training(recipe: Recipe, storage: Folder, given: dict[str, tuple[int, int | None]], machine: Machine) -> dict:
     """Everything that is known before anything starts, as JSON-able data.
 
     Args:
@@ -75,7 +75,7 @@ def plan_training(recipe: Recipe, storage: Path, given: dict[str, tuple[int, int
     forward = forward_flops(model)
     stages = []
     for stage in recipe.train.stages:
-        rows = count_rows(recipe.data_of(stage), layout.data[stage.name], tokens, given)
+        rows = count_rows(recipe.data_of(stage), layout.data[stage.name].local, tokens, given)
         stages.append(_stage(recipe, stage, rows, sizes, forward, model, machine))
     data = {layout.data[stage["stage"]]: stage["rows"]["bytes"] for stage in stages}
     return {
@@ -188,7 +188,7 @@ def _connector_bytes(model, images: int, stage: StageRecipe) -> int:
 
 def meta_model(recipe: Recipe, layout: Layout) -> tuple[MLMambaForConditionalGeneration, dict[str, int], str]:
     """The model without weights, its parameters by part, and where the size of its vocabulary comes from."""
-    vocabulary, origin = vocabulary_of(recipe.data, layout.data[recipe.train.stages[0].name])
+    vocabulary, origin = vocabulary_of(recipe.data, layout.data[recipe.train.stages[0].name].local)
     with torch.device("meta"):
         model = MLMambaForConditionalGeneration(model_config(recipe, vocabulary))
     return model, {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}, origin
@@ -199,7 +199,7 @@ def trained_of(stage: StageRecipe, sizes: dict[str, int]) -> int:
     return sum(sizes[part] for part in stage.trains if not (stage.lora and part == "language_model"))
 
 
-def disk_of(train: TrainRecipe, sizes: dict[str, int], data: dict[Path, int | None]) -> dict:
+def disk_of(train: TrainRecipe, sizes: dict[str, int], data: dict[Folder, int | None]) -> dict:
     """Bytes in the storage folder: data, the model before and after each stage, checkpoints, the registered copy."""
     model = 4 * sum(sizes.values())
     largest = BYTES_OF_A_CHECKPOINT * max(trained_of(stage, sizes) for stage in train.stages)

@@ -14,8 +14,8 @@ recipe and code made it, what it scored and what the gate is; the registered mod
     mlmamba.refused           the last replica that refused to serve it, when and why (JSON)
 
     tag of a registered model
-    mlmamba.move.ALIAS.STAMP  one move of the alias (JSON, moves.py)
-    mlmamba.claim.ALIAS.STAMP someone is about to move it (lock.py); gone a moment later
+    mlmamba.move.ALIAS.STAMP  one move of the alias (JSON, history.py)
+    mlmamba.claim.ALIAS.STAMP someone is about to move it (claim.py); gone a moment later
 """
 
 from workflows.registry.models import (

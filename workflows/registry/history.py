@@ -1,8 +1,8 @@
 """The history of an alias: one tag of the registered model for each move, only ever added to.
 
-A tag is written before the alias is set, so a crash between the two leaves a move that was announced and not made.
-Every move therefore says what held the alias when it was written, and reading the history compares: what the next move
-(or the registry now) found on the alias tells whether it was made, and shows moves by other means, as MLflow's page.
+A tag is written before the alias is set, so a crash between the two leaves a move in the history that was not made.
+Each move therefore also records which version held the alias when it was written. Comparing that with the move before
+shows whether the earlier one was made, and whether someone moved the alias by other means, such as MLflow's page.
 """
 
 import getpass
@@ -33,7 +33,7 @@ class Move:
     """user@host."""
     why: str | None = None
     forced: bool = False
-    """Whether the gate was passed over."""
+    """Whether the move was made although the gate failed."""
 
     def tag(self) -> tuple[str, str]:
         """Key and value of the tag."""
@@ -46,22 +46,22 @@ class Move:
 
 
 def history(tags: dict[str, str], alias: str | None = None) -> list[Move]:
-    """The moves among a registered model's tags, of one alias or of all, oldest first."""
+    """Read the moves from a registered model's tags, of one alias or of all, oldest first."""
     moves = [Move(**json.loads(value)) for key, value in tags.items() if key.startswith(_PREFIX)]
     return sorted((move for move in moves if alias in (None, move.alias)), key=lambda move: move.stamp)
 
 
 def holders(moves: Iterable[Move], now: str | None) -> list[str]:
-    """The versions to go back to, the last one being the present holder.
+    """Return the versions that rollbacks can return to, oldest first; the last one holds the alias now.
 
-    A promotion puts its version on top; a rollback takes versions off, so none is gone back to that was rolled back.
+    A promotion adds its version; a rollback removes the versions after its target, so none of them is returned to.
 
     Args:
         moves: of one alias, oldest first.
         now: version that holds the alias now.
     """
     stack: list[str] = []
-    before: list[str] = []  # the stack without the last move, in case that one was not made
+    before: list[str] = []  # the stack before the last move, in case that move was not made
     for move in moves:
         stack = _as_found(stack, before, move.was)
         before = list(stack)
@@ -73,7 +73,7 @@ def holders(moves: Iterable[Move], now: str | None) -> list[str]:
 
 
 def _as_found(stack: list[str], before: list[str], found: str | None) -> list[str]:
-    """The stack, given which version was found on the alias."""
+    """Correct the stack by the version that was found on the alias."""
     top = stack[-1] if stack else None
     if found is None or found == top:
         return stack
@@ -87,7 +87,7 @@ def _last(items: list[str], item: str) -> int:
 
 
 def who_runs_this() -> str:
-    """user@host."""
+    """Return user@host of this process."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name

@@ -1,6 +1,5 @@
 """Finding versions: references, the version behind an alias, listings. Errors say what there is instead."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +21,8 @@ from mlflow.tracking import MlflowClient
 from pipelines.storage import shown
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry.history import history
-from workflows.storage.remote import bring as bring_folder
-from workflows.storage.remote import is_remote
+from workflows.storage.folder import Folder
+from workflows.storage.remote import is_remote, machine_lock
 from workflows.tracking.tracker import connect
 
 PREFIX = "models:/"
@@ -69,14 +68,14 @@ def parse_reference(text: str) -> Reference:
 
 def resolve_model(reference: str, storage: Path) -> ResolvedModel:
     """Find a model by folder, by the URI of one that a workflow left in an object store, or by models:/name@alias (or
-    models:/name/version), and bring its folder here.
+    models:/name/version), and fetch its folder to this machine.
 
     Raises:
         WorkflowError: there is no such folder, model, version or alias.
     """
     if is_remote(reference):
         try:
-            return ResolvedModel(bring_folder(reference))
+            return ResolvedModel(Folder(reference).fetch())
         except (OSError, ValueError) as error:
             raise WorkflowError(f"{shown(reference)} is not a model folder that can be read: {error}") from error
     if not reference.startswith(PREFIX):
@@ -85,16 +84,16 @@ def resolve_model(reference: str, storage: Path) -> ResolvedModel:
             raise WorkflowError(f"{reference} is neither a model folder (no config.json) nor models:/NAME@ALIAS")
         return ResolvedModel(folder)
     client = connect(storage)
-    return bring(client, get_version(client, reference), storage)
+    return fetch_version(client, get_version(client, reference), storage)
 
 
-def bring(client: MlflowClient, version: ModelVersion, storage: Path) -> ResolvedModel:
+def fetch_version(client: MlflowClient, version: ModelVersion, storage: Path) -> ResolvedModel:
     """A version's folder on this machine, downloaded to the storage folder unless it lies on a disk seen from here.
 
     Raises:
         WorkflowError: it cannot be fetched, or is not one of ours.
     """
-    folder, example = open_package(fetch(client, version, storage))
+    folder, example = open_package(fetch_package(client, version, storage))
     return ResolvedModel(folder, version.name, str(version.version), version.run_id, example)
 
 
@@ -220,7 +219,7 @@ def _pages(fetch_page: Callable) -> list:
 KEPT = 3  # downloaded versions of one model; the least recently used beyond them are deleted
 
 
-def fetch(client: MlflowClient, version: ModelVersion, storage: Path) -> Path:
+def fetch_package(client: MlflowClient, version: ModelVersion, storage: Path) -> Path:
     """Folder of the version's MLflow package.
 
     Raises:
@@ -264,9 +263,7 @@ def open_package(package: Path) -> tuple[Path, Path | None]:
 
 
 def _download(uri: str, folder: Path, label: str) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # replicas on one machine: one downloads, the others find it there
+    with machine_lock(folder):  # replicas on one machine: one downloads, the others find it there
         if folder.is_dir():
             return
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
@@ -274,7 +271,7 @@ def _download(uri: str, folder: Path, label: str) -> None:
                 found = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=temporary)
             except (MlflowException, OSError) as error:
                 raise RegistryUnreachable(f"{label} could not be downloaded: {str(error)[:300]}") from error
-            os.replace(found, folder)
+            Folder(str(folder)).publish(Path(found))
 
 
 def _delete_unused(used: Path, name: str) -> None:

@@ -1,8 +1,8 @@
-"""Moving an alias: forwards when the gate holds, back to the version before.
+"""Move an alias: forwards when the gate holds, or back to the version before; and the gate itself.
 
-The order of writes makes a crash harmless: first the tag that says why the gate was passed over, then the move in the
-history, then the alias, which alone decides what is served. A move that was announced and not made shows in the history
-as such (moves.py), and the same command again makes it.
+The order of writes makes a crash harmless: first the tag that says why the gate was overridden, then the move in the
+history, then the alias, which alone decides what is served. A crash before the last write leaves a move in the history
+that was not made; the history tells such moves apart (history.py), and the same command makes it.
 """
 
 import json
@@ -23,18 +23,18 @@ from workflows.registry.models import Reference, absent, get_model, get_version,
 
 @dataclass(frozen=True)
 class Promotion:
-    """What became of a promotion or rollback."""
+    """Result of a promotion or rollback."""
 
     name: str
     alias: str
     version: str
-    """The version that was to hold the alias."""
+    """The version that was asked for."""
     previous: str | None
     """The version that held it before."""
     moved: bool
-    """Whether the alias was moved; False when the gate kept it, or when the version held it already."""
+    """Whether the alias was moved; False when the gate failed, or when the version held it already."""
     gate_failures: list[str] = field(default_factory=list)
-    """Why not, or what was passed over by force."""
+    """What the gate found wrong: why the alias was not moved, or what force has overridden."""
     forced: bool = False
 
     @property
@@ -56,12 +56,12 @@ def promote(
     force: bool = False,
     reason: str | None = None,
 ) -> Promotion:
-    """Move the alias to a version if its gate holds; see `Promotion.moved`.
+    """Move the alias to a version if the version's gate holds.
 
     Args:
-        force: move it also when the gate does not hold. Who, when and why become the tag `mlmamba.forced.ALIAS` of the
+        force: move it even if the gate fails. Who, when and why become the tag `mlmamba.forced.ALIAS` of the
             version.
-        reason: why, for the history; needed to force.
+        reason: why, for the history; required with force.
 
     Raises:
         UsageError: force without a reason.
@@ -70,9 +70,9 @@ def promote(
     if force and not (reason or "").strip():
         raise UsageError("--force needs --reason TEXT: it is kept with the version")
     found = get_version(client, Reference(name, version))
-    with claim(client, name, alias) as right, reachable():
+    with claim(client, name, alias) as held, reachable():
         model = get_model(client, name)
-        now = _text(model.aliases.get(alias))
+        now = _version(model.aliases.get(alias))
         if now == version:
             return Promotion(name, alias, version, now, moved=False)
         failures = _failures(client, found, now)
@@ -83,24 +83,24 @@ def promote(
         if forced:
             record = {"who": move.who, "when": _when(move.stamp), "why": reason, "gate_failures": failures}
             client.set_model_version_tag(name, version, f"mlmamba.forced.{alias}", json.dumps(record))
-        _make(client, name, move, right)
+        _move(client, name, move, held)
     return Promotion(name, alias, version, now, moved=True, gate_failures=failures, forced=forced)
 
 
 def rollback(client: MlflowClient, name: str, alias: str = "champion", reason: str | None = None) -> Promotion:
     """Move the alias back to the version that held it before the present one.
 
-    Each rollback goes one further back: after promotions of 1, 2 and 3, two rollbacks end at 1. A version that was
-    rolled back from is not gone back to: 1, 2, 3, rollback to 2, then 4, and the next rollback is to 2. Versions that
-    were deleted since are passed over. The gate is not asked.
+    Each rollback goes one version further back: after promotions of 1, 2 and 3, two rollbacks end at 1. None returns to
+    a version that was itself rolled back: after 1, 2, 3, a rollback to 2, and 4, the next one goes to 2. A rollback
+    skips versions that were deleted, and it does not ask the gate.
 
     Raises:
         WorkflowError: there is nothing to go back to, and as `promote` does.
     """
     get_model(client, name)
-    with claim(client, name, alias) as right, reachable():
+    with claim(client, name, alias) as held, reachable():
         model = get_model(client, name)
-        now = _text(model.aliases.get(alias))
+        now = _version(model.aliases.get(alias))
         if now is None:
             raise WorkflowError(f"no version of {name} is @{alias}: there is nothing to roll back from")
         earlier = [v for v in holders(history(model.tags, alias), now)[:-1] if v != now]
@@ -111,22 +111,23 @@ def rollback(client: MlflowClient, name: str, alias: str = "champion", reason: s
                 f"`mlmamba models promote {name}/VERSION` moves it to one that you choose"
             )
         move = Move(alias, _stamp(model.tags), "rollback", target, now, who_runs_this(), reason)
-        _make(client, name, move, right)
+        _move(client, name, move, held)
     return Promotion(name, alias, target, now, moved=True)
 
 
 def rolled_back(client: MlflowClient, name: str, version: str, alias: str) -> Move | None:
-    """The rollback that took the alias from a version that has not been promoted since, or None."""
+    """Return the rollback that took the alias from a version, or None if the version was promoted again since."""
     about = [m for m in history(get_model(client, name).tags, alias) if version in (m.to, m.was)]
     last = about[-1] if about else None
     return last if last is not None and last.kind == "rollback" and last.was == version else None
 
 
-def _make(client: MlflowClient, name: str, move: Move, right: Claim) -> None:
+def _move(client: MlflowClient, name: str, move: Move, held: Claim) -> None:
+    """Write the move to the history, set the alias, and see that nobody else set it. Raises WorkflowError."""
     client.set_registered_model_tag(name, *move.tag())
-    right.check()
+    held.check()
     client.set_registered_model_alias(name, move.alias, move.to)
-    found = _text(client.get_registered_model(name).aliases.get(move.alias))
+    found = _version(client.get_registered_model(name).aliases.get(move.alias))
     if found != move.to:
         raise WorkflowError(f"{name}@{move.alias} was moved to {found} by other means at the same moment")
 
@@ -160,7 +161,7 @@ def _exists(client: MlflowClient, name: str, version: str) -> bool:
 
 
 def _stamp(tags: dict[str, str]) -> int:
-    """Now, or just after the last move where that machine's clock is ahead."""
+    """Nanoseconds since 1970, made larger than the last move's where that machine's clock is ahead."""
     return max([time.time_ns(), *(move.stamp + 1 for move in history(tags))])
 
 
@@ -168,14 +169,15 @@ def _when(stamp: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(stamp / 1e9))
 
 
-def _text(version) -> str | None:
+def _version(version) -> str | None:
+    """MLflow gives a version as a string or a number."""
     return None if version is None else str(version)
 
 
 def gate_failures(
     gate: Gate, scores: Mapping[str, float], holder: Mapping[str, float] | None = None, same_questions: bool = True
 ) -> list[str]:
-    """What keeps a version from promotion, one line for each; none when the gate holds.
+    """Compare scores with a gate. Returns one line for each reason against promotion, none when the gate holds.
 
     Args:
         scores: the version's, by name.

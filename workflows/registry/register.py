@@ -16,8 +16,8 @@ from pipelines.manifest import Manifest
 from workflows.errors import WorkflowError
 from workflows.recipe.schema import Recipe
 from workflows.registry.models import versions_of
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
-from workflows.storage.remote import address
 from workflows.tracking.tracker import Tracker, git_revision
 
 
@@ -105,7 +105,7 @@ def register(
         raise WorkflowError(f"{name} could not be registered: {error}") from error
 
 
-def describe_data(folders: dict[str, Path]) -> list[dict]:
+def describe_data(folders: dict[str, Folder]) -> list[dict]:
     """The data sets of a training, from their manifests: folder, digest, rows, tokens, shards, and who trained on it.
 
     Args:
@@ -113,12 +113,12 @@ def describe_data(folders: dict[str, Path]) -> list[dict]:
     """
     described = []
     for folder in dict.fromkeys(folders.values()):
-        manifest = Manifest.load(str(folder))
+        manifest = Manifest.load(folder.uri)
         train = manifest.splits["train"]
         described.append(
             {
                 "name": folder.name,
-                "folder": address(folder),
+                "folder": folder.shown,
                 "digest": manifest.digest,
                 "stages": [stage for stage, used in folders.items() if used == folder],
                 "rows": train.rows,

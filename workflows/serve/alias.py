@@ -1,8 +1,8 @@
-"""A replica and its alias: which version it starts with, and how it goes on from there.
+"""A replica follows its alias: it starts with the alias's version, and changes to another when the alias moves.
 
-A replica starts with the version that the alias names. When that one is refused, or the registry does not answer, it
-starts with the version that was taken last (a file in the storage folder): a killed replica comes back, and a new one
-joins, whatever was promoted meanwhile.
+`Follower` decides what the replica serves; its `AliasWatcher` is the thread that asks the registry. When the alias's
+version is refused, or the registry does not answer at the start, the replica serves the version that was served last (a
+file in the storage folder), so that it comes up whatever was promoted meanwhile.
 """
 
 import json
@@ -18,27 +18,29 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipelines.storage import write_atomic
 from workflows.errors import WorkflowError
 from workflows.registry import PREFIX, Reference, ResolvedModel, get_version, holder, parse_reference, resolve_model
-from workflows.registry.models import RegistryUnreachable, bring
+from workflows.registry.models import RegistryUnreachable, fetch_version
 from workflows.serve.options import Limits
 from workflows.serve.service import Served, Service
 from workflows.serve.swap import Refusal, Refused, SwapOptions, Swapper, load
-from workflows.storage.layout import write_atomic
 from workflows.tracking.tracker import connect
 
 logger = logging.getLogger(__name__)
-_REFUSED = "mlmamba.refused"
+_REFUSED = "mlmamba.refused"  # tag of a version that a replica refused
+_LONGEST_PAUSE = 60.0  # seconds between two questions to a registry that does not answer
+_SIGNAL_SECONDS = 0.5  # between two looks at the file that asks to look at once
 
 
 class Follower:
-    """Loads the first model of a replica and, for an alias, keeps it on the alias's version.
+    """Load the first model of a replica and, for an alias, keep the replica on the alias's version.
 
     Args:
         reference: models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder.
         storage: the storage folder.
-        service: what the replica serves; has its model when this returns.
-        replica: name of the replica, for what it reports.
+        service: gets the model; it has one when this returns.
+        replica: name of the replica, for tags and reports.
 
     Raises:
         WorkflowError: there is no model that can be served.
@@ -65,7 +67,9 @@ class Follower:
         self._wanted = wanted
         self._client: MlflowClient = connect(storage)
         self._last = storage / "serving" / f"{wanted}.json"
-        self._swapper = Swapper(service, options, self._load_version, self._look_again, self._taken, self._refused)
+        self._swapper = Swapper(
+            service, options, self._load_version, self._alias_or_none, self._note_served, self._note_refused
+        )
         self._start()
         self.watcher = AliasWatcher(
             self._look, self._swapper.offer, options.poll_seconds, options.jitter, self._last.with_suffix(".look")
@@ -73,7 +77,7 @@ class Follower:
         self.watcher.start()
 
     def as_dict(self) -> dict:
-        """What is served and what is wanted, as plain data."""
+        """Report what is served, which version the alias names and what was refused, as plain data."""
         replica = {"replica": self._who, "pid": os.getpid()}
         if self.watcher is None:
             served = self._service.served
@@ -81,18 +85,19 @@ class Follower:
         return {**replica, "follows": str(self._wanted), **self._swapper.as_dict(), **self.watcher.as_dict()}
 
     def close(self) -> None:
-        """Follow no more."""
+        """Stop following the alias."""
         if self.watcher is not None:
             self.watcher.stop()
 
     def _start(self) -> None:
+        """Serve the version that the alias names, else the one that was served last."""
         version = None
         try:
             found = get_version(self._client, self._wanted)
             version = str(found.version)
-            self._service.served = self._load(bring(self._client, found, self._storage))
+            self._service.served = self._load(fetch_version(self._client, found, self._storage))
         except WorkflowError as error:
-            source = self._last_taken()
+            source = self._last_served()
             if source is None or source.version == version:
                 raise
             logger.error("%s cannot be served, %s is: %s", self._wanted, source.label, error)
@@ -100,7 +105,7 @@ class Follower:
             if version is not None and not isinstance(error, RegistryUnreachable):
                 self._swapper.refuse(version, str(error))
         else:
-            self._taken(self._service.served)
+            self._note_served(self._service.served)
 
     def _load(self, source: ResolvedModel, quiet: bool = False) -> Served:
         return load(source, self._limits, self._threads, self._options.same_answer, quiet)
@@ -108,7 +113,7 @@ class Follower:
     def _look(self) -> str | None:
         return holder(self._client, self._wanted.name, self._wanted.alias)
 
-    def _look_again(self) -> str | None:
+    def _alias_or_none(self) -> str | None:
         try:
             return self._look()
         except WorkflowError:
@@ -117,14 +122,15 @@ class Follower:
     def _load_version(self, version: str) -> Served:
         try:
             found = get_version(self._client, Reference(self._wanted.name, version))
-            source = bring(self._client, found, self._storage)
+            source = fetch_version(self._client, found, self._storage)
         except RegistryUnreachable:
             raise
         except WorkflowError as error:
             raise Refused(str(error)) from error
         return self._load(source, quiet=True)
 
-    def _last_taken(self) -> ResolvedModel | None:
+    def _last_served(self) -> ResolvedModel | None:
+        """The version that was served last, if its folder is still there."""
         try:
             content = json.loads(self._last.read_text())
             example = content["example"] and Path(content["example"])
@@ -135,7 +141,8 @@ class Follower:
             return None
         return source if source.folder.is_dir() else None
 
-    def _taken(self, served: Served) -> None:
+    def _note_served(self, served: Served) -> None:
+        """Write down what is served, for the next start, and delete this replica's own refusal of it."""
         source = served.source
         example = source.example and str(source.example)
         content = {"version": source.version, "run_id": source.run_id, "folder": str(source.folder), "example": example}
@@ -148,9 +155,10 @@ class Follower:
             if json.loads(tags.get(_REFUSED, "{}")).get("who") == self._who:
                 self._client.delete_model_version_tag(source.name, source.version, _REFUSED)
         except (MlflowException, ValueError):
-            pass  # the tag is for people; it tells when it was written
+            pass  # the tag only informs people, and it holds its own date
 
-    def _refused(self, refusal: Refusal) -> None:
+    def _note_refused(self, refusal: Refusal) -> None:
+        """Write a refusal to the registry, as a tag of the version."""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(refusal.when))
         record = {"who": self._who, "when": when, "why": refusal.reason, "tries": refusal.tries}
         try:
@@ -159,19 +167,16 @@ class Follower:
             logger.warning("the refusal could not be written to the registry: %s", str(error).splitlines()[0][:200])
 
 
-_LONGEST = 60.0  # seconds between two looks at a registry that does not answer
-_GLANCE = 0.5  # seconds between two looks at the file that says to look at once
-
-
 class AliasWatcher:
-    """Looks at an alias until stopped.
+    """A thread that asks which version an alias names, until stopped.
 
     Args:
-        look: the version that the alias names, None when it names none; raises WorkflowError when that is unknown.
+        look: returns the version that the alias names, None for none; raises WorkflowError when the registry does not
+            answer.
         offer: called with the version after each look; raises WorkflowError when the registry does not answer.
         poll_seconds: time between two looks.
-        jitter: share by which it varies.
-        signal: a file; when it is touched the alias is looked at soon.
+        jitter: share by which that time varies at random.
+        signal: a file; touching it makes the watcher look soon.
     """
 
     def __init__(
@@ -192,7 +197,7 @@ class AliasWatcher:
         self._thread = threading.Thread(target=self._run, name="alias-watcher", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         self._thread.start()
 
     def wake(self) -> None:
@@ -200,20 +205,20 @@ class AliasWatcher:
         self._wake.set()
 
     def tell_others(self) -> None:
-        """Touch the file, so that the other replicas look soon."""
+        """Touch the signal file, so that the other replicas look soon."""
         if self._signal is not None:
             self._signal.parent.mkdir(parents=True, exist_ok=True)
             self._signal.touch()
 
     def stop(self) -> None:
-        """Look no more. Returns when a look or a load in progress has ended."""
+        """Stop the thread. Returns when a look or a load in progress has ended."""
         self._stopped.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def as_dict(self) -> dict:
-        """What is known of the alias, as plain data."""
+        """Report the alias's version and the registry's failures, as plain data."""
         return {"wanted": self.wanted, "registry_failures": self.failures, "registry_answered": self.last_answer}
 
     def _run(self) -> None:
@@ -221,7 +226,7 @@ class AliasWatcher:
             self._wake.clear()
             try:
                 self._once()
-            except Exception:  # a fault here must not end the following
+            except Exception:  # a fault here must not end the thread
                 self.failures += 1
                 logger.exception("following the alias failed; it is tried again")
             self._wait(self.pause())
@@ -244,16 +249,17 @@ class AliasWatcher:
         self.failures, self.last_answer = 0, time.time()
 
     def pause(self) -> float:
-        """Seconds until the next look."""
+        """Seconds until the next look: more after each failure in a row, up to a minute."""
         base = self._poll_seconds
         if self.failures:
-            base = max(base, min(_LONGEST, base * 2 ** min(self.failures, 10)))
+            base = max(base, min(_LONGEST_PAUSE, base * 2 ** min(self.failures, 10)))
         return base * random.uniform(1 - self._jitter, 1 + self._jitter)
 
     def _wait(self, seconds: float) -> None:
+        """Wait, but no longer than until `wake` is called or the signal file is touched."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            if self._wake.wait(min(left, _GLANCE)):
+            if self._wake.wait(min(left, _SIGNAL_SECONDS)):
                 return
             touched = self._touched()
             if touched != self._seen:
@@ -261,6 +267,7 @@ class AliasWatcher:
                 return
 
     def _touched(self) -> int | None:
+        """Time of change of the signal file, in nanoseconds; None when there is none."""
         try:
             return None if self._signal is None else os.stat(self._signal).st_mtime_ns
         except OSError:

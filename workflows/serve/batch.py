@@ -1,8 +1,8 @@
 """Continuous batching for a recurrent model: sequences join and leave the running batch between two steps.
 
-A step of the engine encodes some images, reads one piece of some prompts, and gives every running answer its next
-token. Each part is bounded, so that a long prompt holds up running answers by one piece at most. Rows do not see each
-other: padding is masked, so a greedy answer is the one that the prompt gets alone, but for rounding.
+A step encodes some images, reads one piece of some prompts, and gives every running answer its next token. Each part is
+bounded, so a long prompt delays running answers by one piece at most. Padding is masked and rows do not see each other,
+so a greedy answer is the same as for its prompt alone, apart from rounding. `StatePool` holds the recurrent states.
 """
 
 import logging
@@ -18,7 +18,7 @@ from workflows.serve.sampling import TokenLogprob, choose, log_probabilities
 from workflows.serve.sequence import Sequence
 
 logger = logging.getLogger(__name__)
-Pick = tuple[int | None, TokenLogprob | None, bool]
+Pick = tuple[int | None, TokenLogprob | None, bool]  # token, its report, whether it is an end token
 
 
 class Batch:
@@ -51,7 +51,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Go on with every sequence, as far as one step goes."""
+        """Run one step: encode images, read prompts, give every running answer a token, drop what has ended."""
         self._free()
         self._encode_images()
         self._read_prompts()
@@ -71,7 +71,7 @@ class Batch:
         self.pool.clear()
 
     def _free(self) -> None:
-        """Take out all that is over."""
+        """Take ended sequences out of the batch, and free their slots."""
         self._ended += [sequence for sequence in self.reading if sequence.over]
         self.reading = [sequence for sequence in self.reading if not sequence.over]
         for slot in reversed(range(len(self.running))):
@@ -83,7 +83,7 @@ class Batch:
                     self.running[slot] = last
 
     def _encode_images(self) -> None:
-        """Images of the prompts that come next, at most `images_at_once` of them (or one prompt's)."""
+        """Encode the images of the next prompts, at most `images_at_once` together (or one prompt's)."""
         group: list[Sequence] = []
         for sequence in self.reading:
             if sequence.prompt.pixels is None or sequence.features is not None or sequence.read:
@@ -104,7 +104,7 @@ class Batch:
             sequence.features = own.flatten(0, 1)
 
     def _read_prompts(self) -> None:
-        """One piece of the prompts that come first, together at most `prefill_tokens` with their padding."""
+        """Read one piece of each of the first prompts, together at most `prefill_tokens` with their padding."""
         group: list[Sequence] = []
         longest = 0
         for sequence in self.reading:
@@ -158,7 +158,7 @@ class Batch:
             sequence.take(*picked[done.index(row)])
 
     def _answer(self) -> None:
-        """The next token of every running answer."""
+        """Give every running answer its next token."""
         if not self.running or all(sequence.over for sequence in self.running):
             return
         try:
@@ -167,7 +167,7 @@ class Batch:
             out = self._model(input_ids=last, cache_params=self.pool.view(), use_cache=True, logits_to_keep=1)
             self.pool.write(out.cache_params)
             picked = self._pick(self.running, out.logits[:, -1])
-        except Exception as error:  # what a device raises when its memory is full, for one
+        except Exception as error:  # for example when the device is out of memory
             logger.error("a step of %d answers failed: %s", len(self.running), without_message(error))
             for sequence in self.running:
                 sequence.fail(error)
@@ -176,7 +176,7 @@ class Batch:
             sequence.take(token, report, end)
 
     def _pick(self, sequences: list[Sequence], logits: Tensor) -> list[Pick]:
-        """The next token of each sequence from its row of logits, its report, and whether it is an end token."""
+        """Choose each sequence's next token from its row of logits."""
         generation = self._model.generation_config
         if generation.suppress_tokens:
             logits[:, generation.suppress_tokens] = float("-inf")
@@ -200,7 +200,10 @@ class Batch:
         return reports
 
     def _one_by_one_if_they_fail(self, work, group: list[Sequence]) -> None:
-        """One request must not fail its neighbours. `work` changes nothing before what can fail is done."""
+        """Do the work for a group, or for each alone where that fails, so that one request cannot fail its neighbours.
+
+        `work` must not change a sequence before the last thing that can fail.
+        """
         try:
             work(group)
         except Exception as error:
@@ -213,7 +216,7 @@ class Batch:
 
 
 class StatePool:
-    """States of up to `size` sequences. The memory is taken with the first of them, whose state has the shapes."""
+    """States of up to `size` sequences. Memory is allocated with the first state, which gives the shapes."""
 
     def __init__(self, size: int):
         self.size, self.used = size, 0
@@ -225,18 +228,18 @@ class StatePool:
         return MambaState(self._layers).nbytes
 
     def view(self) -> MambaState:
-        """The states in use, not copied: a step of one token may leave its new states in the slots."""
+        """The states in use, not copied: a step of one token may write its new states into the slots."""
         return MambaState([LayerState(s.conv[: self.used], s.ssm[: self.used]) for s in self._layers]).in_place()
 
     def write(self, state: MambaState) -> None:
-        """Put the states after a step in place of those before it, where the step has not done so."""
+        """Store the states after a step, unless the step has written them into the slots itself."""
         for own, new in zip(self._layers, state.layers, strict=True):
             for slots, rows in ((own.conv, new.conv), (own.ssm, new.ssm)):
                 if rows.data_ptr() != slots.data_ptr():
                     slots[: self.used].copy_(rows)
 
     def append(self, state: MambaState, row: int) -> int:
-        """Take a slot for row `row` of a state, and return its number.
+        """Copy row `row` of a state into a free slot. Returns the slot's number.
 
         Raises:
             IndexError: no slot is free.
@@ -269,7 +272,7 @@ class StatePool:
 
 
 def stack(states: list[MambaState | None]) -> MambaState | None:
-    """One state of several sequences of one row each; None stands for one that has read nothing yet."""
+    """Stack states of one row each into one batch; None stands for a sequence that has read nothing yet."""
     known = next((state for state in states if state is not None), None)
     if known is None:
         return None

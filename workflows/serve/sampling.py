@@ -1,7 +1,7 @@
-"""Choosing the next token of every row, each with its own settings and its own random numbers.
+"""What a request asks of the engine and gets from it, and how the next token of every row is chosen.
 
-A row's choice depends on its own logits and its own generator alone, so a seed gives the same answer whoever is
-answered beside it, but for the rounding of the logits. Shapes: n rows, V vocabulary.
+A row's choice depends only on its own logits and its own random generator. The same seed therefore gives the same
+answer whatever else is in the batch, apart from rounding of the logits. Shapes: n rows, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-LEAST_TEMPERATURE = 0.01  # under it the logits would overflow, and sampling is greedy for all purposes
+LEAST_TEMPERATURE = 0.01  # below it logits / temperature can overflow, so the answer is greedy
+_NUCLEUS = 256  # most likely tokens looked at for top_p; nearly always enough, and faster than sorting the vocabulary
 FinishReason = Literal["stop", "length"]
 
 
@@ -26,8 +27,8 @@ class Prompt:
 class Settings:
     """How to answer.
 
-    `stop` strings end the answer and are not part of it. `top_p` and `seed` matter to sampling only; without a seed
-    every answer is another. `logprobs` is the number of alternatives to report with each token, None for no report.
+    `stop` strings end the answer and are not part of it. `top_p` and `seed` apply to sampling only; without a seed
+    each answer is drawn afresh. `logprobs` is the number of alternatives to report with each token, None for no report.
     """
 
     max_tokens: int
@@ -85,11 +86,8 @@ class Answer:
     timing: Timing | None = field(default=None, compare=False)
 
 
-_NUCLEUS = 256  # tokens that hold top_p of the mass nearly always; sorting all of a large vocabulary is slow
-
-
 def generator_of(settings: Settings) -> torch.Generator | None:
-    """The random numbers of one answer, from its seed or from the system; None for a greedy one."""
+    """Return the random generator of one answer, from its seed or the system's; None for a greedy answer."""
     if settings.greedy:
         return None
     generator = torch.Generator()
@@ -101,14 +99,14 @@ def generator_of(settings: Settings) -> torch.Generator | None:
 
 
 def choose(logits: Tensor, settings: list[Settings], generators: list[torch.Generator | None]) -> list[int | None]:
-    """The next token of each row.
+    """Choose the next token of each row.
 
     Args:
         logits: (n, V) float32; -inf at tokens that must not come.
         settings, generators: one for each row; the generators of greedy rows are not used.
 
     Returns:
-        Ids; None for a row whose logits are no numbers.
+        Token ids; None for a row whose logits are not finite.
     """
     best, ids = logits.max(dim=-1)
     sampled = [row for row, one in enumerate(settings) if not one.greedy]
@@ -130,7 +128,7 @@ def choose(logits: Tensor, settings: list[Settings], generators: list[torch.Gene
 
 
 def log_probabilities(logits: Tensor, ids: list[int], count: int) -> list[tuple[float, list[tuple[int, float]]]]:
-    """For each row of logits (n, V): the log probability of its id, and the `count` most likely ids with theirs."""
+    """Return, for each row of logits (n, V), its id's log probability and the `count` most likely ids with theirs."""
     logs = torch.log_softmax(logits, dim=-1)
     chosen = logs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
     values, indices = logs.topk(min(count, logs.shape[1]), dim=-1)
@@ -139,10 +137,10 @@ def log_probabilities(logits: Tensor, ids: list[int], count: int) -> list[tuple[
 
 
 def _draw(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """Indices (n,) by inverting the distribution function of each row (n, V) at draws (n,) in [0, 1)."""
+    """Sample an index (n,) per row: invert its cumulative distribution (n, V) at the draw (n,) in [0, 1)."""
     mass = probabilities.double().cumsum(dim=-1)
     places = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
-    return places[:, 0].clamp(max=probabilities.shape[1] - 1)  # a row of no numbers has no place
+    return places[:, 0].clamp(max=probabilities.shape[1] - 1)  # a row of NaN gives no valid index
 
 
 def _draw_nucleus(probabilities: Tensor, draws: Tensor, top_p: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
-"""Replacing the model of a running replica: the new one is loaded and tested beside the old, takes over between two
-requests, and the old one gives the answers that it began."""
+"""Replace the model of a running replica, after a smoke test, without failing a request.
+
+`load` reads a version and asks it one question (`Smoke`) while the old model goes on answering. `Swapper` then puts the
+new model in its place between two requests; the old one finishes the answers that it began, and its memory is freed.
+"""
 
 import gc
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw
@@ -26,12 +27,12 @@ from workflows.registry import ResolvedModel
 from workflows.registry.register import Example
 from workflows.serve.engine import Engine
 from workflows.serve.options import Limits
-from workflows.serve.service import Served
-
-if TYPE_CHECKING:
-    from workflows.serve.service import Served, Service
+from workflows.serve.sampling import Settings
+from workflows.serve.service import Served, Service
 
 logger = logging.getLogger(__name__)
+_SECONDS = 120.0  # for one answer of a few tokens; the deadline that requests have by default is longer
+_QUESTION, _TOKENS = "What is shown?", 8
 
 
 class SwapOptions(StrictModel):
@@ -57,9 +58,13 @@ class Refused(WorkflowError):
     """A version that cannot be loaded or failed its smoke test; the message says why."""
 
 
+class SmokeFailed(Exception):
+    """A model failed its smoke test; the message says how."""
+
+
 @dataclass(frozen=True)
 class Refusal:
-    """A version that was not taken."""
+    """A version that a replica does not serve, and when it is tried again."""
 
     version: str
     reason: str
@@ -76,18 +81,18 @@ class Swapper:
     Args:
         service: what the replica serves.
         load: loads a version and tests it; raises Refused, or another WorkflowError when that could not be decided.
-        wanted: asks again which version is wanted, when one has been loaded; None where that is unknown.
-        on_taken: told about a version that is served from now on.
-        on_refused: told about a version that was refused.
+        wanted: returns the version that the alias names, asked again after a load; None where that is unknown.
+        on_taken: called with a version when it begins to be served.
+        on_refused: called with a version that was refused.
     """
 
     def __init__(
         self,
-        service: "Service",
+        service: Service,
         options: SwapOptions,
-        load: Callable[[str], "Served"],
+        load: Callable[[str], Served],
         wanted: Callable[[], str | None] = lambda: None,
-        on_taken: Callable[["Served"], None] = lambda served: None,
+        on_taken: Callable[[Served], None] = lambda served: None,
         on_refused: Callable[[Refusal], None] = lambda refusal: None,
     ):
         self._service, self._options, self._load, self._wanted = service, options, load, wanted
@@ -103,10 +108,10 @@ class Swapper:
         return None if served is None else served.source.version
 
     def offer(self, version: str) -> bool:
-        """Serve a version if it is not served already and can be. Returns whether it is served now.
+        """Load a version and serve it, unless it is served already or was refused lately. Returns whether it is served.
 
         Raises:
-            WorkflowError: what `load` raises besides Refused; nothing has changed then.
+            WorkflowError: `load` could not decide, as when the registry does not answer; nothing has changed.
         """
         if version == self.version:
             self.refusal = None
@@ -137,7 +142,7 @@ class Swapper:
         return True
 
     def refuse(self, version: str, reason: str) -> None:
-        """Note that a version cannot be served."""
+        """Note that a version cannot be served, and when to try it again: the wait doubles with each refusal."""
         known = self.refusal if self.refusal is not None and self.refusal.version == version else None
         tries = (known.tries if known else 0) + 1
         wait = min(self._options.retry_seconds * 2 ** (tries - 1), self._options.retry_most_seconds)
@@ -159,25 +164,25 @@ class Swapper:
         }
 
     def wait_for_drains(self) -> None:
-        """Return when every replaced model has given its last answer."""
+        """Wait until every replaced model has given its last answer."""
         for thread in list(self._draining):
             thread.join()
 
     def _make_room(self) -> None:
-        """Wait until no more models are in memory than leave room for one more."""
+        """Wait until one more model may be in memory: at most `copies`, the served and the finishing ones included."""
         while True:
             self._draining = [thread for thread in self._draining if thread.is_alive()]
             if len(self._draining) <= self._options.copies - 2:
                 return
             self._draining[0].join()
 
-    def _drain(self, served: "Served") -> None:
+    def _drain(self, served: Served) -> None:
         thread = threading.Thread(target=_drain, args=(served,), name="drain", daemon=True)
         self._draining.append(thread)
         thread.start()
 
 
-def _drain(served: "Served") -> None:
+def _drain(served: Served) -> None:
     """Let a replaced model give its last answers, then free its memory."""
     label = served.source.label
     try:
@@ -187,8 +192,7 @@ def _drain(served: "Served") -> None:
         return
     del served
     gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     logger.warning("%s has given its last answer", label)
 
@@ -196,14 +200,15 @@ def _drain(served: "Served") -> None:
 def load(
     source: ResolvedModel, limits: Limits, threads: int | None, same_answer: bool = False, quiet: bool = False
 ) -> Served:
-    """Load a model, test it and give it an engine.
+    """Load a model, give it an engine and run its smoke test.
 
     Args:
         source: the folder and where it came from.
         limits: of the engine.
         threads: torch threads of the engine.
-        same_answer: refuse a model whose answer to its stored example is not the stored one; else that is logged.
-        quiet: another model answers in this process meanwhile: load in one thread, to leave it the cores.
+        same_answer: refuse a model whose answer to its stored example differs from the stored one, instead of logging
+            the difference.
+        quiet: load in one thread, to leave the cores to the model that answers in this process meanwhile.
 
     Raises:
         Refused: it cannot be loaded, or failed its smoke test.
@@ -236,22 +241,11 @@ def _compare(expected: str | None, answer: str, label: str, required: bool) -> N
     logger.warning("%s: %s", label, message)
 
 
-if TYPE_CHECKING:
-    from workflows.serve.engine import Engine
-
-_SECONDS = 120.0  # for one answer of a few tokens; the deadline that requests have by default is longer
-_QUESTION, _TOKENS = "What is shown?", 8
-
-
-class SmokeFailed(Exception):
-    """The version must not be served; the message says what it did."""
-
-
 class Smoke:
-    """One question, asked of a loaded model.
+    """Smoke test of a loaded model: finite logits for one prompt, and an answer with at least one token.
 
     Args:
-        example: folder that registration stored with the model, or None.
+        example: folder with the question that registration stored with the model; None: ask about a drawn image.
 
     Raises:
         SmokeFailed: there is such a folder and it cannot be read.
@@ -272,17 +266,15 @@ class Smoke:
 
     @torch.inference_mode()
     def check_logits(self, model, processor) -> None:
-        """Read the prompt with the bare model, before an engine owns it. Raises SmokeFailed."""
+        """Run the bare model on the prompt, before an engine owns it. Raises SmokeFailed when a logit is not finite."""
         inputs = processor([self._image], processor.prompt([Turn("user", self._question, images=1)]))
         logits = model(**inputs.to(model.device)).logits
         bad = int((~torch.isfinite(logits)).sum())
         if bad:
             raise SmokeFailed(f"{bad:,} of {logits.numel():,} logits of the stored image are not finite")
 
-    def check_answer(self, engine: "Engine") -> str:
-        """The engine's greedy answer. Raises SmokeFailed when it gives none."""
-        from workflows.serve.sampling import Settings
-
+    def check_answer(self, engine: Engine) -> str:
+        """Return the engine's greedy answer. Raises SmokeFailed when there is none in time, or it is empty."""
         prompt = engine.prepare([Turn("user", self._question, images=1)], [self._image])
         try:
             answer = engine.submit(prompt, Settings(max_tokens=self._tokens)).result(_SECONDS)
@@ -294,7 +286,7 @@ class Smoke:
 
 
 def drawn_image() -> Image.Image:
-    """An image with edges, colours and a slope of brightness, the same every time; 64 x 48."""
+    """Draw the test image, always the same: 64 x 48 pixels with edges, colours and a gradient."""
     image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
     draw = ImageDraw.Draw(image)
     draw.rectangle((6, 8, 28, 38), fill=(200, 30, 40))

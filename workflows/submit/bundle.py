@@ -25,6 +25,7 @@ from workflows.errors import UsageError
 from workflows.recipe.load import load_any, load_recipe
 from workflows.recipe.schema import DataRecipe, Recipe
 from workflows.runtime import REQUIRED
+from workflows.storage.folder import Folder
 from workflows.storage.layout import data_folder, run_name
 from workflows.storage.remote import is_remote
 from workflows.tracking.tracker import git_revision
@@ -85,7 +86,7 @@ def make_shipment(
         image_tokens(loaded.model)
         run = run_name(loaded)
     else:
-        run = data_folder(Path(storage), loaded.data, loaded.name, loaded.tokens_per_image, loaded.seed).name
+        run = data_folder(Folder(storage), loaded.data, loaded.name, loaded.tokens_per_image, loaded.seed).name
     return Shipment(
         Submission(run if verb == "run" else f"{run}-{verb}", storage.rstrip("/") or "/"),
         [verb, f"{JOB_FOLDER}/recipe.yaml", "--storage", storage],

@@ -1,4 +1,7 @@
-"""The client of a cluster's job server: one job per workflow at a time, found again by the workflow's name."""
+"""The client of a cluster's job server: submit a workflow as a job, follow its log and read its result.
+
+A workflow has one running job at a time; its jobs are found again by the workflow's name in their ids.
+"""
 
 import asyncio
 import json
@@ -25,18 +28,31 @@ _TIMEOUT = 10
 """Seconds that the first question to an address may take."""
 STOP_SECONDS = 60
 """Seconds that a stopped job has to put its work in order before it is killed."""
-RUN, STORAGE = "mlmamba.run", "mlmamba.storage"
+RUN, STORAGE = "mlmamba.run", "mlmamba.storage"  # metadata of a job
+RESULT = "mlmamba-result "
+"""Begins the line of the log that holds the result, the text for a person included, as JSON."""
+_STARTED = "Running entrypoint for job "
+"""Begins the line that Ray logs when it starts the job's process. Ray may flush it late, so that output of a quick
+process can stand before it."""
+_RAYS = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+[A-Z]+ \w+\.py:\d+ -- ")
+"""Begins Ray's own lines about setting up the job's environment, which come before the job's."""
+_POLL = 1.0
+"""Seconds between two questions for a job's status."""
+_POLL_ALL = 5.0
+"""Seconds between two reads of the whole log, where it cannot be streamed."""
+_GIVE_UP = 300.0
+"""Seconds without an answer from the cluster after which the client gives up; the job goes on."""
 
 
 class Cluster:
     """A cluster's job server. The errors of its methods are WorkflowErrors."""
 
     def __init__(self, address: str, any_version: bool = False):
-        """Connect, and see that the cluster's Ray is ours.
+        """Connect, and check that the cluster runs the client's version of Ray.
 
         Args:
             address: http://HEAD:8265, the dashboard's.
-            any_version: go on with another version of Ray.
+            any_version: accept another version of Ray.
 
         Raises:
             UsageError: it is not such an address.
@@ -44,9 +60,9 @@ class Cluster:
         """
         self.address = _http(address)
         headers = self._check(any_version)
-        with _our_address(), _clear(self.address):
+        with _our_address(), _workflow_errors(self.address):
             self.jobs = JobSubmissionClient(self.address, headers=headers)
-        for name in ("dashboard_sdk", "job.sdk"):  # their news are told in our words
+        for name in ("dashboard_sdk", "job.sdk"):  # the console reports what they would log
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
 
     def submit(
@@ -55,20 +71,20 @@ class Cluster:
         """Start the workflow's job. Returns its id.
 
         Args:
-            package: zip of what travels.
+            package: zip of the files that the job needs.
             arguments: of the command.
             python: command that starts Python on the cluster's head.
             env: environment variables of the job and its workers.
             about: more about the job, for people.
 
         Raises:
-            WorkflowError: a job of this workflow is under way.
+            WorkflowError: a job of this workflow is running already.
         """
         earlier = self.of(submission)
         self._refuse_if_running(earlier)
         number = max((int(job.submission_id.removeprefix(submission.prefix)) for job in earlier), default=0) + 1
         name = f"{submission.prefix}{number}"
-        with _clear(self.address):
+        with _workflow_errors(self.address):
             try:
                 return self.jobs.submit_job(
                     entrypoint=f"exec {python} {JOB_FOLDER}/start.py {shlex.join(arguments)}",
@@ -80,7 +96,9 @@ class Cluster:
                     metadata={RUN: submission.run, STORAGE: submission.storage, **about},
                 )
             except RuntimeError:
-                self._refuse_if_running(self.of(submission))  # another client was quicker by a moment
+                self._refuse_if_running(
+                    self.of(submission)
+                )  # another client submitted the same workflow a moment earlier
                 raise
 
     def of(self, submission: Submission) -> list[JobDetails]:
@@ -89,13 +107,13 @@ class Cluster:
 
     def workflows(self) -> list[JobDetails]:
         """All submitted workflows, the latest last."""
-        with _clear(self.address):
+        with _workflow_errors(self.address):
             found = [job for job in self.jobs.list_jobs() if job.submission_id and RUN in (job.metadata or {})]
         return sorted(found, key=lambda job: job.start_time or 0)
 
     def info(self, job_id: str) -> JobDetails:
         """One job. Raises WorkflowError with the known ones when there is none of this id."""
-        with _clear(self.address):
+        with _workflow_errors(self.address):
             try:
                 return self.jobs.get_job_info(job_id)
             except RuntimeError as error:
@@ -108,11 +126,12 @@ class Cluster:
         """Ask a job to end; returns False when it had ended before."""
         if self.info(job_id).status.is_terminal():
             return False
-        with _clear(self.address):
+        with _workflow_errors(self.address):
             return self.jobs.stop_job(job_id)
 
     def log(self, job_id: str) -> str:
-        with _clear(self.address):
+        """Return a job's whole log."""
+        with _workflow_errors(self.address):
             return self.jobs.get_job_logs(job_id)
 
     def _refuse_if_running(self, jobs: list[JobDetails]) -> None:
@@ -126,7 +145,7 @@ class Cluster:
     def _check(self, any_version: bool) -> dict[str, str]:
         """Ask the cluster for its version. Returns the headers that it wants."""
         headers: dict[str, str] = {}
-        with _clear(self.address):
+        with _workflow_errors(self.address):
             answer = requests.get(f"{self.address}/api/version", timeout=_TIMEOUT)
             if answer.status_code == 401 and (token := _token()):  # not before it is asked for
                 headers = {"Authorization": f"Bearer {token}"}
@@ -152,7 +171,7 @@ class Cluster:
 
 
 def _token() -> str | None:
-    """The token for clusters from where Ray itself takes it."""
+    """Read the cluster's token from where Ray itself reads it."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -160,7 +179,7 @@ def _token() -> str | None:
 
 
 def _http(address: str) -> str:
-    """The address with its scheme. Raises UsageError when it is another kind of address."""
+    """Return the address with its scheme. Raises UsageError when it is not a dashboard's."""
     scheme, mark, rest = address.rstrip("/").rpartition("://")
     if (mark and scheme not in ("http", "https")) or not rest or (not mark and ":" not in rest):
         raise UsageError(
@@ -172,7 +191,7 @@ def _http(address: str) -> str:
 
 @contextmanager
 def _our_address() -> Iterator[None]:
-    """Ray prefers these variables to the address that it is given."""
+    """Hide the variables that Ray prefers to the address that it is given."""
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -182,8 +201,8 @@ def _our_address() -> Iterator[None]:
 
 
 @contextmanager
-def _clear(address: str) -> Iterator[None]:
-    """Errors of the connection as WorkflowErrors."""
+def _workflow_errors(address: str) -> Iterator[None]:
+    """Raise errors of the connection and of the job server as WorkflowErrors."""
     try:
         yield
     except AuthenticationError as error:
@@ -198,18 +217,6 @@ def _clear(address: str) -> Iterator[None]:
         raise WorkflowError(f"the job server at {address} refuses: {text[-1][:500]}") from error
 
 
-_STARTED = "Running entrypoint for job "
-"""Begins the log's line that Ray writes when the job itself starts. Ray flushes it after it has started the job's
-process, so what a quick process says may stand before it."""
-_RAYS = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+[A-Z]+ \w+\.py:\d+ -- ")
-"""Begins Ray's own lines about the job's environment, which come before."""
-_POLL = 1.0
-_POLL_ALL = 5.0
-"""Seconds between looks at the whole log, where it cannot be streamed."""
-_GIVE_UP = 300.0
-"""Seconds without an answer from the cluster after which the client ends (the job does not)."""
-
-
 @dataclass(frozen=True)
 class End:
     """How a job ended."""
@@ -219,11 +226,11 @@ class End:
     result: dict | None
     """What the command printed as JSON."""
     message: str
-    """Ray's word on a job that failed."""
+    """Ray's message about a job that failed."""
 
 
-def follow(cluster: Cluster, job_id: str, show: Callable[[str], None]) -> End:
-    """Show a job's progress from its beginning and return when it has ended.
+def follow_job(cluster: Cluster, job_id: str, show: Callable[[str], None]) -> End:
+    """Show a job's log from its beginning, and return when the job has ended.
 
     Raises:
         WorkflowError: there is no such job, or the cluster does not answer any more.
@@ -254,7 +261,7 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None]) -> End:
 
 
 def read_end(cluster: Cluster, job_id: str) -> End:
-    """How a job has ended, or stands: its status now, without a wait."""
+    """Read a job's status and result as they are now, without waiting for its end."""
     info, reader = cluster.info(job_id), Reader(lambda line: None)
     reader.feed(cluster.log(job_id))
     reader.close()
@@ -262,14 +269,14 @@ def read_end(cluster: Cluster, job_id: str) -> End:
 
 
 def _reason(message: str | None) -> str:
-    """Ray's word on a job, which ends with the last lines of its log, without the line about its start."""
+    """Return Ray's message about a job, which ends with the log's last lines, without the line about its start."""
     return "\n".join(line for line in (message or "").splitlines() if not line.startswith(_STARTED))
 
 
 class Reader:
-    """Turns pieces of a log into lines of progress, and keeps the result apart.
+    """Split pieces of a log into lines and show them; keep the line with the result apart.
 
-    What comes before the job's start is held back until then, and Ray's lines in it are left out.
+    Lines before the job's start are held back until it starts, so that Ray's own lines can be left out.
     """
 
     def __init__(self, show: Callable[[str], None]):
@@ -278,12 +285,13 @@ class Reader:
         self.result: dict | None = None
 
     def feed(self, text: str) -> None:
+        """Take the next piece of the log."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._line(line)
 
     def close(self) -> None:
-        """Take what is left as the log's end."""
+        """End the log: show the last line, and what was held back."""
         if self._rest:
             self._line(self._rest)
         self._rest = ""
@@ -307,10 +315,10 @@ class Reader:
 
 
 def _tail(cluster: Cluster, job_id: str, given: int) -> Iterator[str]:
-    """Pieces of the log from character `given` on, as they are written, until the connection or the job ends."""
+    """Stream the log from character `given` on, until the connection or the job ends."""
     with asyncio.Runner() as runner:
         stream = aiter(cluster.jobs.tail_job_logs(job_id))
-        skip = given  # every connection begins at the beginning
+        skip = given  # every connection streams from the log's beginning
         try:
             while True:
                 text = runner.run(_next(stream))
@@ -325,7 +333,3 @@ def _tail(cluster: Cluster, job_id: str, given: int) -> Iterator[str]:
 
 async def _next(stream: AsyncIterator[str]) -> str | None:
     return await anext(stream, None)
-
-
-RESULT = "mlmamba-result "
-"""Begins the line of the log that holds the result, the text for a person included, as JSON."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from workflows.storage.layout import write_atomic
+from pipelines.storage import write_atomic
 
 _PAUSES = (1.0, 60.0)
 """Seconds between attempts while the server does not answer: the first, and the longest after doubling."""

@@ -31,8 +31,8 @@ from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.storage import shown
 from workflows.errors import UsageError, WorkflowError
 from workflows.recipe.schema import Recipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
-from workflows.storage.remote import address, is_remote, place
 from workflows.tracking.journal import Journal, Refused, short_reason
 
 WORKFLOW_TAG = "mlmamba.workflow"
@@ -48,11 +48,11 @@ def tracking_uri(storage: Path) -> str:
     return SERVER or f"sqlite:///{storage / 'mlflow.db'}"
 
 
-def check_registry(storage: Path) -> None:
+def check_registry(storage: Folder) -> None:
     """Raise UsageError when the database would have to lie in an object store."""
-    if SERVER is None and is_remote(place(storage)):
+    if SERVER is None and storage.remote:
         raise UsageError(
-            f"--storage {address(storage)}: an object store cannot hold MLflow's database; name an MLflow server in "
+            f"--storage {storage}: an object store cannot hold MLflow's database; name an MLflow server in "
             "MLFLOW_TRACKING_URI, or choose a folder"
         )
 
@@ -132,11 +132,11 @@ class Tracker:
         for stage, manifest in manifests.items():
             short, folder = manifest.digest.removeprefix("sha256:")[:36], layout.data[stage]
             if short not in known:
-                where = address(folder) if is_remote(place(folder)) else folder.as_uri()
+                where = folder.shown if folder.remote else folder.local.as_uri()
                 dataset = MetaDataset(HTTPDatasetSource(where), name=folder.name, digest=short)
                 context = [InputTag("mlflow.data.context", "training")]
                 self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), context)])
-                self.log_file(folder / MANIFEST_FILE, f"data/{folder.name}")
+                self.log_file(folder.local / MANIFEST_FILE, f"data/{folder.name}")
                 known.add(short)
             self.set_tag(f"mlmamba.data.{stage}", manifest.digest)
 

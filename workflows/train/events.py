@@ -1,4 +1,4 @@
-"""What the workers say, on its way to the driver."""
+"""Training events on their way from the workers to the driver."""
 
 import logging
 import threading
@@ -8,11 +8,12 @@ import ray
 from ray.train import UserCallback
 
 OnEvent = Callable[[dict], None]
+logger = logging.getLogger(__name__)
 
 
 @ray.remote(num_cpus=0)
 class EventLog:
-    """Holds events until the driver takes them."""
+    """An actor that holds events until the driver takes them."""
 
     def __init__(self):
         self._events: list[dict] = []
@@ -26,7 +27,7 @@ class EventLog:
 
 
 class Failures(UserCallback):
-    """Runs in Ray Train's controller: a worker that died becomes an event."""
+    """Callback in Ray Train's controller that reports a failed worker as an event."""
 
     def __init__(self, log):
         self._log = log
@@ -39,10 +40,10 @@ class Failures(UserCallback):
 
 
 class Pump(threading.Thread):
-    """Takes events from the log and hands them to the driver's callback until stopped.
+    """A thread that hands events from the log to the driver's callback until stopped.
 
-    An event that the callback fails on is lost with a warning; training does not end because a line of its log could
-    not be written.
+    An event on which the callback fails is dropped with a warning, so that training does not end because a line of its
+    log could not be written.
     """
 
     def __init__(self, log, on_event: OnEvent):
@@ -54,7 +55,7 @@ class Pump(threading.Thread):
             self._drain()
 
     def stop(self) -> None:
-        """Hand over what is left, and end."""
+        """Hand over the remaining events and end the thread."""
         self._stopped.set()
         self.join()
         self._drain()
@@ -63,10 +64,10 @@ class Pump(threading.Thread):
         try:
             events = ray.get(self._log.take.remote(), timeout=60)
         except ray.exceptions.RayError as error:
-            logging.getLogger(__name__).warning("training events are lost: %s", error)
+            logger.warning("training events are lost: %s", error)
             return
         for event in events:
             try:
                 self._on_event(event)
             except Exception as error:
-                logging.getLogger(__name__).warning("a training event is lost (%s): %s", event.get("event"), error)
+                logger.warning("a training event is lost (%s): %s", event.get("event"), error)

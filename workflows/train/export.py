@@ -1,4 +1,4 @@
-"""The finished stage as a model folder: every tensor of the model, whatever was frozen and however it was sharded."""
+"""Export a finished stage as a model folder with every tensor, whatever was frozen and however it was sharded."""
 
 import contextlib
 import os
@@ -11,17 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from workflows.train.job import MARK
-from workflows.train.lora import adapted_layers, merge, plain_name
+from workflows.train.stage import adapted_layers, merge, plain_name
 
 
 def export_model(engine, start_from: Path, out: Path, rank: int, mark: str = "") -> None:
-    """Write the trained model beside and rename; a collective call under ZeRO-3, and rank 0 writes.
+    """Write the trained model to a temporary folder and rename it to `out`. Rank 0 writes; collective under ZeRO-3.
 
-    Config and processor are those of `start_from`: a stage changes values, not shapes. The tensor names must be exactly
-    those of `start_from` (ZeRO-1's own consolidation, for one, silently drops frozen tensors).
+    Config and processor are copied from `start_from`, because a stage changes values and not shapes. Names and shapes
+    of the tensors must be those of `start_from`: ZeRO-1's own consolidation, for one, silently drops frozen tensors.
 
     Args:
-        mark: text of its stage.json, if it is to have one.
+        mark: text of the folder's stage.json; empty: write none.
 
     Raises:
         RuntimeError: a tensor is missing, extra or of another shape.
@@ -48,18 +48,18 @@ def export_model(engine, start_from: Path, out: Path, rank: int, mark: str = "")
         if mark:
             (partial / MARK).write_text(mark)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # its words for a disk that is full
+    except SafetensorError as error:  # safetensors raises this when the disk is full
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(str(error)) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(out, ignore_errors=True)  # of other data, or of a run whose end nobody heard of
+    shutil.rmtree(out, ignore_errors=True)  # a folder of other data, or of a run that was killed after it wrote
     partial.replace(out)
 
 
 def gather(engine) -> dict[str, torch.Tensor]:
-    """State dict of the plain model on the CPU, in float32, whole on rank 0 (ZeRO-3 gathers a parameter at a time).
+    """Gather the plain model's state dict on rank 0: on the CPU, in float32 (under ZeRO-3 one parameter at a time).
 
     Adapters are merged into the weights that they adapt. Empty on the other ranks.
     """
@@ -79,7 +79,7 @@ def gather(engine) -> dict[str, torch.Tensor]:
         if rank == 0:
             state[plain] = value
     if rank == 0:
-        persistent = module.state_dict().keys()  # some buffers are made when the model is built, and not saved
+        persistent = module.state_dict().keys()  # buffers that are rebuilt with the model are not saved
         state |= {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in persistent}
     return state
 

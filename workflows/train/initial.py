@@ -1,4 +1,4 @@
-"""A model from its recipe: the transformers config, pretrained parts where the recipe names them, and the processor."""
+"""Build the untrained model of a recipe: transformers config, pretrained parts where it names them, and processor."""
 
 import importlib.util
 from pathlib import Path
@@ -17,9 +17,9 @@ from mlmamba.vision_weights import load_tower_weights
 from workflows.errors import UsageError
 from workflows.recipe.model import ModelRecipe
 from workflows.recipe.schema import Recipe
-from workflows.storage.remote import is_remote, is_whole, place
+from workflows.storage.folder import Folder
 
-# Of a language model: what the recipe says and the checkpoint must have, and what the checkpoint alone says.
+# Fields of a language model: a recipe sets SIZES, and a checkpoint must have the same; FROM_CHECKPOINT only it sets.
 SIZES = ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "n_groups")
 FROM_CHECKPOINT = (
     "conv_kernel",
@@ -33,13 +33,13 @@ FROM_CHECKPOINT = (
 
 
 def vision_config(recipe: ModelRecipe) -> VisionConfig:
-    """The library's vision config of a recipe."""
+    """Turn a recipe's vision section into the library's config."""
     towers = [tower.model_dump(exclude={"weights"}, exclude_none=True) for tower in recipe.vision.towers]
     return VisionConfig(towers=towers, image_size=recipe.vision.image_size, grid=recipe.vision.grid)
 
 
 def image_tokens(recipe: ModelRecipe) -> int:
-    """Tokens that one image takes.
+    """Count the tokens that one image takes.
 
     Raises:
         UsageError: an encoder is unknown to timm, the towers do not fit together, or the connector does not fit them.
@@ -59,10 +59,10 @@ def image_tokens(recipe: ModelRecipe) -> int:
 
 
 def model_config(recipe: Recipe, tokenizer, start: LanguageModel | None = None) -> MLMambaConfig:
-    """The transformers config of a recipe for a tokenizer.
+    """Build the transformers config of a recipe and a tokenizer.
 
     Args:
-        start: the language model to start from; gives the fields that a recipe does not have.
+        start: the language model to start from; it sets the fields that a recipe does not have.
 
     Raises:
         UsageError: `start` has other sizes than the recipe.
@@ -129,14 +129,13 @@ def build_initial(recipe: Recipe, data: Path, out: Path) -> None:
     save(model, tokenizer, out)
 
 
-def built(folder: Path) -> bool:
-    """Whether a model folder, or its place in the object store, is there."""
-    where = place(folder)
-    return is_whole(where) if is_remote(where) else (folder / "config.json").exists()
+def built(folder: Folder) -> bool:
+    """Whether a folder holds a whole model."""
+    return folder.whole() and (folder / "config.json").exists()
 
 
 def save(model: MLMambaForConditionalGeneration, tokenizer, out: Path) -> None:
-    """Save model and processor as one self-contained folder, beside first and then renamed."""
+    """Save model and processor as one self-contained folder, first under a temporary name and then renamed."""
     partial = out.with_name(f".{out.name}.partial")
     model.save_pretrained(partial)
     config = model.config
@@ -150,7 +149,11 @@ def save(model: MLMambaForConditionalGeneration, tokenizer, out: Path) -> None:
 
 
 def locate(weights: str) -> str:
-    """Path of a weights entry; package:PACKAGE/PATH is looked up in the installed package."""
+    """Return the path of a weights entry. package:PACKAGE/PATH is looked up in the installed package.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
     if not weights.startswith("package:"):
         return weights
     package, _, inside = weights.removeprefix("package:").partition("/")
@@ -170,5 +173,5 @@ def _read_text(weights: str) -> LanguageModel:
 
 
 def _list(values: dict, others: dict) -> str:
-    """The values that differ from the others, as text."""
+    """List the values that differ from the others, as text."""
     return ", ".join(f"{name} {value}" for name, value in values.items() if value != others[name])

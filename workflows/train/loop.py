@@ -5,17 +5,15 @@ from a checkpoint that all ranks wrote wholly, and rank 0 chooses for all which 
 """
 
 import uuid
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from pipelines.reader import PackedDataset, prefetch, step_indices
-from pipelines.storage import shown
-from workflows.storage.remote import at_hand, cached, forget, is_remote, upload_folder
+from workflows.storage.folder import Folder
 from workflows.train import restore
-from workflows.train.checkpoint import open_store
+from workflows.train.checkpoint import CheckpointStore
 from workflows.train.export import export_model
 from workflows.train.job import StageError, StageJob
 from workflows.train.meter import LossWatch, Meter, grad_norm
@@ -23,7 +21,7 @@ from workflows.train.optim import start_engine
 from workflows.train.saver import Saver
 from workflows.train.stage import describe, freeze, total_steps
 from workflows.train.step import batch_maker, seed_step, take_step
-from workflows.train.validation import HeldOut, Samples
+from workflows.train.validation import Samples, ValidationLoss
 
 
 def train_stage(job: StageJob) -> dict:
@@ -56,7 +54,7 @@ class Worker:
         self.stage, self.config = job.stage, job.train
         self._sent: list = []
         torch.manual_seed(job.seed)
-        self.start_from = at_hand(job.start_from)
+        self.start_from = Folder(job.start_from).fetch()
         model = MLMambaForConditionalGeneration.from_pretrained(self.start_from, dtype=torch.float32)
         sizes = freeze(model, self.stage)
         if self.config.activation_checkpointing:
@@ -64,15 +62,15 @@ class Worker:
         self.digest = restore.model_digest(model)
         self.dataset = PackedDataset(job.data)
         self.steps = total_steps(self.stage, len(self.dataset))
-        self.store = open_store(job.checkpoints)
+        self.store = CheckpointStore(Folder(job.checkpoints))
         found = restore.find(self.store, rank)
         if found:
             restore.check(found, self.config.zero_stage, self.digest)
-            found = self.store.bring(found, rank, everything=restore.reshards(found, world))
-            restore.before_engine(found, model, world)
+            self.store.fetch(found, rank, everything=restore.must_reshard(found, world))
+            restore.load_into_model(found, model, world)
         self.engine = start_engine(model, self.stage, self.config, self.steps)
         if found:
-            restore.into_engine(found, self.engine, world)
+            restore.load_into_engine(found, self.engine, world)
             self.store.release(found)
         self.done = found.step if found else 0
         self.watch = LossWatch(self.config.max_loss_rise, found.lowest_loss if found else None)
@@ -82,11 +80,12 @@ class Worker:
         pad, size = model.config.text_config.pad_token_id, model.config.vision_config.image_size
         self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, pad, size)
         if self.config.validate_every:
-            self.heldout = HeldOut(job.data, self.config.validate_rows, self.stage.micro_batch_rows, pad, size)
+            rows = self.config.validate_rows
+            self.validation = ValidationLoss(job.data, rows, self.stage.micro_batch_rows, pad, size)
         if self.config.sample_every:
             count, tokens = self.config.samples, self.config.sample_tokens
             self.samples = Samples(job.data, str(self.start_from), count, tokens, model.config.image_token_id, size)
-        made_by = found.workers if found and restore.reshards(found, world) else None
+        made_by = found.workers if found and restore.must_reshard(found, world) else None
         text = describe(self.stage, sizes)
         self.tell({"event": "start", "text": text, "step": self.done, "steps": self.steps, "resharded_from": made_by})
 
@@ -115,7 +114,7 @@ class Worker:
         applied = self.engine.was_step_applied()  # False on all ranks alike: the gradient's norm is not finite
         save = step % config.save_every == 0 and not last
         if applied and not (save or last or step % config.log_every == 0):
-            self._look_aside(step, meter)
+            self._validate(step, meter)
             return ""
         metrics = meter.read(self.engine, step, self.steps)
         wrong = self.watch.diverged(metrics["loss"]) or ("" if applied else "the gradient norm is not finite")
@@ -127,15 +126,15 @@ class Worker:
                 return self._cannot_save(problems)
             about = {"zero_stage": config.zero_stage, "model": self.digest, "lowest_loss": self.watch.lowest}
             self.saver.save(self.engine, step, about)
-        self._look_aside(step, meter)
+        self._validate(step, meter)
         return ""
 
-    def _look_aside(self, step: int, meter: Meter) -> None:
-        """Validation and samples, when they are due."""
+    def _validate(self, step: int, meter: Meter) -> None:
+        """Report the validation loss and sample answers at the steps that the recipe asks for."""
         config, last = self.config, step == self.steps
         with meter.aside():
             if config.validate_every and (last or step % config.validate_every == 0):
-                loss = self.heldout.loss(self.engine, self.rank, self.world)
+                loss = self.validation.loss(self.engine, self.rank, self.world)
                 self.tell({"event": "validation", "step": step, "loss": loss})
             if config.sample_every and (last or step % config.sample_every == 0):
                 self.tell({"event": "samples", "step": step, "rows": self.samples.answers(self.engine)})
@@ -160,24 +159,18 @@ class Worker:
         )
 
     def _export(self) -> str:
-        problem = [""]
+        """Write the trained model. Returns why it could not be written, the same on all ranks, or ""."""
+        problem, out = [""], Folder(self.job.export_to)
         try:
-            self._write_export()
+            if self.rank == 0:
+                with out.writing() as folder:
+                    export_model(self.engine, self.start_from, folder, self.rank, self.job.mark)
+            else:
+                export_model(self.engine, self.start_from, out.local, self.rank)
         except OSError as error:
-            place = shown(self.job.export_to)
-            problem = [f"stage {self.stage.name}: its model could not be written to {place}: {error}"]
+            problem = [f"stage {self.stage.name}: its model could not be written to {out}: {error}"]
         dist.broadcast_object_list(problem)
         return problem[0]
-
-    def _write_export(self) -> None:
-        """Into its folder, or into a copy that is then uploaded."""
-        place = self.job.export_to
-        out = cached(place) if is_remote(place) else Path(place)
-        if is_remote(place) and self.rank == 0:
-            forget(out)
-        export_model(self.engine, self.start_from, out, self.rank, self.job.mark)
-        if is_remote(place) and self.rank == 0:
-            upload_folder(out, place)
 
     def _saved(self, step: int, seconds: float) -> None:
         self.tell({"event": "checkpoint", "step": step, "seconds": seconds})

@@ -1,4 +1,4 @@
-"""What a stage measures between two reports, and when its loss says that it has diverged."""
+"""The metrics of a stage between two reports, and the check for a loss that has diverged."""
 
 import math
 import resource
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class Meter:
-    """Sums what happened since the last report.
+    """Sum losses, tokens and time since the last report.
 
     Args:
         positions_per_step: tokens that one step has room for, over all ranks.
@@ -27,21 +27,21 @@ class Meter:
         self._start = time.perf_counter()
 
     def add(self, loss: torch.Tensor, tokens: int) -> None:
-        """Count a step: this rank's share of its loss, and this rank's tokens that are no padding."""
+        """Count a step: this rank's share of its loss, and this rank's tokens without padding."""
         self._losses.append(loss)
         self._tokens += tokens
 
     @contextmanager
     def aside(self):
-        """Leave what happens inside out of the rates: validation and samples are no training."""
+        """Leave the time inside out of the rates, because validation and samples are not training."""
         start = time.perf_counter()
         yield
         self._aside += time.perf_counter() - start
 
     def read(self, engine, step: int, steps: int) -> dict:
-        """Metrics since the last read; a collective call, because losses are summed over ranks.
+        """Return the metrics since the last read, and begin again. A collective call: losses are summed over ranks.
 
-        All that is read from the device is read here, so that a step waits for nothing.
+        Values are read from the device only here, so that no step has to wait for it.
         """
         local = torch.stack([torch.stack(self._losses).sum(), torch.tensor(float(self._tokens), device=engine.device)])
         local = local.double()
@@ -67,7 +67,7 @@ class Meter:
 
 
 def learning_rates(engine) -> dict[str, float]:
-    """`learning_rate`, the highest, and one by part where the parts differ."""
+    """Return `learning_rate`, the highest, and one per part where the parts differ."""
     groups = engine.optimizer.param_groups
     rates = {group["part"]: float(group["lr"]) for group in groups}
     each = {f"learning_rate_{part}": rate for part, rate in rates.items()} if len(set(rates.values())) > 1 else {}
@@ -75,16 +75,17 @@ def learning_rates(engine) -> dict[str, float]:
 
 
 def grad_norm(engine) -> float:
-    """Global gradient norm of the last step before clipping; infinite when that step had none that is finite."""
+    """Global gradient norm of the last step before clipping; infinite when it overflowed."""
     return float(engine.get_global_grad_norm() or 0.0)
 
 
 class LossWatch:
-    """Decides from the mean losses between two logs whether a stage has diverged.
+    """Decide from the mean loss of each report whether a stage has diverged.
 
     Args:
-        rise: nats per token over the lowest mean so far that mean divergence; None: only what is not finite does.
-        lowest: the lowest mean so far, from the checkpoint that the stage goes on from.
+        rise: a mean that lies more than this many nats per token over the lowest so far has diverged; None: only a loss
+            that is not finite has.
+        lowest: the lowest mean so far, from the checkpoint that the stage resumes from.
     """
 
     def __init__(self, rise: float | None, lowest: float | None = None):
@@ -92,7 +93,7 @@ class LossWatch:
         self._rise = rise
 
     def diverged(self, loss: float) -> str:
-        """What is wrong with a mean loss, or "" when nothing is."""
+        """Check a mean loss. Returns why it has diverged, or "" when it has not."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         lowest = self.lowest

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a stage: what it is told, and the optimizer that it gets."""
+"""The DeepSpeed engine of a stage: its config, its optimizer, the parameter groups and the learning rate schedule."""
 
 import math
 
@@ -11,20 +11,22 @@ from torch import nn
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.saver import MemoryEngine
 
-# DeepSpeed would compile this extension on first use on a CPU: a minute, a compiler, and it serves only inference.
+# On a CPU DeepSpeed would compile this extension on first use: it takes a minute and a compiler, and only inference
+# uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
 
 BF16_MODULES = ["mlmamba.ops.linear.Linear", *get_default_autocast_lower_precision_modules()]
 """Classes whose parameters travel between workers as bf16. DeepSpeed compares classes exactly, so that a subclass of
 torch's Linear that is not named here would travel as float32."""
+NO_DECAY_SUFFIXES = ("A_log", "dt_bias", "D")
+"""Parameters of the state space that get no weight decay, though some are matrices."""
 
 
 class ClippedAdamW(torch.optim.AdamW):
     """AdamW that clips and measures the gradient as ZeRO's optimizers do, for plain data parallel training.
 
-    There DeepSpeed would clip without keeping the norm, and apply a gradient that is not finite. It looks for both by
-    the names `_global_grad_norm` and `overflow`.
+    Without ZeRO, DeepSpeed clips without keeping the norm, and applies a gradient that is not finite. It reads the norm
+    and the skipped step from the attributes `_global_grad_norm` and `overflow`.
     """
 
     def __init__(self, groups: list[dict], clip: float, **options):
@@ -41,7 +43,7 @@ class ClippedAdamW(torch.optim.AdamW):
 
 
 def start_engine(model: nn.Module, stage: StageRecipe, train: TrainRecipe, steps: int):
-    """Hand a model with its parts frozen to DeepSpeed. Returns the engine."""
+    """Build the DeepSpeed engine of a model whose parts are already frozen for the stage."""
     groups, options = parameter_groups(model, stage), {"betas": stage.betas, "eps": stage.eps}
     if train.zero_stage:
         optimizer = torch.optim.AdamW(groups, **options)
@@ -58,9 +60,9 @@ def start_engine(model: nn.Module, stage: StageRecipe, train: TrainRecipe, steps
 
 
 def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
-    """DeepSpeed's JSON for a stage. The optimizer is ours, so that its parameter groups are.
+    """Return DeepSpeed's JSON config for a stage, without an optimizer: `start_engine` passes its own.
 
-    bf16 means autocast over float32 weights: DeepSpeed's own bf16 mode would also round A_log, dt_bias and D.
+    bf16 means autocast over float32 weights, because DeepSpeed's own bf16 mode would also round A_log, dt_bias and D.
     """
     zero: dict = {"stage": train.zero_stage, "overlap_comm": False}
     if train.offload != "none":
@@ -70,7 +72,7 @@ def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
     return {
         "train_micro_batch_size_per_gpu": stage.micro_batch_rows,
         "gradient_accumulation_steps": stage.batch_rows // (train.workers * stage.micro_batch_rows),
-        "gradient_clipping": stage.clip if train.zero_stage else 0.0,  # ClippedAdamW does it
+        "gradient_clipping": stage.clip if train.zero_stage else 0.0,  # without ZeRO, ClippedAdamW clips
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -84,13 +86,10 @@ def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
     }
 
 
-NO_DECAY_SUFFIXES = ("A_log", "dt_bias", "D")
-
-
 def parameter_groups(model: nn.Module, stage: StageRecipe) -> list[dict]:
-    """AdamW groups, up to two for each part that trains: with its learning rate, and decay on matrices only.
+    """Return AdamW's groups: up to two for each part that trains, with its learning rate, one of them without decay.
 
-    None on biases, norms, A_log, dt_bias and D. The key `part` says whose group it is.
+    Only matrices decay; biases, norms, A_log, dt_bias and D do not. The key `part` names the part of a group.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -109,7 +108,7 @@ def parameter_groups(model: nn.Module, stage: StageRecipe) -> list[dict]:
 
 
 def schedule(stage: StageRecipe, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then cosine to zero, of every group's own peak."""
+    """Schedule every group's learning rate: linear warm-up to its own peak, then cosine to zero."""
     warm = math.ceil(stage.warmup * steps)
 
     def factor(step: int) -> float:

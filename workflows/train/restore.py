@@ -1,4 +1,9 @@
-"""Going on from the newest whole checkpoint: all ranks from the same one, or none."""
+"""Resuming from the newest whole checkpoint: all ranks from the same one, or none.
+
+With the same number of workers DeepSpeed loads its own files. With another number the optimizer's shards do not fit:
+weights and Adam's moments are put together from all shards and resharded, the weights before DeepSpeed shards the
+model, the moments after.
+"""
 
 from collections.abc import Iterator
 
@@ -7,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipelines.identity import digest
-from workflows.train.checkpoint import Checkpoint, FolderStore, ObjectStore
+from workflows.train.checkpoint import Checkpoint, CheckpointStore
 from workflows.train.job import StageError
 from workflows.train.saver import load_plain
 
@@ -17,10 +22,10 @@ def model_digest(model: nn.Module) -> str:
     return digest([(name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad])
 
 
-def find(store: FolderStore | ObjectStore, rank: int) -> Checkpoint | None:
+def find(store: CheckpointStore, rank: int) -> Checkpoint | None:
     """The checkpoint to go on from, chosen by rank 0 for all; a collective call. Sweeps up what cannot be used."""
     chosen: list[Checkpoint | None] = [None]
-    store.sweep_here()
+    store.sweep_copies()
     if rank == 0:
         store.sweep()
         chosen = [store.newest()]
@@ -40,20 +45,20 @@ def check(found: Checkpoint, zero_stage: int, model: str) -> None:
         )
 
 
-def reshards(found: Checkpoint, workers: int) -> bool:
-    """Whether the optimizer's shards in a checkpoint are cut for another number of workers."""
+def must_reshard(found: Checkpoint, workers: int) -> bool:
+    """Whether a checkpoint's optimizer state is sharded for another number of workers."""
     return bool(found.zero_stage) and found.workers != workers
 
 
-def before_engine(found: Checkpoint, model: nn.Module, workers: int) -> None:
-    """What has to be loaded before DeepSpeed shards the model: the weights, if they are to be cut anew."""
-    if reshards(found, workers):
+def load_into_model(found: Checkpoint, model: nn.Module, workers: int) -> None:
+    """Load the weights if they must be resharded; call before DeepSpeed shards the model."""
+    if must_reshard(found, workers):
         load_weights(found, model)
 
 
-def into_engine(found: Checkpoint, engine, workers: int) -> None:
-    """Load optimizer, schedule and, unless `before_engine` did, the weights."""
-    if reshards(found, workers):
+def load_into_engine(found: Checkpoint, engine, workers: int) -> None:
+    """Load optimizer, schedule and, unless `load_into_model` did, the weights."""
+    if must_reshard(found, workers):
         load_moments(found, engine)
         _set_schedule(engine, found.step)
     else:

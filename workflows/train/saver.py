@@ -23,7 +23,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from workflows.train.checkpoint import Checkpoint, FolderStore, ObjectStore
+from workflows.train.checkpoint import Checkpoint, CheckpointStore
 
 ATTEMPTS = 3
 """How often writing is tried; a hiccup of a network file system should not end a training of days."""
@@ -77,7 +77,7 @@ class Saver:
 
     def __init__(
         self,
-        store: FolderStore | ObjectStore,
+        store: CheckpointStore,
         attempt: str,
         rank: int,
         workers: int,
@@ -167,7 +167,7 @@ class Saver:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        self._store.hand_over(staging, self._rank, list(files))
+        self._store.publish(staging, self._rank, list(files))
 
 
 def load_plain(path: str | Path, map_location: str | torch.device | None = "cpu", mapped: bool = True) -> dict:
@@ -191,7 +191,7 @@ def _copy(state):
     return clone_tensors_for_torch_save(state)
 
 
-def _describe(error: Exception, step: int, store: FolderStore | ObjectStore) -> str:
+def _describe(error: Exception, step: int, store: CheckpointStore) -> str:
     cause = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

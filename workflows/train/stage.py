@@ -1,27 +1,30 @@
-"""What a stage trains, what it freezes and how its learning rate runs: one place, logged by name and size."""
+"""What a stage trains and freezes, in words and numbers for the log, and how many steps it takes."""
 
+import contextlib
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from workflows.recipe.train import PARTS, StageRecipe
+from workflows.recipe.train import PARTS, LoraRecipe, StageRecipe
+from workflows.train.job import StageError
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """One part of the model in one stage."""
+    """Size of one part of the model, and whether the stage trains it."""
 
     name: str
     parameters: int
     trains: bool
     adapters: int = 0
-    """Parameters of low-rank adapters, which then train in place of the part's own."""
+    """Parameters of its low-rank adapters; where there are any, they train and the part's own do not."""
 
 
 def freeze(model: nn.Module, stage: StageRecipe) -> list[PartSize]:
-    """Set requires_grad of every parameter by the stage's `trains`, and say what came of it.
+    """Set requires_grad of every parameter by the stage's `trains`. Returns the size of each part.
 
-    With `lora` the language model gets its adapters here (workflows/train/lora.py).
+    With `lora` this also adds the language model's adapters.
     """
     sizes = []
     for name in PARTS:
@@ -30,15 +33,13 @@ def freeze(model: nn.Module, stage: StageRecipe) -> list[PartSize]:
         part.requires_grad_(trains)
         parameters, adapters = sum(p.numel() for p in part.parameters()), 0
         if trains and stage.lora and name == "language_model":
-            from workflows.train.lora import adapt  # peft is needed by such stages alone
-
             adapters = adapt(part, stage.lora)
         sizes.append(PartSize(name, parameters, trains, adapters))
     return sizes
 
 
 def describe(stage: StageRecipe, sizes: list[PartSize]) -> str:
-    """One line: stage connector: trains connector (275,990); frozen vision (..), language_model (..); saves all."""
+    """Describe a stage in one line: stage NAME: trains PART (parameters); frozen: PART (parameters); what it saves."""
     trained = ", ".join(
         f"{s.name} ({s.adapters:,} in adapters on {s.parameters:,})" if s.adapters else f"{s.name} ({s.parameters:,})"
         for s in sizes
@@ -49,5 +50,52 @@ def describe(stage: StageRecipe, sizes: list[PartSize]) -> str:
 
 
 def total_steps(stage: StageRecipe, rows: int) -> int:
-    """Optimizer steps of a stage over a data set of so many rows."""
+    """Count the optimizer steps of a stage over a data set of `rows` rows."""
     return stage.steps or max(1, round(stage.epochs * (rows // stage.batch_rows)))
+
+
+ADAPTER = "default"  # peft's name for an adapter without one
+
+
+def adapt(language_model: nn.Module, recipe: LoraRecipe) -> int:
+    """Add adapters to the language model's linear layers and train only them. Returns their number of parameters.
+
+    Raises:
+        StageError: peft is not installed, or `targets` matches no layer that it can adapt.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise StageError("a stage with lora needs peft, which is not installed: pip install peft") from error
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=recipe.targets
+    )
+    try:
+        inject_adapter_in_model(config, language_model, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise StageError(f"lora.targets = {recipe.targets!r}: {error}") from error
+    return sum(p.numel() for p in language_model.parameters() if p.requires_grad)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that have adapters, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+
+
+def plain_name(name: str) -> str | None:
+    """Return the name that a tensor of the adapted model has in the plain model; None for an adapter's own tensor."""
+    return None if ".lora_" in name else name.replace(".base_layer.", ".")
+
+
+def merge(layer: nn.Module, weight: torch.Tensor, sharded: bool) -> torch.Tensor:
+    """Merge a layer's adapter into its weight: W + alpha / rank * B A, float32 on the CPU.
+
+    Args:
+        weight: the layer's own, (out, in).
+        sharded: the parameters are sharded (ZeRO-3): gather the adapter first, a collective call.
+    """
+    import deepspeed  # the driver, which reads this file for its steps, does without
+
+    factors = [p for name, p in layer.named_parameters() if "lora_" in name]
+    with deepspeed.zero.GatheredParameters(factors) if sharded else contextlib.nullcontext():
+        return weight + layer.get_delta_weight(ADAPTER).detach().float().cpu()

@@ -1,4 +1,4 @@
-"""One optimizer step, and the rows that it takes."""
+"""One optimizer step: the micro batches of its rows, their way to the device, and the step itself."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from pipelines.reader import PackedDataset, collate
 
 
 def batch_maker(dataset: PackedDataset, micro_batch_rows: int, pad_id: int, image_size: int) -> Callable:
-    """Function from row indices to a step's micro batches, as `collate` makes them."""
+    """Return a function that turns row indices into a step's micro batches, as `collate` makes them."""
 
     def make(rows) -> list[dict]:
         parts = [rows[i : i + micro_batch_rows] for i in range(0, len(rows), micro_batch_rows)]
@@ -20,9 +20,9 @@ def batch_maker(dataset: PackedDataset, micro_batch_rows: int, pad_id: int, imag
 
 
 def to_device(batch: dict, device: torch.device) -> tuple[dict, int]:
-    """A micro batch as the model takes it, and its tokens that are no padding.
+    """Move a micro batch to the device. Returns the model's inputs, and the number of tokens without padding.
 
-    The mask stays behind: padding is a sequence of its own in seq_idx.
+    The attention mask is left out, because padding is a sequence of its own in seq_idx.
     """
     tokens = int(batch["attention_mask"].sum())
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "attention_mask"}
@@ -30,7 +30,7 @@ def to_device(batch: dict, device: torch.device) -> tuple[dict, int]:
 
 
 def take_step(engine, micro_batches: list[dict], world: int) -> tuple[torch.Tensor, int]:
-    """One optimizer step. Returns this rank's share of the step's mean loss, and its tokens that are no padding.
+    """Take one optimizer step. Returns this rank's share of the step's mean loss, and its tokens without padding.
 
     Every loss token of the step weighs the same, whatever rank and micro batch it is in: each micro loss is a sum
     divided by the mean number of loss tokens per micro batch, and DeepSpeed averages over ranks and accumulation.
@@ -51,5 +51,5 @@ def take_step(engine, micro_batches: list[dict], world: int) -> tuple[torch.Tens
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make dropout a function of (seed, step, rank), so that a resumed run draws what an undisturbed one does."""
+    """Make dropout a function of (seed, step, rank), so that a resumed run draws the same masks."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)

@@ -9,7 +9,6 @@ import logging
 import os
 import uuid
 from contextlib import suppress
-from pathlib import Path
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -21,8 +20,8 @@ from pipelines.identity import digest, identity
 from workflows.errors import WorkflowError
 from workflows.recipe.schema import Recipe
 from workflows.recipe.train import StageRecipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
-from workflows.storage.remote import is_remote, is_whole, place
 from workflows.train.entry import run_job
 from workflows.train.events import EventLog, Failures, OnEvent, Pump
 from workflows.train.job import MARK, StageJob
@@ -37,27 +36,25 @@ def stage_digest(recipe: Recipe, index: int, data_digests: dict[str, str]) -> st
     return digest(data, recipe.seed, identity(recipe.model), numerics, stages)
 
 
-def finished(folder: Path, expected: str) -> bool:
-    """Whether a stage's folder, or its place in the object store, holds its finished model."""
-    where = place(folder)
-    if is_remote(where) and not is_whole(where):
+def finished(folder: Folder, expected: str) -> bool:
+    """Whether a stage's folder holds its finished model, of the `expected` stage digest."""
+    if not folder.whole():
         return False
     try:
-        return json.loads(storage.read_bytes(storage.join(where, MARK)))["digest"] == expected
+        return json.loads(folder.read(MARK))["digest"] == expected
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return False
 
 
-def checkpoint_folder(layout: Layout, stage: str, key: str) -> Path:
-    """Where a stage that is not finished keeps its checkpoints."""
+def checkpoint_folder(layout: Layout, stage: str, key: str) -> Folder:
+    """Where a stage that is not finished has its checkpoints; `key` is its stage digest."""
     return layout.checkpoints / f"{stage}-{key}"
 
 
 def run_stage(
     recipe: Recipe, stage: StageRecipe, layout: Layout, data_digests: dict[str, str], on_event: OnEvent
-) -> Path:
-    """Train one stage from the model before it, or go on from its last checkpoint. Returns the trained model's folder;
-    where storage is an object store it is there (`at_hand` brings it).
+) -> Folder:
+    """Train one stage from the model before it, or go on from its last checkpoint. Returns the trained model's folder.
 
     Raises:
         WorkflowError: training failed more often than the recipe allows, diverged, or its storage takes no checkpoint.
@@ -65,7 +62,7 @@ def run_stage(
     index = [s.name for s in recipe.train.stages].index(stage.name)
     start_from = layout.stage(recipe.train.stages[index - 1].name) if index else layout.initial
     out, key = layout.stage(stage.name), stage_digest(recipe, index, data_digests)
-    checkpoints, ray_storage = place(checkpoint_folder(layout, stage.name, key)), place(layout.checkpoints / ".ray")
+    checkpoints, ray_storage = checkpoint_folder(layout, stage.name, key), layout.checkpoints / ".ray"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as we do
     log = EventLog.options(scheduling_strategy=here).remote()
     pump = Pump(log, on_event)
@@ -73,15 +70,15 @@ def run_stage(
         stage=stage,
         train=recipe.train,
         seed=recipe.seed,
-        data=place(layout.data[stage.name]),
-        start_from=place(start_from),
-        export_to=place(out),
-        checkpoints=checkpoints,
+        data=layout.data[stage.name].uri,
+        start_from=start_from.uri,
+        export_to=out.uri,
+        checkpoints=checkpoints.uri,
         mark=json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2),
         threads=recipe.train.cpus_per_worker,
         events=log,
     )
-    trainer = _trainer(recipe, job, f"{stage.name}-{key}-{uuid.uuid4().hex[:8]}", ray_storage)
+    trainer = _trainer(recipe, job, f"{stage.name}-{key}-{uuid.uuid4().hex[:8]}", ray_storage.uri)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     pump.start()
     try:
@@ -92,11 +89,11 @@ def run_stage(
         pump.stop()
         ray.kill(log)
         with suppress(OSError):
-            storage.delete_folder(ray_storage)
+            ray_storage.delete()
     if "stopped" in outcome:
         raise WorkflowError(outcome["stopped"])
     with suppress(OSError):
-        storage.delete_folder(checkpoints)  # only an unfinished stage needs them
+        checkpoints.delete()  # only an unfinished stage needs them
     return out
 
 

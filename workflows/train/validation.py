@@ -1,4 +1,4 @@
-"""The loss on the validation split, while a stage trains."""
+"""Validation while a stage trains: the loss on the validation split, and answers to a few of its questions."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from pipelines.reader import PackedDataset, PackedRow
 from workflows.train.step import batch_maker, to_device
 
 
-class HeldOut:
-    """Measures the mean loss per token over the first rows of the validation split; collective calls.
+class ValidationLoss:
+    """Measure the mean loss per token over the first rows of the validation split.
 
     Args:
         data: folder of the data set.
@@ -29,7 +29,10 @@ class HeldOut:
         self._make = batch_maker(dataset, micro_batch_rows, pad_id, image_size)
 
     def loss(self, engine, rank: int, world: int) -> float:
-        """Mean loss per loss token. All ranks run equally many batches, as ZeRO-3 wants it."""
+        """Return the mean loss per loss token, over all ranks.
+
+        A collective call: all ranks run equally many batches, because ZeRO-3 gathers parameters in each.
+        """
         per_pass = world * self._micro
         sums = torch.zeros(2, device=engine.device, dtype=torch.float64)
         engine.eval()
@@ -39,7 +42,7 @@ class HeldOut:
                 (batch,) = self._make([min(row, self._rows - 1) for row in mine])
                 inputs, _ = to_device(batch, engine.device)
                 for place, row in enumerate(mine):
-                    if row >= self._rows:  # a row more than there are stands in for it, and does not count
+                    if row >= self._rows:  # past the end: the last row is repeated in its place, and does not count
                         inputs["labels"][place] = IGNORE_INDEX
                 # A label at the start of a sequence has no token before it that could predict it.
                 labels, sequences = inputs["labels"], inputs["seq_idx"]
@@ -62,10 +65,10 @@ class Question:
 
 
 class Samples:
-    """Greedy answers to the same questions each time; every rank computes them, as ZeRO-3 wants it.
+    """Answer the same validation questions each time, greedily. Every rank computes them, because ZeRO-3 is collective.
 
-    A whole forward pass for every token, without a recurrent state: slower than `generate`, but it runs through the
-    engine however the parameters are sharded. Questions are few and answers short.
+    Each token takes a whole forward pass without a recurrent state. That is slower than `generate`, but it runs through
+    the engine however the parameters are sharded, and questions are few and answers short.
 
     Args:
         data: folder of the data set.
@@ -80,7 +83,7 @@ class Samples:
         self._questions = _first_questions(PackedDataset(data, "validation"), count)
 
     def answers(self, engine) -> list[dict]:
-        """`question`, `answer` (the right one) and `prediction` of each."""
+        """Return `question`, `answer` (the right one) and `prediction` of each question."""
         engine.eval()
         rows = []
         with torch.no_grad():
@@ -101,9 +104,9 @@ class Samples:
         if question.images:
             pixels = np.stack([load_pixels(image, self._image_size) for image in question.images])
             inputs["pixel_values"] = torch.from_numpy(pixels).to(engine.device)
-        for _ in range(self._tokens):  # always as many, so that no rank waits for another in a gather
+        for _ in range(self._tokens):  # a fixed number, so that no rank waits for another in a gather
             scores = engine(input_ids=ids, **inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-            scores[:, self._image_token_id] = -torch.inf  # a placeholder is input only
+            scores[:, self._image_token_id] = -torch.inf  # the image token is never an answer
             ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
         said = ids[0, len(question.prompt) :].tolist()
         end = self._tokenizer.eos_token_id
@@ -114,6 +117,7 @@ class Samples:
 
 
 def _first_questions(dataset: PackedDataset, count: int) -> list[Question]:
+    """The first question of each sample, in row order, up to `count`."""
     found: list[Question] = []
     for index in range(len(dataset)):
         row = dataset[index]
@@ -127,7 +131,7 @@ def _first_questions(dataset: PackedDataset, count: int) -> list[Question]:
 
 
 def _question(row: PackedRow, sample: int) -> Question | None:
-    """What comes before the first labelled run of a sample, and that run; None for a sample without either."""
+    """Split a sample: the tokens before its first labelled run are the prompt, that run the answer; else None."""
     places = np.flatnonzero(row.seq_idx == sample)
     labelled = row.labels[places] != IGNORE_INDEX
     if not labelled.any() or labelled[0]:

@@ -14,12 +14,12 @@ _BENCHMARKS = "vqav2, gqa, vizwiz, textvqa, pope, vsr; llava or shards for data 
 
 def evaluate(a: argparse.Namespace) -> dict:
     """score a model (folder or models:/NAME@ALIAS) on a benchmark, or on the test sources of a recipe"""
-    from workflows.storage.layout import open_storage
+    from workflows.storage.layout import open_local_storage
 
     if a.probe:
         return probe(a)
     _check(a)
-    storage = open_storage(a.storage)
+    storage = open_local_storage(a.storage)
     benchmark, how, seed = _what(a)
     if a.predictions:
         return _score_predictions(a, benchmark, storage)
@@ -141,12 +141,12 @@ def probe(a: argparse.Namespace) -> dict:
     from workflows.evaluate.probe import BATCHES, LENGTHS, probe_scaling
     from workflows.evaluate.probe_report import text, write_probe
     from workflows.registry import resolve_model
-    from workflows.storage.layout import open_storage
+    from workflows.storage.layout import open_local_storage
     from workflows.tracking.tracker import connect
 
     if a.model is None:
         raise UsageError(f"--probe {a.probe} needs a MODEL")
-    storage = open_storage(a.storage)
+    storage = open_local_storage(a.storage)
     source = resolve_model(a.model, storage)
     model, _ = load_model(source.folder)
     console = open_console()
@@ -175,8 +175,8 @@ def compared(a: argparse.Namespace, result: dict, evaluate: Callable[[argparse.N
     Raises:
         UsageError: the other evaluation is of other items.
     """
+    from pipelines.storage import write_atomic
     from workflows.evaluate.compare import compare_folders
-    from workflows.storage.layout import write_atomic
 
     other = Path(a.compare)
     if not (other / "scores.json").is_file():

@@ -16,11 +16,11 @@ _ACTIONS = {
 
 def models(a: argparse.Namespace) -> dict | list:
     """registered models: list, show, promote, rollback, lineage"""
-    from workflows.storage.layout import open_storage
+    from workflows.storage.layout import open_local_storage
     from workflows.tracking.tracker import connect
 
     _check(a)
-    client = connect(open_storage(a.storage))
+    client = connect(open_local_storage(a.storage))
     return {"list": _list, "show": _show, "promote": _promote, "rollback": _rollback, "lineage": _lineage}[a.action](
         client, a
     )

@@ -13,7 +13,7 @@ def serve(a: argparse.Namespace) -> None:
     from workflows.serve.auth import Access
     from workflows.serve.start import serve_model
     from workflows.serve.swap import SwapOptions
-    from workflows.storage.layout import open_storage
+    from workflows.storage.layout import open_local_storage
 
     try:
         access = Access(api_keys_file=_absolute(a.api_keys_file), image_urls=tuple(a.image_urls))
@@ -24,7 +24,7 @@ def serve(a: argparse.Namespace) -> None:
         raise UsageError(f"{option}: {first['msg']}") from error
     serve_model(
         a.model,
-        open_storage(a.storage),
+        open_local_storage(a.storage),
         a.host,
         a.port,
         replicas=a.replicas,
@@ -39,10 +39,10 @@ def serve(a: argparse.Namespace) -> None:
 
 def chat(a: argparse.Namespace) -> dict | None:
     """ask a model one question about an image, or talk to it"""
-    from workflows.storage.layout import open_storage
+    from workflows.storage.layout import open_local_storage
     from workflows.verbs.chat import answer_once, talk
 
-    storage = open_storage(a.storage)
+    storage = open_local_storage(a.storage)
     if a.question is None:
         return talk(a.model, storage, a.image)
     answer = answer_once(a.model, storage, a.image, a.question, a.max_new_tokens)

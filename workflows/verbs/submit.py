@@ -50,11 +50,11 @@ def _send(a: argparse.Namespace) -> dict:
 
 
 def _follow(cluster, job: str) -> dict:
-    """Show the job to its end. Ctrl-C ends the watching alone."""
-    from workflows.submit.client import follow
+    """Show the job's progress to its end. Ctrl-C stops showing it; the job goes on."""
+    from workflows.submit.client import follow_job
 
     try:
-        end = follow(cluster, job, open_console().line)
+        end = follow_job(cluster, job, open_console().line)
     except KeyboardInterrupt:
         text = f"\nthe job goes on without this client\n{_how_to(cluster, job)}"
         return {"job": job, "status": str(cluster.info(job).status), "failed": True, "text": text}
@@ -104,7 +104,7 @@ def _result(job: str, end) -> dict:
         raise WorkflowError(f"job {job} failed: {lines[-1]}")
     result = dict(end.result)
     if "evaluation" in result:
-        from workflows.run import summary_text
+        from workflows.verbs.workflow import summary_text
 
         result["text"] = summary_text(result)
     return {**result, "failed": end.status != "SUCCEEDED"}

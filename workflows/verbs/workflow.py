@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import shutil
+import sys
+from pathlib import Path
 
 from workflows.errors import UsageError
 from workflows.verbs.verb import Verb, open_console, recipe_and_storage, recipe_argument, storage_option
@@ -12,10 +16,54 @@ def run(a: argparse.Namespace) -> dict:
     if a.dry_run:
         return _plan(a)
     recipe, storage = recipe_and_storage(a)
-    from workflows.run import run_workflow, summary_text
+    from workflows.run import run_workflow
 
     summary = run_workflow(recipe, storage, open_console())
     return {**summary, "text": summary_text(summary)}
+
+
+def summary_text(summary: dict) -> str:
+    """The summary for a person: a table of scores, where things are, what to try next."""
+    from workflows.evaluate.results import table
+    from workflows.storage.folder import Folder
+    from workflows.tracking.tracker import tracking_uri
+
+    model, example = summary["model"], summary["example"]
+    state = f"is {model['alias']}" if model["promoted"] else "not promoted (see the gate above)"
+    reference = f"models:/{model['name']}@{model['alias']}" if model["promoted"] else _short(model["folder"])
+    storage = Folder(summary["storage"])
+    common = reference + ("" if storage.remote else f" --storage {_short(summary['storage'])}")
+    ui = f"  {_command('mlflow')} ui --backend-store-uri {tracking_uri(storage.local)}"
+    return "\n".join(
+        [
+            "",
+            table(summary["evaluation"]),
+            "",
+            f"model    {model['name']} version {model['version']}, {state}",
+            f"         {_short(model['folder'])}",
+            f"run      {summary['run_id']} (MLflow)",
+            *(f"shards   {_short(folder)}" for folder in summary["data"]["folders"]),
+            f"look at  {_short(summary['samples'])}",
+            "",
+            "next",
+            f"  {_command('mlmamba')} chat {common} \\",
+            f"      --image {_short(example['image'])} --question '{example['question']}'",
+            f"  {_command('mlmamba')} serve {common}",
+            *([] if storage.remote else [ui]),
+        ]
+    )
+
+
+def _short(path: str) -> str:
+    """A path as a person would type it: relative when it lies below the current folder."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _command(name: str) -> str:
+    """How to call a command of this environment: by its name when the shell finds it, else by its path."""
+    if shutil.which(name):
+        return name
+    return os.path.relpath(Path(sys.executable).with_name(name))
 
 
 def prepare(a: argparse.Namespace) -> dict:
@@ -25,23 +73,20 @@ def prepare(a: argparse.Namespace) -> dict:
     from workflows.recipe.load import load_any
     from workflows.storage.layout import open_storage
 
-    recipe, storage = load_any(a.recipe, a.set), open_storage(a.storage, remote=True)
-    from pipelines.storage import join, shown
+    recipe, storage = load_any(a.recipe, a.set), open_storage(a.storage)
     from pipelines.verify import verify
     from workflows.run import prepare_sets
-    from workflows.storage.remote import place
 
     console = open_console()
     sets, texts = {}, []
     for folder, manifest in prepare_sets(recipe, storage, console).items():
-        where = place(folder)
-        problems = verify(where, console.preparation) if a.verify else []
-        sets[shown(where)] = {**json.loads(manifest.model_dump_json()), "problems": problems}
-        texts += [shown(where), f"digest {manifest.digest}", *problems]
+        problems = verify(folder.uri, console.preparation) if a.verify else []
+        sets[folder.shown] = {**json.loads(manifest.model_dump_json()), "problems": problems}
+        texts += [folder.shown, f"digest {manifest.digest}", *problems]
         if a.verify and not problems:
             texts.append("verified: every shard is as the manifest says")
         if problems:
-            texts.append(f"to make it again: delete {shown(join(where, 'manifest.json'))} and run mlmamba prepare")
+            texts.append(f"to make it again: delete {folder / 'manifest.json'} and run mlmamba prepare")
     failed = any(content["problems"] for content in sets.values())
     return {"data": sets, "phases": console.phases, "failed": failed, "text": "\n".join(texts)}
 
@@ -68,23 +113,15 @@ def _plan(a: argparse.Namespace, training: bool = True) -> dict:
     from workflows.plan.train import machine_of, plan_training
     from workflows.recipe.load import load_any, load_recipe
     from workflows.recipe.schema import Recipe
+    from workflows.storage.folder import Folder
 
     recipe = load_recipe(a.recipe, a.set) if training else load_any(a.recipe, a.set)
-    storage, given = _planned(a.storage), parse_records(a.records)
+    storage, given = Folder(a.storage), parse_records(a.records)
     if not training or not isinstance(recipe, Recipe):
         plan = plan_data(recipe, storage, given, a.node_cpus)
         return {**plan, "text": data_text(plan)}
     plan = plan_training(recipe, storage, given, machine_of(recipe, a.peak_tflops, a.mfu, a.gpu_memory))
     return {**plan, "text": training_text(plan)}
-
-
-def _planned(storage: str):
-    """The storage folder of a plan, which is not made; of an object store this machine's copies."""
-    from pathlib import Path
-
-    from workflows.storage.remote import cached, is_remote
-
-    return cached(storage) if is_remote(storage) else Path(storage.removeprefix("file://")).expanduser().absolute()
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

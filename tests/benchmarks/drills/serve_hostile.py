@@ -18,7 +18,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.helpers.hostile import hostile, send
-from tests.helpers.serving import encoded, load_tiny, running, serve
+from tests.helpers.images import encoded
+from tests.helpers.serving import load_tiny, running, serve
 from workflows.serve.client import ServiceError, ask
 from workflows.serve.options import Limits
 

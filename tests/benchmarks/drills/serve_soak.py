@@ -20,7 +20,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.helpers.serving import encoded, load_tiny, running, serve
+from tests.helpers.images import encoded
+from tests.helpers.serving import load_tiny, running, serve
 from workflows.serve.client import data_uri
 from workflows.serve.options import Limits
 

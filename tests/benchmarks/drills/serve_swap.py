@@ -18,7 +18,7 @@ import psutil
 import ray
 from transformers.utils.logging import disable_progress_bar
 
-from tests.helpers.registry_server import free_port
+from tests.helpers.processes import free_port
 from tests.helpers.serve_load import Asked, Clients, longest_silence, quantile, states, wait_until_all_serve
 from tests.helpers.swap_models import answer_of, register_models, write_model
 from workflows.registry import promote, rollback

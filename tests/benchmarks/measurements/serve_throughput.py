@@ -36,7 +36,8 @@ from mlmamba.images import open_image
 from mlmamba.loading import load_model
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import preset
-from tests.helpers.serving import encoded, running, serve
+from tests.helpers.images import encoded
+from tests.helpers.serving import running, serve
 from tests.helpers.tiny import IMAGE_ID, TINY, tiny_tokenizer
 from workflows.serve.client import data_uri
 from workflows.serve.options import Limits

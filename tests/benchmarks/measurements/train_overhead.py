@@ -84,6 +84,7 @@ def main() -> None:
 
     from pipelines.prepare import prepare
     from workflows.recipe.load import load_recipe
+    from workflows.storage.folder import Folder
     from workflows.storage.layout import data_folder
     from workflows.train.initial import build_initial, image_tokens
 
@@ -94,7 +95,7 @@ def main() -> None:
     content = recipe.model_dump(mode="json")
     recipe = type(recipe).model_validate({**content, "train": content["train"] | train})
     tokens = image_tokens(recipe.model)
-    data = data_folder(arguments.out.absolute(), recipe.data, recipe.name, tokens, recipe.seed)
+    data = data_folder(Folder(arguments.out), recipe.data, recipe.name, tokens, recipe.seed).local
     rounds: list[dict[str, list[float]]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,6 +129,7 @@ def run_bare(job: dict) -> list[float]:
 
 def run_stack(recipe, data: Path, out: Path, initial: Path) -> list[float]:
     """The stage as the workflow runs it; its windows but the first."""
+    from workflows.storage.folder import Folder
     from workflows.storage.layout import Layout
     from workflows.train.trainer import run_stage
 
@@ -135,7 +137,8 @@ def run_stack(recipe, data: Path, out: Path, initial: Path) -> list[float]:
     out.mkdir()
     (out / "initial").symlink_to(initial)
     events: list[dict] = []
-    run_stage(recipe, stage, Layout(out, {stage.name: data}, out), {stage.name: "overhead"}, events.append)
+    layout = Layout(Folder(out), {stage.name: Folder(data)}, Folder(out))
+    run_stage(recipe, stage, layout, {stage.name: "overhead"}, events.append)
     return [event["seconds_per_step"] for event in events if event["event"] == "metrics"][1:]
 
 

@@ -19,12 +19,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from pipelines.identity import digest
+from pipelines.storage import write_atomic
 from tests.benchmarks.studies.ablation_run import run
 from tests.benchmarks.studies.ablation_settings import CONNECTORS, Series, Setting, connector_fields, parameters
 from tests.benchmarks.studies.ablation_table import table
 from workflows.recipe.load import load_recipe
 from workflows.recipe.schema import Recipe
-from workflows.storage.layout import data_folder, write_atomic
+from workflows.storage.folder import Folder
+from workflows.storage.layout import data_folder
 from workflows.train.initial import image_tokens
 
 
@@ -74,7 +76,7 @@ def prepare_series(recipe: Recipe, a: argparse.Namespace) -> Series:
     from pipelines.prepare import prepare
 
     out, tokens = a.out.absolute(), image_tokens(recipe.model)
-    folder = data_folder(out, recipe.data, recipe.name, tokens, recipe.seed)
+    folder = data_folder(Folder(out), recipe.data, recipe.name, tokens, recipe.seed).local
     if not (folder / "manifest.json").exists():
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     manifest = prepare(recipe.data, str(folder), tokens, recipe.seed)

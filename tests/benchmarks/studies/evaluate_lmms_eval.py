@@ -21,7 +21,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from PIL import Image as Images
 
 from pipelines.config import EasyVQASource
 from pipelines.sources import open_source
+from tests.helpers.processes import free_port
 from workflows.evaluate.results import Answered, read_answers
 
 PACKAGE, LONGEST, PEOPLE = "lmms-eval==0.7.3", 16, 10
@@ -207,8 +207,7 @@ def ask_directly(name: str, model: Path, work: Path, questions: int) -> tuple[di
 
 def ask_through_lmms_eval(python: Path, model: Path, work: Path) -> dict[str, tuple[float, list[tuple[str, float]]]]:
     """Serve the model and let lmms-eval ask it: for each task its score, and answer and score of every item."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = _mlmamba("serve", model, "--port", port, "--storage", work / "storage")
     with open(work / "serve.log", "w") as log:

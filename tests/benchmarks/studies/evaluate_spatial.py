@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.identity import digest
+from pipelines.storage import write_atomic
 from tests.benchmarks.studies.evaluate_spatial_run import (
     CONNECTORS,
     MAMBA,
@@ -41,7 +42,6 @@ from tests.benchmarks.studies.evaluate_spatial_run import (
 )
 from tests.helpers.spatial_images import DISTANCES
 from workflows.evaluate.statistics import bootstrap, ratios
-from workflows.storage.layout import write_atomic
 
 OVERALL = "overall"
 

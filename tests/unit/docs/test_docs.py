@@ -8,12 +8,13 @@ import shutil
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 import yaml
 
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, SourceConfig
 from tests.helpers.documents import (
     LANGUAGES,
     NOT_RUN,
@@ -84,13 +85,17 @@ def test_every_command_is_run_by_a_test_or_has_a_reason_not_to_be():
         assert not [name for name in re.findall(r"tests/\S+?\.py", reason) if not (ROOT / name).exists()]
 
 
-def test_the_readmes_sources_are_ones_that_there_are():
-    """Its YAML is the data part of a recipe, less what its text is not about."""
-    (block,) = [block for block in blocks(ROOT / "README.md") if block.language == "yaml"]
+def test_the_sources_of_the_page_are_ones_that_there_are():
+    """The YAML that is no file's is the data part of a recipe, less what its text is not about."""
+    page = ROOT / "docs" / "how-to" / "own-corpus.md"
+    (block,) = [block for block in blocks(page) if block.language == "yaml" and not block.file]
     content = yaml.safe_load(block.text)["data"] | {"tokenizer": {"name": "x"}, "max_tokens": 4096}
     config = DataConfig.model_validate(content)
-    text = (ROOT / "README.md").read_text()
-    assert {source.type for source in (*config.train, *config.test)} <= set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+    table = set(re.findall(r"^\| `(\w+)` \|", page.read_text(), re.M))
+    assert {source.type for source in (*config.train, *config.test)} <= table
+    assert table == {
+        get_args(model.model_fields["type"].annotation)[0] for model in get_args(get_args(SourceConfig)[0])
+    }
 
 
 @pytest.mark.parametrize(("block", "words"), COMMANDS)

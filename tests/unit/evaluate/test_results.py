@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.packed_set import image, turns_of, write_packed_set
+from tests.helpers.packed_set import image_of, turns_of, write_packed_set
 from tests.helpers.published_benchmarks import write_gqa, write_pope
 from tests.helpers.toy_workflow import recipe, write_corpus
 from workflows.console import Console
@@ -174,7 +174,7 @@ def test_a_prepared_data_set_gives_its_questions_back(tmp_path):
     for item in shards.items:
         number = int(item.id.split("/")[1].split("-")[1])
         if number % 3 == 1:
-            assert open_store(shards.stores[0]).read(item.image) == image(number)
+            assert open_store(shards.stores[0]).read(item.image) == image_of(number)
     assert set(shards.missing) == {
         f"{'captions' if i % 2 else 'talk'}/validation-{i}/{t}" for i in (2, 5) for t in (0, 1)
     }

@@ -1,34 +1,23 @@
-"""Weighted scores beside scikit-learn's, and what they say of nothing."""
+"""Weighted scores by hand and beside scikit-learn's, and what they give where there is nothing to measure."""
 
 import math
 
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from workflows.evaluate.statistics import average_precision, mean, means_by_type, precision_recall_f1, roc_auc
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_they_are_scikit_learns_also_with_weights(ties):
-    metrics = pytest.importorskip("sklearn.metrics")
+def test_precision_recall_and_f1_are_scikit_learns_also_with_weights():
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        positive = rng.integers(0, 2, 40).astype(float)
-        positive[:2] = 0, 1
-        chance = rng.integers(0, 5, 40) / 4 if ties else rng.random(40)
+    for _ in range(20):
+        positive, said = rng.integers(0, 2, (2, 40)).astype(float)
         weights = rng.integers(0, 4, 40).astype(float)
-        weights[:2] = 1
-        options = {"sample_weight": weights}
-        assert average_precision(positive, chance, weights) == pytest.approx(
-            metrics.average_precision_score(positive, chance, **options)
-        )
-        assert roc_auc(positive, chance, weights) == pytest.approx(metrics.roc_auc_score(positive, chance, **options))
-        said = (chance > 0.5).astype(float)
-        ours = precision_recall_f1(positive, said, weights)
         theirs = metrics.precision_recall_fscore_support(
             positive, said, average="binary", zero_division=0, sample_weight=weights
         )
-        assert ours == pytest.approx(theirs[:3])
+        assert precision_recall_f1(positive, said, weights) == pytest.approx(theirs[:3], abs=1e-15)
 
 
 def test_a_weight_of_two_is_the_item_twice():

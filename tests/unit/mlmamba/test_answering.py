@@ -7,13 +7,13 @@ from mlmamba.answering import Answerer, Asked, answer_length, first_tokens
 from mlmamba.conversation import Turn
 from mlmamba.images import load_pixels
 from mlmamba.processing import MLMambaProcessor
-from tests.helpers.corpora import image
+from tests.helpers.images import encoded
 from tests.helpers.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 from workflows.evaluate.benchmarks.base import Item
 from workflows.evaluate.collect import bad_prompts
 
 TOKENS = 3
-IMAGES = [image(i, "PNG", (20, 12)) for i in range(3)]
+IMAGES = [encoded(i, "PNG", (20, 12)) for i in range(3)]
 ASKED = [
     Asked(IMAGES[0], ["What is it?", "Is it red? Say yes or no."]),
     Asked(None, ["What is two and two?"]),

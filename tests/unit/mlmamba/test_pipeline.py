@@ -1,30 +1,19 @@
 """transformers' own image-text-to-text pipeline on a saved folder: chats, images in every form, batches, streams."""
 
 import base64
-import io
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 import mlmamba
+from tests.helpers.images import encoded, image
 from tests.helpers.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-
-
-def image(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-
-
-def png(seed: int) -> bytes:
-    out = io.BytesIO()
-    image(seed).save(out, "PNG")
-    return out.getvalue()
 
 
 def question(text: str, *images) -> list[dict]:
@@ -117,7 +106,7 @@ def url():
             found = self.path == "/1.png"
             self.send_response(200 if found else 404)
             self.end_headers()
-            self.wfile.write(png(1) if found else b"no")
+            self.wfile.write(encoded(1) if found else b"no")
 
         def log_message(self, *args):
             pass
@@ -133,17 +122,17 @@ def url():
 
 def test_images_come_in_every_form(pipe, tmp_path, url):
     path = tmp_path / "1.png"
-    path.write_bytes(png(1))
-    encoded = base64.b64encode(png(1)).decode()
+    path.write_bytes(encoded(1))
+    data = base64.b64encode(encoded(1)).decode()
     forms = [
         {"type": "image", "image": np.asarray(image(1))},
         {"type": "image", "image": torch.from_numpy(np.asarray(image(1)).transpose(2, 0, 1).copy())},
-        {"type": "image", "image": png(1)},
+        {"type": "image", "image": encoded(1)},
         {"type": "image", "path": str(path)},
         {"type": "image", "image": path},
-        {"type": "image", "base64": encoded},
+        {"type": "image", "base64": data},
         {"type": "image", "url": f"{url}/1.png"},
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
     ]
     expected = pipe.processor(images=image(1))["pixel_values"]
     for form in forms:

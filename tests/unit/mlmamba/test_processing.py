@@ -3,23 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlmamba.conversation import Turn
 from mlmamba.images import to_pixels
 from mlmamba.processing import MLMambaProcessor
+from tests.helpers.images import image
 from tests.helpers.tiny import IMAGE_ID, PER_IMAGE, SIDE
 
 
 @pytest.fixture(scope="module")
 def processor(tokenizer) -> MLMambaProcessor:
     return MLMambaProcessor(tokenizer, image_size=SIDE, tokens_per_image=PER_IMAGE, max_length=40)
-
-
-def image(seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
 def test_a_prompt_is_rendered_ready_for_an_answer(processor):

@@ -1,6 +1,5 @@
 """What decides a result is said beside the fields: what a mark leaves out, and the digests that folders have."""
 
-from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -9,6 +8,7 @@ from pydantic import Field
 from pipelines.config import DataConfig, data_identity
 from pipelines.identity import Decides, StrictModel, digest, identity
 from workflows.recipe.load import load_recipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import data_folder, earlier_data_folder, run_name
 from workflows.train.trainer import stage_digest
 
@@ -62,17 +62,17 @@ def test_test_sources_decide_as_far_as_their_images_are_kept_out():
 
 def test_the_folder_and_the_manifest_have_one_identity():
     first, second = data(), data(test=[SOURCE | {"annotations": "test.json"}])
-    folders = [data_folder(Path("s"), config, "tiny", 9, 7) for config in (first, second)]
+    folders = [data_folder(Folder("s"), config, "tiny", 9, 7) for config in (first, second)]
     assert [folder.name for folder in folders] == [f"tiny-{data_identity(c, 9, 7)[:10]}" for c in (first, second)]
     assert folders[0] != folders[1]
-    assert len({earlier_data_folder(Path("s"), config, "tiny", 9, 7) for config in (first, second)}) == 1
+    assert len({earlier_data_folder(Folder("s"), config, "tiny", 9, 7) for config in (first, second)}) == 1
 
 
 def test_runs_and_stages_of_version_0_1_keep_their_names():
     """The digests stand in folders that people have: those of the shipped recipe as version 0.1 named them."""
     recipe = load_recipe("quickstart")
     assert run_name(recipe) == "quickstart-8c648b8c2d"
-    assert earlier_data_folder(Path("s"), recipe.data, recipe.name, 16, recipe.seed).name == "quickstart-fd953a41a0"
+    assert earlier_data_folder(Folder("s"), recipe.data, recipe.name, 16, recipe.seed).name == "quickstart-fd953a41a0"
     assert data_identity(recipe.data, 16, recipe.seed).startswith("f2f51f44c42e1943")
     stages = {"connector": "a", "full": "b"}
     assert [stage_digest(recipe, index, stages) for index in (0, 1)] == ["e91702147d", "bf88dc4bb6"]

@@ -1,23 +1,14 @@
 """The check of an image, which decodes JPEG at an eighth of its size, says what decoding it in full says."""
 
-import io
 import random
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from mlmamba.images import ImageError, open_image
 from pipelines import validate
 from pipelines.validate import check_image
-
-
-def encoded(mode: str = "RGB", size: tuple[int, int] = (90, 60), **options) -> bytes:
-    rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (12, 18, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    small.resize(size).convert(mode).save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+from tests.helpers.images import encoded
 
 
 def full(data: bytes) -> str:
@@ -52,7 +43,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     ids=["baseline", "progressive", "restarts", "grey", "cmyk"],
 )
 def test_the_verdict_is_that_of_decoding_in_full(options):
-    data, rng = encoded(**options), random.Random(str(options))
+    data, rng = encoded(0, "JPEG", (90, 60), blocks=(12, 18), **options), random.Random(str(options))
     assert check_image(data) is None
     seen = set()
     for _ in range(300):
@@ -68,13 +59,13 @@ def test_the_verdict_is_that_of_decoding_in_full(options):
 
 def test_the_limit_counts_the_pixels_of_the_file_not_of_the_eighth(monkeypatch):
     monkeypatch.setattr(validate, "MAX_PIXELS", 5000)
-    assert check_image(encoded(size=(90, 60))).reason == "image_bomb"
-    assert check_image(encoded(size=(70, 60))) is None
+    assert check_image(encoded(0, "JPEG", (90, 60))).reason == "image_bomb"
+    assert check_image(encoded(0, "JPEG", (70, 60))) is None
 
 
 def test_a_turned_image_is_good():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(exif=exif)
+    data = encoded(0, "JPEG", (90, 60), exif=exif)
     assert check_image(data) is None
     assert open_image(data).size == (60, 90)

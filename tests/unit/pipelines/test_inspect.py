@@ -8,12 +8,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import render
+from mlmamba.images import open_image
 from pipelines import inspect
 from pipelines.contact_sheet import IMAGE, LOSS, PLAIN, WRONG, _shortened, choose, draw_sheet, sample_of
 from pipelines.inspect import histogram, inspect_data, report
 from pipelines.packed import PackedDataset
 from pipelines.sheet_text import Style, Typesetter
-from tests.helpers.packed_set import TOKENS_PER_IMAGE, image, turns_of, write_packed_set
+from tests.helpers.packed_set import TOKENS_PER_IMAGE, image_of, turns_of, write_packed_set
 
 GREEN, RED = (0xBD, 0xF0, 0xC4), (0xD0, 0x10, 0x3A)
 
@@ -112,7 +113,7 @@ class TestSamples:
             answers = [f"{turn.text}<|endoftext|>" for turn in turns_of(i) if turn.role == "assistant"]
             assert [text for text, kind in sample.pieces if kind == LOSS] == answers
             assert {kind for _, kind in sample.pieces} <= {LOSS, PLAIN, IMAGE}
-            assert sample.images == [image(i)] * (i % 3)
+            assert sample.images == [image_of(i)] * (i % 3)
 
     def test_the_choice_has_every_kind_and_is_repeatable(self, folder):
         chosen = choose(folder, "train", 6, 0)
@@ -157,13 +158,14 @@ class TestSheet:
     def test_images_are_square_as_the_model_gets_them(self, folder, tmp_path):
         draw_sheet(folder, str(tmp_path / "sheet.png"), count=2)
         sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-        blue = [(sheet == np.array([i * 40 % 256, 90, 200])).all(-1) for i in range(20)]
-        widths = [(int(place.any(0).sum()), int(place.any(1).sum())) for place in blue if place.sum() > 10_000]
+        colours = [np.asarray(open_image(image_of(i)))[0, 0] for i in range(20)]
+        shown = [(sheet == colour).all(-1) for colour in colours]
+        widths = [(int(place.any(0).sum()), int(place.any(1).sum())) for place in shown if place.sum() > 10_000]
         assert widths
         assert all(size == (224, 224) for size in widths)
 
     def test_a_damaged_image_does_not_stop_the_sheet(self, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr("tests.helpers.packed_set.image", lambda i: b"not an image")
+        monkeypatch.setattr("tests.helpers.packed_set.image_of", lambda i: b"not an image")
         write_packed_set(tmp_path / "set", {"train": 3})
         draw_sheet(str(tmp_path / "set"), str(tmp_path / "sheet.png"))
         sheet = np.asarray(Image.open(tmp_path / "sheet.png"))

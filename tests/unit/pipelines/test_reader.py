@@ -1,6 +1,5 @@
 """A finished data set: its manifest, the order of its rows, resuming, and the tensors of a step."""
 
-import io
 import itertools
 import threading
 import time
@@ -9,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.images import load_pixels
@@ -17,14 +15,9 @@ from pipelines import storage
 from pipelines.manifest import SCHEMA_VERSION, Manifest, ShardInfo, split_info
 from pipelines.reader import PackedDataset, batches, collate, prefetch, step_indices
 from pipelines.schema import PACKED, one_row
+from tests.helpers.images import encoded
 
 MAX_TOKENS = 12
-
-
-def image(colour: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (6, 4), (colour, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def packed_row(i: int) -> dict:
@@ -35,7 +28,7 @@ def packed_row(i: int) -> dict:
         "input_ids": np.arange(n, dtype=np.int32) + 10 * i,
         "labels": np.array([IGNORE_INDEX] * 4 + [7] * (n - 4), dtype=np.int32),
         "seq_idx": np.array([0] * 4 + [1] * (n - 4), dtype=np.int32),
-        "images": [image(i)],
+        "images": [encoded(i)],
         "image_positions": [0],
         "source": ["s", "t"],
     }
@@ -184,7 +177,7 @@ class TestCollate:
         assert batch["input_ids"][0].tolist() == [0, 1, 2, 3, 4, 5] + [0] * 6
         assert batch["labels"][0].tolist() == [-100] * 4 + [7, 7] + [-100] * 6
         assert batch["seq_idx"][0].tolist() == [0] * 4 + [1] * 2 + [2] * 6
-        expected = np.stack([load_pixels(image(i), 5) for i in (0, 4)])
+        expected = np.stack([load_pixels(encoded(i), 5) for i in (0, 4)])
         assert np.array_equal(batch["pixel_values"].numpy(), expected)
 
     def test_no_images(self, folder):

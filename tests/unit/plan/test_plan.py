@@ -33,9 +33,10 @@ def plan(capsys, tmp_path):
 def paper() -> dict:
     """The plan of the paper's recipe."""
     from workflows.plan.train import machine_of, plan_training
+    from workflows.storage.folder import Folder
 
     content = load_recipe("paper")
-    return plan_training(content, Path("/nowhere"), {}, machine_of(content, None, 0.3, None))
+    return plan_training(content, Folder("/nowhere"), {}, machine_of(content, None, 0.3, None))
 
 
 def test_the_papers_model_has_the_published_sizes(paper):

@@ -1,12 +1,12 @@
 """Data recipes: every shipped one loads, a recipe can name one, and mistakes are named."""
 
-from pathlib import Path
 
 import pytest
 
 from workflows.errors import UsageError
 from workflows.recipe.load import RECIPES, load_any, load_recipe
 from workflows.recipe.schema import DataRecipe
+from workflows.storage.folder import Folder
 from workflows.storage.layout import data_folder, layout_of
 
 SHIPPED = sorted((RECIPES / "data").glob("*.yaml"))
@@ -26,7 +26,7 @@ def test_the_mixture_has_the_sources_of_the_single_recipes():
 
 
 def test_a_recipe_that_names_a_data_recipe_shares_its_folder():
-    paper, storage = load_recipe("paper"), Path("storage")
+    paper, storage = load_recipe("paper"), Folder("storage")
     folders = layout_of(paper, storage, 729).data
     for stage, name in (("connector", "llava-558k"), ("full", "llava-665k")):
         recipe = load_any(f"data/{name}")

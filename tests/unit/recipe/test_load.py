@@ -5,7 +5,8 @@ import pytest
 from workflows.errors import UsageError
 from workflows.recipe.evaluate import Gate
 from workflows.recipe.load import RECIPES, load_recipe
-from workflows.storage.layout import layout_of, open_storage
+from workflows.storage.folder import Folder
+from workflows.storage.layout import layout_of, open_local_storage, open_storage
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
@@ -68,15 +69,15 @@ def test_a_stage_with_its_own_data_needs_one_named_tokenizer():
 
 
 def test_stages_of_the_paper_lie_in_two_data_folders(tmp_path):
-    data = layout_of(load_recipe("paper"), tmp_path, 729).data
+    data = layout_of(load_recipe("paper"), Folder(tmp_path), 729).data
     assert data["connector"] != data["full"]
-    assert len(set(layout_of(load_recipe("quickstart"), tmp_path, 16).data.values())) == 1
+    assert len(set(layout_of(load_recipe("quickstart"), Folder(tmp_path), 16).data.values())) == 1
 
 
 def test_changing_training_keeps_the_data_folder_and_changing_the_gate_keeps_both(tmp_path):
-    plain = layout_of(load_recipe("quickstart"), tmp_path, 16)
-    trained = layout_of(load_recipe("quickstart", ["train.stages.1.learning_rate=0.1"]), tmp_path, 16)
-    gated = layout_of(load_recipe("quickstart", ["evaluate.gate={}"]), tmp_path, 16)
+    plain = layout_of(load_recipe("quickstart"), Folder(tmp_path), 16)
+    trained = layout_of(load_recipe("quickstart", ["train.stages.1.learning_rate=0.1"]), Folder(tmp_path), 16)
+    gated = layout_of(load_recipe("quickstart", ["evaluate.gate={}"]), Folder(tmp_path), 16)
     assert trained.data == plain.data
     assert trained.run != plain.run
     assert gated == plain
@@ -87,6 +88,6 @@ def test_a_storage_that_cannot_be_written_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="choose another folder"):
         open_storage(str(tmp_path / "file" / "below"))
     with pytest.raises(UsageError, match=r"s3://bucket/x: run, train, prepare and submit keep their work in object"):
-        open_storage("s3://user:hidden@bucket/x")
+        open_local_storage("s3://user:hidden@bucket/x")
     with pytest.raises(UsageError, match=r"cannot write there: .*use a local path, s3:// or gs://"):
-        open_storage("wrong://bucket/x", remote=True)
+        open_storage("wrong://bucket/x")

@@ -5,13 +5,13 @@ import threading
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mlmamba.conversation import Turn
 from mlmamba.loading import load_model
+from tests.helpers.images import image
+from tests.helpers.processes import wait_for
 from tests.helpers.tiny import PER_IMAGE, tiny_model, tiny_tokenizer
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
 from workflows.serve.options import Limits
@@ -35,12 +35,6 @@ def save_tiny_model(out):
     model = tiny_model({"tie_word_embeddings": False}, max_position_embeddings=300)
     save(model, tiny_tokenizer(), out)
     return out
-
-
-def image(seed=0, size=(48, 40)):
-    """A few large random blocks: noise would be all alike to the encoder."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (2, 2, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +84,6 @@ def generated(loaded, prompt, count):
             input_ids=prompt.input_ids[None], **images, max_new_tokens=count, do_sample=False, use_cache=True
         )
     return tuple(ids[0, len(prompt.input_ids) :].tolist())
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_answers_are_those_of_generate_whoever_joins_and_leaves(engine, loaded):

@@ -12,16 +12,11 @@ import pytest
 from PIL import Image
 
 from mlmamba.conversation import Turn
+from tests.helpers.images import encoded, image
 from workflows.serve.client import data_uri
 from workflows.serve.messages import read_messages
 from workflows.serve.openai import ApiError, parse_request
 from workflows.serve.options import Limits
-
-
-def encoded(size=(8, 6), kind="PNG", colour=(200, 10, 10)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def text(value):
@@ -47,7 +42,7 @@ def refused(*messages, **kwargs):
 
 
 def test_a_conversation_with_images():
-    red, blue = data_uri(encoded()), data_uri(encoded((4, 4), "JPEG", (0, 0, 250)))
+    red, blue = data_uri(encoded()), data_uri(encoded(1, "JPEG", (4, 4)))
     turns, images = read(
         ("user", [text("look at"), image_part(red), text("this"), image_part(blue)]),
         ("assistant", "a square"),
@@ -58,8 +53,8 @@ def test_a_conversation_with_images():
         Turn("assistant", "a square"),
         Turn("user", "sure?", images=1),
     ]
-    assert [image.size for image in images] == [(8, 6), (4, 4), (8, 6)]
-    assert images[0].getpixel((0, 0)) == (200, 10, 10)
+    assert [image.size for image in images] == [(40, 30), (4, 4), (40, 30)]
+    assert images[0].getpixel((0, 0)) == image().getpixel((0, 0))
 
 
 def test_system_text_opens_the_first_user_turn():
@@ -133,7 +128,7 @@ def test_an_image_that_cannot_be_used(url, code):
 
 
 def test_image_limits():
-    url = data_uri(encoded((40, 40)))
+    url = data_uri(encoded(size=(40, 40)))
     asked = ("user", [text("what?"), image_part(url)])
     assert refused(asked, limits=Limits(image_pixels=1599)).code == "image_bomb"
     assert refused(asked, limits=Limits(image_bytes=50)).code == "image_too_large"

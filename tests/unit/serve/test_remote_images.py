@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.helpers.serving import encoded
+from tests.helpers.images import encoded
 from workflows.serve.messages import read_messages
 from workflows.serve.openai import ApiError, parse_request
 from workflows.serve.options import Limits

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from tests.helpers.serving import load_tiny, raw, resolved, running, serve, wait_for
+from tests.helpers.processes import wait_for
+from tests.helpers.serving import load_tiny, raw, resolved, running, serve
 from workflows.serve.client import data_uri
 from workflows.serve.engine import Engine
 from workflows.serve.http import LOGGER, Served

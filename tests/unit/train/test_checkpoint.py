@@ -1,95 +1,102 @@
-"""Checkpoint folders: whole or ignored, pruned only when a newer one is whole."""
+"""Checkpoints in a folder: whole or ignored, dropped only when a newer one is whole. test_storage_s3.py has stores."""
 
 import json
 
-from workflows.train.checkpoint import (
-    COMPLETE,
-    Checkpoint,
-    all_listed,
-    complete,
-    folder_name,
-    list_files,
-    newest,
-    partial_folder,
-    sweep,
-    whole_checkpoints,
-)
+import pytest
+
+from workflows.storage.folder import WHOLE, Folder
+from workflows.train.checkpoint import Checkpoint, CheckpointStore
 
 
-def write(root, step, keep=9, workers=2, content=b"state", attempt="a"):
-    partial = partial_folder(root, step, attempt)
-    partial.mkdir(parents=True)
+@pytest.fixture
+def store(tmp_path) -> CheckpointStore:
+    return CheckpointStore(Folder(tmp_path))
+
+
+def write(store, step, keep=9, workers=2, content=b"state", attempt="a"):
+    staging = store.staging(step, attempt)
+    staging.mkdir(parents=True)
     for rank in range(workers):
-        (partial / f"rank{rank}.pt").write_bytes(content)
-        list_files(partial, rank, [f"rank{rank}.pt"])
-    complete(partial, Checkpoint(root / folder_name(step), step, workers, 2, "model", 1.5, {}), keep)
+        (staging / f"rank{rank}.pt").write_bytes(content)
+        store.publish(staging, rank, [f"rank{rank}.pt"])
+    store.complete(staging, Checkpoint(staging, step, workers, 2, "model", 1.5, {}), keep)
+    return staging
 
 
-def steps(root) -> list[int]:
-    return [checkpoint.step for checkpoint in whole_checkpoints(root)]
+def steps(store) -> list[int]:
+    return [checkpoint.step for checkpoint in store.whole()]
 
 
-def test_what_was_written_is_read_back(tmp_path):
-    write(tmp_path, 20)
-    found = newest(tmp_path)
-    assert found == Checkpoint(tmp_path / "step-00000020", 20, 2, 2, "model", 1.5, {"rank0.pt": 5, "rank1.pt": 5})
-    assert newest(tmp_path / "nowhere") is None
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_is_not_there_before_every_rank_has_written(tmp_path):
-    partial = partial_folder(tmp_path, 5, "a")
-    partial.mkdir()
-    (partial / "rank0.pt").write_bytes(b"state")
-    list_files(partial, 0, ["rank0.pt"])
-    assert not all_listed(partial, 2)
-    assert all_listed(partial, 1)
-    assert newest(tmp_path) is None
+def test_what_was_written_is_read_back(store, tmp_path):
+    assert store.newest() is None
+    folder = write(store, 20)
+    assert store.newest() == Checkpoint(folder, 20, 2, 2, "model", 1.5, {"rank0.pt": 5, "rank1.pt": 5})
+    assert str(store.newest()) == str(tmp_path / "step-00000020.a")
+    assert CheckpointStore(Folder(tmp_path / "nowhere")).newest() is None
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_it_is_not_there_before_every_rank_has_written(store):
+    staging = store.staging(5, "a")
+    staging.mkdir()
+    (staging / "rank0.pt").write_bytes(b"state")
+    assert not store.all_listed(staging, 1)
+    store.publish(staging, 0, ["rank0.pt"])
+    assert not store.all_listed(staging, 2)
+    assert store.all_listed(staging, 1)
+    assert store.newest() is None
+    store.discard(staging)
+    assert not staging.exists()
+
+
+def test_only_the_newest_are_kept(store, tmp_path):
     for step in (10, 20, 30):
-        write(tmp_path, step, keep=2)
-    assert steps(tmp_path) == [20, 30]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
+        write(store, step, keep=2)
+    assert steps(store) == [20, 30]
+    assert names(tmp_path) == ["step-00000020.a", "step-00000030.a"]
 
 
-def test_a_damaged_one_does_not_count_as_kept_or_found(tmp_path):
-    write(tmp_path, 10, keep=2)
-    write(tmp_path, 20, keep=2)
-    (tmp_path / "step-00000020" / "rank1.pt").write_bytes(b"sta")
-    assert newest(tmp_path).step == 10
-    write(tmp_path, 30, keep=2)
-    assert steps(tmp_path) == [10, 30]
+def test_a_damaged_one_does_not_count_as_kept_or_found(store):
+    write(store, 10, keep=2)
+    (write(store, 20, keep=2) / "rank1.pt").write_bytes(b"sta")
+    assert store.newest().step == 10
+    write(store, 30, keep=2)
+    assert steps(store) == [10, 30]
 
 
-def test_a_marker_that_is_half_written_or_of_another_version_is_ignored(tmp_path):
+def test_a_marker_that_is_half_written_or_of_another_version_is_ignored(store):
     for step, text in ((10, '{"step": 1'), (20, json.dumps({"step": 20})), (30, "[]")):
-        write(tmp_path, step)
-        (tmp_path / folder_name(step) / COMPLETE).write_text(text)
-    assert steps(tmp_path) == []
+        (write(store, step) / WHOLE).write_text(text)
+    assert steps(store) == []
 
 
-def test_two_attempts_at_one_step_do_not_meet(tmp_path):
-    """What a process that was believed dead completes is as good, and stays."""
-    write(tmp_path, 10, attempt="zombie")
-    before = (tmp_path / "step-00000010" / "rank0.pt").stat().st_ino
-    write(tmp_path, 10, attempt="b")
-    assert (tmp_path / "step-00000010" / "rank0.pt").stat().st_ino == before
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+def test_two_attempts_at_one_step_do_not_meet(store):
+    """What a process that was believed dead completes is as good."""
+    zombie = write(store, 10, attempt="zombie")
+    mine = write(store, 10, attempt="b", content=b"other")
+    assert [checkpoint.folder for checkpoint in store.whole()] == [mine, zombie]
+    (zombie / "rank0.pt").unlink()
+    assert store.newest().folder == mine
 
 
-def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path):
-    write(tmp_path, 10)
-    (tmp_path / "step-00000010" / "rank0.pt").unlink()
-    write(tmp_path, 10, attempt="b")
-    assert steps(tmp_path) == [10]
+def test_one_of_version_0_1_is_found_and_dropped_in_its_turn(store, tmp_path):
+    """Its folder was renamed when it was whole, to the step alone."""
+    write(store, 10).rename(tmp_path / "step-00000010")
+    assert store.newest().folder == tmp_path / "step-00000010"
+    store.sweep()
+    assert steps(store) == [10]
+    write(store, 20, keep=1)
+    assert names(tmp_path) == ["step-00000020.a"]
 
 
-def test_the_sweep_leaves_whole_ones_alone(tmp_path):
-    write(tmp_path, 10)
-    write(tmp_path, 20)
-    (tmp_path / "step-00000020" / "rank0.pt").unlink()
-    partial_folder(tmp_path, 30, "dead").mkdir()
+def test_the_sweep_leaves_whole_ones_alone(store, tmp_path):
+    write(store, 10)
+    (write(store, 20) / "rank0.pt").unlink()
+    store.staging(30, "dead").mkdir()
+    (tmp_path / ".step-00000040.dead").mkdir()  # half written by version 0.1
     (tmp_path / "notes.txt").write_text("not ours")
-    sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step-00000010"]
+    store.sweep()
+    assert names(tmp_path) == ["notes.txt", "step-00000010.a"]

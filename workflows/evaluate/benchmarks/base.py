@@ -2,7 +2,7 @@
 
 A benchmark of ours is a small class: it reads the published files into items (`read`), says how an answer is scored
 (`score`) and which numbers the protocol reports (`measure`). What is wrong with the files is an error before anything
-is asked; what is missing of the images stands in `missing`.
+is asked; what is missing of the images stands in `missing`. `Files` and `ImageFolder` read the published files.
 """
 
 import hashlib
@@ -21,6 +21,10 @@ from pipelines import storage
 from pipelines.sources.images import open_images
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.statistics import mean, means_by_type
+
+OVERALL = "overall"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+_SHOWN = 5  # ids in a message
 
 
 class Files:
@@ -136,11 +140,6 @@ def _names(filesystem: fs.FileSystem, folder: str) -> set[str]:
     infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
     skip = len(folder.rstrip("/")) + 1
     return {info.path[skip:] for info in infos if info.type == fs.FileType.File}
-
-
-OVERALL = "overall"
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-_SHOWN = 5  # ids in a message
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,9 @@
-"""What the recipe's test sources, LLaVA files and the project's shards share: one answer, exact match."""
+"""Benchmarks on a user's own data, where each question has one answer, scored by exact match.
+
+llava     a file in LLaVA's format, or a folder with one
+recipe    the test sources of a recipe (`data.test`)
+shards    a split of a prepared data set
+"""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -17,6 +22,8 @@ from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, ImageFolder, Item, Score, absolute, normalise
 from workflows.evaluate.questions import Image, load_questions, majority_answer
 from workflows.recipe.schema import Recipe
+
+_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 class OwnData(Benchmark):
@@ -60,9 +67,6 @@ def _not_there(sources: list[SourceConfig], images: Iterable[Image]) -> dict[str
         and folder.locate(image.location) is None
         for key in image.ids
     }
-
-
-_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 class Llava(OwnData):

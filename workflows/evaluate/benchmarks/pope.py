@@ -1,4 +1,6 @@
-"""POPE (Li et al. 2023): is there an object in the image? Three splits of about 3,000 questions on COCO's val2014.
+"""POPE, and what it shares with VSR: benchmarks whose every answer is one of two words.
+
+POPE (Li et al. 2023): is there an object in the image? Three splits of about 3,000 questions on COCO's val2014.
 
     coco_pope_SPLIT.json                   random, popular and adversarial; one {question_id, image, text, label} a line
     val2014/COCO_val2014_000000310196.jpg  images, in a folder or in val2014.zip
@@ -16,9 +18,13 @@ from workflows.errors import UsageError
 from workflows.evaluate.benchmarks.base import OVERALL, SHORT_ANSWER, Benchmark, Files, Item, Score
 from workflows.evaluate.statistics import average_precision, mean, precision_recall_f1, roc_auc
 
+SPLITS = ("random", "popular", "adversarial")
+
 
 class YesNo(Benchmark):
-    """Accuracy, precision, recall, F1 and the share of positive answers, for each type and as the mean over types.
+    """A benchmark of yes/no questions: accuracy, precision, recall, F1 and share of positive answers.
+
+    Each score is reported for each type of question and as the mean over types.
 
     By probability: the positive choice if its token is at least as probable as the other's, as first token of the
     answer; also the areas under ROC and precision-recall. By text (names that begin with text/): what `said` reads.
@@ -63,9 +69,6 @@ class YesNo(Benchmark):
             scores[f"{prefix}yes_rate"] = mean(claimed, weights)
         scores["text/unclear"] = mean(np.isnan(table["text_yes"]).astype(float), weights)
         return scores
-
-
-SPLITS = ("random", "popular", "adversarial")
 
 
 class POPE(YesNo):

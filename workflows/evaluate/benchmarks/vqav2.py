@@ -17,6 +17,8 @@ from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Benchmark, Files, I
 from workflows.evaluate.statistics import mean
 
 PEOPLE = 10
+_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
 class TenAnswers(Benchmark):
@@ -138,10 +140,6 @@ def _marks(text: str) -> str:
 def _words(text: str) -> str:
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_REPAIRED.get(word, word) for word in words if word not in _ARTICLES)
-
-
-_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
-_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
 class VQAv2(TenAnswers):

@@ -14,7 +14,8 @@ from pipelines.sources import open_source
 from pipelines.sources.files import FileSet, location, parse_location
 from pipelines.sources.images import open_images
 from pipelines.sources.zip_index import ZipIndex, read_member
-from tests.helpers.corpora import conversation, image, write_files, write_parquet, write_tar, write_zip
+from tests.helpers.corpora import conversation, write_files, write_parquet, write_tar, write_zip
+from tests.helpers.images import encoded
 
 
 def reasons(records) -> list[str | None]:
@@ -70,7 +71,7 @@ class TestFileSet:
 class TestZip:
     @pytest.fixture
     def files(self):
-        return {f"{i % 7:02}/{i:05}.png": image(i) for i in range(300)} | {"ü/空.png": image(7777)}
+        return {f"{i % 7:02}/{i:05}.png": encoded(i) for i in range(300)} | {"ü/空.png": encoded(7777)}
 
     @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
     def test_every_member_is_found_and_read(self, tmp_path, files, compression):
@@ -150,14 +151,14 @@ class TestZip:
             for i, name in enumerate(["00/a.png", "00/gone.png", "00/b.png"])
         ]
         write_files(tmp_path, {"a.json": entries})
-        write_zip(tmp_path / "images.zip", {"00/a.png": image(1), "00/b.png": image(2)})
+        write_zip(tmp_path / "images.zip", {"00/a.png": encoded(1), "00/b.png": encoded(2)})
         config = {"type": "llava", "annotations": str(tmp_path / "a.json"), "images": str(tmp_path / "images.zip")}
         source = open_source(LlavaSource(**config))
         records = list(source.records())
         assert reasons(records) == [None, "image_missing", None]
-        assert source.read_image(records[2].images[0]) == image(2)
+        assert source.read_image(records[2].images[0]) == encoded(2)
         before = source.fingerprint()
-        write_zip(tmp_path / "images.zip", {"00/a.png": image(1)})
+        write_zip(tmp_path / "images.zip", {"00/a.png": encoded(1)})
         assert open_source(LlavaSource(**config)).fingerprint() != before
         (tmp_path / "images.zip").unlink()
         with pytest.raises(FileNotFoundError, match=r"there is no archive .*images\.zip"):
@@ -171,7 +172,7 @@ def webdataset(*shards, **fields):
 
 def sample(key: str, number: int = 0) -> list[tuple]:
     text = {"conversations": conversation("<image>\nWhich?", f"Number {number}.")}
-    return [(f"{key}.png", image(number)), (f"{key}.json", text)]
+    return [(f"{key}.png", encoded(number)), (f"{key}.json", text)]
 
 
 def _with_size(tar: bytes, header: int, size: bytes) -> bytes:
@@ -189,7 +190,7 @@ class TestWebDataset:
         source = webdataset(tmp_path / "s-{0..1}.tar")
         records = list(source.records())
         assert [record.id for record in records] == ["s-0/d/one", "s-0/d/two", "s-1/three"]
-        assert [source.read_image(record.images[0]) for record in records] == [image(i) for i in (1, 2, 3)]
+        assert [source.read_image(record.images[0]) for record in records] == [encoded(i) for i in (1, 2, 3)]
         assert records[2].turns[1].text == "Number 3."
         assert records[0].images[0].endswith("!one.png")
 
@@ -197,13 +198,13 @@ class TestWebDataset:
         many = conversation("<image>" * 11, "Eleven.")
         tar = write_tar(
             tmp_path / "s.tar",
-            [(f"many.{i}.png", image(i)) for i in sorted(range(11), key=str)]
+            [(f"many.{i}.png", encoded(i)) for i in sorted(range(11), key=str)]
             + [("many.json", {"conversations": many, "q": "How many?", "a": "Eleven.", "c": "Colours."})]
             + [("text.json", {"conversations": conversation("Hi", "Hello"), "q": "Hi", "a": "Ho", "c": "Nothing."})],
         )
         source = webdataset(tar)
         one, text = source.records()
-        assert [source.read_image(place) for place in one.images] == [image(i) for i in range(11)]  # not 0, 1, 10, 2
+        assert [source.read_image(place) for place in one.images] == [encoded(i) for i in range(11)]  # not 0, 1, 10, 2
         assert (text.images, text.turns[0].images) == ([], 0)
         one, text = webdataset(tar, question="json.q", answer="json.a").records()
         assert [turn.text for turn in one.turns] == ["How many?", "Eleven."]
@@ -212,7 +213,7 @@ class TestWebDataset:
         assert [turn.text for turn in one.turns] == ["Describe.", "Colours."]
 
     def test_a_bad_sample_costs_itself(self, tmp_path):
-        data = image()
+        data = encoded()
         members = [
             *sample("good-1", 1),
             ("no-text.png", data),
@@ -287,7 +288,7 @@ class TestParquet:
     def test_the_hugging_face_layout(self, tmp_path):
         texts = [conversation(f"<image>\nWhich is {i}?", f"Number {i}.") for i in range(10)]
         texts[6] = conversation("No image?", "None.")
-        images = [{"bytes": image(i), "path": f"{i}.png"} for i in range(10)]
+        images = [{"bytes": encoded(i), "path": f"{i}.png"} for i in range(10)]
         images[6] = None
         schema = pa.schema([("image", IMAGE), ("conversations", MESSAGES)])
         for i in range(2):
@@ -303,12 +304,12 @@ class TestParquet:
         for order in (range(10), range(9, -1, -1)):
             for i in order:
                 if i != 6:
-                    assert source.read_image(records[i].images[0]) == image(i)
+                    assert source.read_image(records[i].images[0]) == encoded(i)
 
     @pytest.mark.parametrize("kind", [IMAGE, pa.binary()])
     def test_lists_of_images(self, tmp_path, kind):
         def stored(i):
-            return image(i) if pa.types.is_binary(kind) else {"bytes": image(i), "path": None}
+            return encoded(i) if pa.types.is_binary(kind) else {"bytes": encoded(i), "path": None}
 
         schema = pa.schema([("images", pa.list_(kind)), ("texts", pa.string()), ("name", pa.int64())])
         pair = '[{"user": "<image><image> Which is older?", "assistant": "The second."}]'
@@ -322,13 +323,13 @@ class TestParquet:
         records = list(source.records())
         assert [record.id for record in records] == ["7", "8", "9", "10"]
         assert reasons(records) == [None, None, None, "placeholder_mismatch"]
-        assert [source.read_image(place) for place in records[0].images] == [image(1), image(2)]
+        assert [source.read_image(place) for place in records[0].images] == [encoded(1), encoded(2)]
 
     def test_captions_questions_and_chat_messages(self, tmp_path):
         parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
         answer = [{"type": "text", "text": "This."}]
         columns = {
-            "image": [image(1)],
+            "image": [encoded(1)],
             "caption": ["A square."],
             "q": ["What?"],
             "a": ["A square."],
@@ -341,7 +342,7 @@ class TestParquet:
             assert record.turns[0].images == 1
 
     def test_bad_rows_cost_themselves(self, tmp_path):
-        images = [{"bytes": image(), "path": "a.png"} for _ in range(6)]
+        images = [{"bytes": encoded(), "path": "a.png"} for _ in range(6)]
         images[1] = {"bytes": None, "path": "elsewhere.png"}
         not_text = pa.array([b"\xff\xfe", b"good"], pa.binary()).view(pa.string())
         captions = pa.chunked_array([pa.array(["", "good", None, "good"], pa.string()), not_text])
@@ -353,10 +354,10 @@ class TestParquet:
         assert "not valid Unicode" in records[4].problem.detail
         with pytest.raises(FileNotFoundError, match="row 1 has no bytes of image 0"):
             source.read_image(records[1].images[0])
-        assert source.read_image(records[5].images[0]) == image()
+        assert source.read_image(records[5].images[0]) == encoded()
 
     def test_damaged_files(self, tmp_path):
-        columns = {"image": [image(i) for i in range(8)], "caption": [f"Number {i}." for i in range(8)]}
+        columns = {"image": [encoded(i) for i in range(8)], "caption": [f"Number {i}." for i in range(8)]}
         write_parquet(tmp_path / "a.parquet", columns)
         data = (tmp_path / "a.parquet").read_bytes()
         (tmp_path / "b.parquet").write_bytes(data[:-20])
@@ -373,6 +374,6 @@ class TestParquet:
         ]
 
     def test_a_column_that_is_not_there_is_named(self, tmp_path):
-        write_parquet(tmp_path / "a.parquet", {"image": [image()], "text": ["a"]})
+        write_parquet(tmp_path / "a.parquet", {"image": [encoded()], "text": ["a"]})
         with pytest.raises(ValueError, match=r"a\.parquet has no column 'caption', its columns are image, text"):
             list(parquet(tmp_path / "a.parquet", caption="caption").records())

@@ -13,7 +13,8 @@ from pipelines.sources import Record, open_source
 from pipelines.sources.easy_vqa import question_type
 from pipelines.sources.json_stream import BrokenLine, read_entries
 from pipelines.sources.open import share
-from tests.helpers.corpora import conversation, image, write_files
+from tests.helpers.corpora import conversation, write_files
+from tests.helpers.images import encoded
 
 
 def easy(split: str, **more):
@@ -235,7 +236,7 @@ class TestCaptions:
 
     def captions(self, read, table, name="t.csv", **options):
         data = gzip.compress(table.encode()) if name.endswith(".gz") else table.encode("utf-8", "surrogateescape")
-        files = {name: data, "pics/a.png": image(1), "pics/sub/b.png": image(2)}
+        files = {name: data, "pics/a.png": encoded(1), "pics/sub/b.png": encoded(2)}
         return read(CaptionsSource, files, type="captions", table=name, images="pics", **options)
 
     @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.tsv"])
@@ -245,7 +246,7 @@ class TestCaptions:
         one, two = source.records()
         assert one.turns == [Turn("user", "Describe the image.", 1), Turn("assistant", "One, two")]
         assert (one.id, two.id) == ("captions[2]", "captions[3]")
-        assert source.read_image(two.images[0]) == image(2)
+        assert source.read_image(two.images[0]) == encoded(2)
 
     def test_names_of_columns_and_prompts(self, read):
         table = self.TABLE.partition("\n")[2] * 20
@@ -304,13 +305,13 @@ class TestQuestions:
             {"image_id": 23, "question": "Is it blue?", "answer": "Yes.", "task": "positive"},
             {"image_id": None, "question": "Why?", "answer": "So.", "key": "text", "task": "positive"},
         ]
-        files = {"q.json": entries[:2], "image/23.jpg": image(23)}
+        files = {"q.json": entries[:2], "image/23.jpg": encoded(23)}
         options = {"type": "questions", "annotations": "q.json", "images": "image", "image_suffix": ".jpg"}
         source = read(QuestionsSource, files, **options, repeated_ids="number", question_type="task")
         one, two = source.records()
         assert one.turns == [Turn("user", "Is it red?", 1), Turn("assistant", "No.")]
         assert (one.id, two.id, one.question_types) == ("23", "23#2", ["negative"])
-        assert source.read_image(one.images[0]) == image(23)
+        assert source.read_image(one.images[0]) == encoded(23)
         (text,) = read(QuestionsSource, {"q.json": entries[2:]}, **options, id="key").records()
         assert (text.id, text.images, text.problem) == ("text", [], None)
 
