@@ -123,7 +123,6 @@ NOT_ALONE = {
     "workflows.train.trainer": "unit/train/test_checks.py: imports it",
     "workflows.train.validation": "integration/test_train_stages.py: in training workers",
     "workflows.verbs.chat": "unit/verbs/test_cli.py: through the parser",
-    "workflows.verbs.tools": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.evaluate": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.models": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.serve": "unit/verbs/test_cli.py: through the parser",

@@ -1,6 +1,5 @@
 """Data recipes: every shipped one loads, a recipe can name one, and mistakes are named."""
 
-
 import pytest
 
 from workflows.errors import UsageError
