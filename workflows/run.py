@@ -20,9 +20,7 @@ from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.prepare import PrepareError, prepare
 from workflows.console import Console
 from workflows.errors import WorkflowError
-from workflows.evaluate.benchmarks.own_data import TestSources
-from workflows.evaluate.run import choose_example, evaluate_recipe, evaluation_folder
-from workflows.evaluate.sheet import save_example
+from workflows.evaluate.run import Evaluated, evaluate_recipe
 from workflows.preflight import (
     check_evaluation,
     check_nodes,
@@ -59,16 +57,16 @@ def run_workflow(recipe: Recipe, storage: Folder, console: Console) -> dict:
         tracker.log_data(manifests, layout)
         trained = train_stages(recipe, layout, manifests, console, tracker)
         model = trained.fetch()
-        result = evaluate_model(recipe, layout, model, console, tracker)
-        promotion = publish(recipe, layout, tracker, model, data_digest, result, console)
+        evaluated = evaluate_model(recipe, layout, model, console, tracker)
+        promotion = publish(recipe, layout, tracker, model, data_digest, evaluated, console)
     summary = {
         "recipe": recipe.name,
         "run_id": tracker.run_id,
         "data": {"folders": sorted({folder.shown for folder in layout.data.values()}), "digest": data_digest},
         "model": {"folder": trained.shown, **promotion},
-        "evaluation": result,
+        "evaluation": evaluated.result,
         "samples": (layout.evaluation / "samples.png").shown,
-        "example": save_example(recipe, layout.evaluation.local),
+        "example": evaluated.shown,
         "storage": storage.shown,
     }
     layout.run.write("summary.json", json.dumps(summary, indent=2))
@@ -281,7 +279,7 @@ def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
     return on_event
 
 
-def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console, tracker: Tracker) -> dict:
+def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console, tracker: Tracker) -> Evaluated:
     """Scores on the test sources and the benchmarks, beside the baselines; reports, and the sheet of samples."""
     with console.step("evaluate"), layout.evaluation.editing() as out, tasks_where_files_meet(layout.storage):
         return evaluate_recipe(recipe, out, model, console, tracker)
@@ -293,15 +291,14 @@ def publish(
     tracker: Tracker,
     model: Path,
     data_digest: str,
-    result: dict,
+    evaluated: Evaluated,
     console: Console,
 ) -> dict:
     """Register the model, and move the alias to it if the gate holds and it was not rolled back before."""
     name, alias = recipe.register_as.name, recipe.register_as.alias
     with console.step("register"):
-        answered = evaluation_folder(layout.evaluation.local, TestSources(recipe), model, recipe.seed)
-        example = choose_example(answered, recipe.evaluate.max_new_tokens)
-        version = register(tracker, recipe, layout, model, data_digest, result["scores"], example)
+        scores, example = evaluated.result["scores"], evaluated.example
+        version = register(tracker, recipe, layout, model, data_digest, scores, example)
         undone = rolled_back(tracker.client, name, version, alias)
         if undone:  # by a person; running the recipe again must not undo that
             failures, holds = [f"{undone.who} rolled it back; `mlmamba models promote {name}/{version}` decides"], False

@@ -12,8 +12,9 @@ from tests.helpers.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import main
 from workflows.console import Console
-from workflows.evaluate.benchmarks import Benchmark, open_benchmark
+from workflows.evaluate.benchmarks import Benchmark, open_benchmark, own_data
 from workflows.evaluate.collect import Workers
+from workflows.evaluate.questions import load_questions
 from workflows.evaluate.results import Answered, Incomplete, read_answers
 from workflows.evaluate.run import evaluate_benchmark, evaluate_recipe, finish, log_to_version
 from workflows.recipe.schema import Recipe
@@ -232,15 +233,16 @@ def test_scores_are_logged_to_the_version_and_added_to_those_that_promotion_look
     assert "evaluation/pope/scores.json" in {file.path for file in client.list_artifacts(run_id, "evaluation/pope")}
 
 
-def test_benchmarks_of_a_recipe_are_scored_and_logged_beside_the_test_sources(model, tmp_path, capsys):
+def test_benchmarks_of_a_recipe_are_scored_and_logged_beside_the_test_sources(model, tmp_path, capsys, monkeypatch):
     write_corpus(tmp_path)
     count = write_vsr(tmp_path / "vsr")
     asked = {"name": "vsr", "data": str(tmp_path / "vsr"), "questions": count}
+    own = {"name": "llava", "data": str(tmp_path / "test.json"), "images": str(tmp_path / "test")}
     settings = {"max_new_tokens": 3, "batch_images": 4, "workers": 2}
-    content = Recipe.model_validate(recipe(tmp_path, evaluate=settings | {"benchmarks": [asked]}))
+    content = Recipe.model_validate(recipe(tmp_path, evaluate=settings | {"benchmarks": [asked, own]}))
     root = tmp_path / "evaluation"
     tracker = Tracker(tmp_path, content, "tiny-run", tmp_path / "run", print)
-    result = evaluate_recipe(content, root, model, Console(), tracker)
+    result = evaluate_recipe(content, root, model, Console(), tracker).result
     tracker.finish("FINISHED")
     assert result["questions"]["overall"] == 36
     assert result["scores"]["overall/low"] <= result["scores"]["overall"] <= result["scores"]["overall/high"]
@@ -253,5 +255,15 @@ def test_benchmarks_of_a_recipe_are_scored_and_logged_beside_the_test_sources(mo
     files = {file.path for file in tracker.client.list_artifacts(tracker.run_id)}
     assert files >= {"samples.png", "scores.json", "report.html", "evaluation"}
     capsys.readouterr()
-    assert evaluate_recipe(content, root, model, Console(), tracker) == result
+    read, listed = [], []
+    monkeypatch.setattr(
+        run, "open", lambda file, *rest: read.append(Path(file).name) or open(file, *rest), raising=False
+    )
+    monkeypatch.setattr(own_data, "load_questions", lambda sources: listed.append(1) or load_questions(sources))
+    again = evaluate_recipe(content, root, model, Console(), tracker)
+    assert again.result == result
     assert "done before, skipped" in capsys.readouterr().err
+    assert read.count("model.safetensors") == 1  # however many benchmarks there are
+    assert listed == [1, 1]  # the recipe's test sources, and the benchmark of a folder's own data
+    assert again.example.answer
+    assert Path(again.shown["image"]).exists()

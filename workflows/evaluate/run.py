@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow.entities import Metric
@@ -38,7 +39,7 @@ from workflows.evaluate.results import (
     write_result,
     write_scores,
 )
-from workflows.evaluate.sheet import draw_sheet
+from workflows.evaluate.sheet import draw_sheet, save_example
 from workflows.recipe.schema import Recipe
 from workflows.registry.register import Example
 from workflows.tracking.tracker import Tracker
@@ -121,22 +122,34 @@ def _check_choices(processor: MLMambaProcessor, benchmark: Benchmark) -> None:
         raise WorkflowError(f"{benchmark.name}: {error}") from error
 
 
-def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, tracker: Tracker) -> dict:
+@dataclass(frozen=True)
+class Evaluated:
+    """What a recipe's evaluation leaves for the steps after it, so that none lists records or reads weights again."""
+
+    result: dict
+    """scores.json of the test sources. Its `scores` hold also the ends of their intervals ("overall/low", ...) and the
+    benchmarks' scores ("pope/overall", "pope/overall/low", ...), so that the gate can use any of them."""
+    example: Example | None
+    """An answered question, which serving asks a new version."""
+    shown: dict[str, str]
+    """An `image` file and a `question` for a person to try."""
+
+
+def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, tracker: Tracker) -> Evaluated:
     """Score a trained model on `data.test` and on `evaluate.benchmarks`, and log it all to the run.
+
+    The test records are listed once, and the model's files are read once to name the evaluations.
 
     Args:
         root: folder that the evaluations' folders lie in, and samples.png.
 
-    Returns:
-        scores.json of the test sources. Its `scores` hold also the ends of their intervals ("overall/low", ...) and the
-        benchmarks' scores ("pope/overall", "pope/overall/low", ...), so that the gate can use any of them.
-
     Raises:
         Incomplete, UsageError, WorkflowError: as `open_benchmark` and `evaluate_benchmark`.
     """
-    sets: list[Benchmark] = [TestSources(recipe)]
-    sets += [open_benchmark(**asked.model_dump()) for asked in recipe.evaluate.benchmarks]
-    folders = [evaluation_folder(root, one, model, recipe.seed) for one in sets]
+    test = TestSources(recipe)
+    sets: list[Benchmark] = [test, *(open_benchmark(**asked.model_dump()) for asked in recipe.evaluate.benchmarks)]
+    weights = model_digest(model)
+    folders = [evaluation_folder(root, one, weights, recipe.seed) for one in sets]
     if all((out / SCORES).exists() for out in folders):
         console.note("done before, skipped")
     results = []
@@ -154,8 +167,8 @@ def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, t
         )
         results.append(finish(out, {"recipe": recipe.name, "data digest": one.digest, "MLflow run": tracker.run_id}))
         if not (out / "logged").exists():
-            if one is sets[0]:
-                _log_test(recipe, root, out, results[0], tracker)
+            if one is test:
+                _log_test(recipe, test, root, out, results[0], tracker)
             else:
                 log_evaluation(tracker.client, tracker.run_id, one.title, out, results[-1])
             write_atomic(out / "logged", tracker.run_id)
@@ -163,12 +176,16 @@ def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, t
     for one, result in zip(sets[1:], results[1:], strict=True):
         own = result["scores"] | result["intervals"]
         scores |= {f"{one.title}/{name}": value for name, value in own.items()}
-    return results[0] | {"scores": scores}
+    return Evaluated(
+        results[0] | {"scores": scores},
+        choose_example(folders[0], recipe.evaluate.max_new_tokens),
+        save_example(recipe, test.listed, root),
+    )
 
 
-def _log_test(recipe: Recipe, root: Path, out: Path, result: dict, tracker: Tracker) -> None:
+def _log_test(recipe: Recipe, test: TestSources, root: Path, out: Path, result: dict, tracker: Tracker) -> None:
     sheet = root / "samples.png"
-    draw_sheet(recipe, {row.id: row.prediction for row in read_answers(out)}, sheet)
+    draw_sheet(recipe, test.listed, {row.id: row.prediction for row in read_answers(out)}, sheet)
     for file in (sheet, out / SCORES, *sorted((out / REPORT).glob("*.html")), *sorted((out / REPORT).glob("*.png"))):
         tracker.log_file(file)
     named = {
@@ -196,12 +213,16 @@ def model_digest(folder: Path) -> str:
 
 
 def evaluation_folder(
-    root: Path, benchmark: Benchmark, model: Path, seed: int, max_new_tokens: int | None = None
+    root: Path, benchmark: Benchmark, model: str, seed: int, max_new_tokens: int | None = None
 ) -> Path:
-    """The folder of an evaluation below `root`. Workers and batches do not decide answers and are not in its name."""
+    """The folder of an evaluation below `root`. Workers and batches do not decide answers and are not in its name.
+
+    Args:
+        model: from `model_digest`.
+    """
     length = max_new_tokens or benchmark.max_new_tokens
     items = [[i.id, i.prompt, i.image, i.source, i.answers, i.type] for i in benchmark.items]
-    key = digest(model_digest(model), benchmark.digest, items, length, seed, benchmark.choices)
+    key = digest(model, benchmark.digest, items, length, seed, benchmark.choices)
     return root / f"{benchmark.title.replace('/', '-')}-{key}"
 
 

@@ -11,27 +11,34 @@ from mlmamba.images import open_image
 from pipelines.sources import open_source
 from pipelines.storage import write_atomic
 from workflows.evaluate.benchmarks.base import normalise
-from workflows.evaluate.questions import Image, load_questions
+from workflows.evaluate.questions import Image
 from workflows.recipe.schema import Recipe
 
 
-def save_example(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """Put one test image into a folder, for a person to ask about. Returns its `image` path and a `question`."""
-    image = _sample(recipe, 1)[0]
+def save_example(recipe: Recipe, images: list[Image], folder: Path) -> dict[str, str]:
+    """Put one test image into a folder, for a person to ask about. Returns its `image` path and a `question`.
+
+    Args:
+        images: the recipe's test sources, as `load_questions` lists them.
+    """
+    image = _sample(recipe, images, 1)[0]
     data = open_source(recipe.data.test[image.source]).read_image(image.location)
     file = folder / f"example{Path(image.location).suffix}"
     write_atomic(file, data)
     return {"image": str(file), "question": clean(image.questions[0])}
 
 
-def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: int = 4, rows: int = 3) -> None:
+def draw_sheet(
+    recipe: Recipe, images: list[Image], predictions: dict[str, str], out: Path, columns: int = 4, rows: int = 3
+) -> None:
     """Draw a seeded sample of images, each with up to four questions; wrong answers in red.
 
     Args:
+        images: the recipe's test sources, as `load_questions` lists them.
         predictions: prediction by question id.
         out: PNG file, written beside and renamed.
     """
-    chosen = _sample(recipe, columns * rows)
+    chosen = _sample(recipe, images, columns * rows)
     sources = [open_source(config) for config in recipe.data.test]
     figure = Figure(figsize=(3.6 * columns, 3.9 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -62,6 +69,6 @@ def draw_sheet(recipe: Recipe, predictions: dict[str, str], out: Path, columns: 
     os.replace(temporary, out)
 
 
-def _sample(recipe: Recipe, count: int) -> list[Image]:
-    images = [image for image in load_questions(recipe.data.test) if image.location is not None]
-    return random.Random(recipe.seed).sample(images, min(count, len(images)))
+def _sample(recipe: Recipe, images: list[Image], count: int) -> list[Image]:
+    shown = [image for image in images if image.location is not None]
+    return random.Random(recipe.seed).sample(shown, min(count, len(shown)))

@@ -23,7 +23,7 @@ def evaluate(a: argparse.Namespace) -> dict:
     benchmark, how, seed = _what(a)
     if a.predictions:
         return _score_predictions(a, benchmark, storage)
-    from workflows.evaluate.run import evaluate_benchmark, evaluation_folder, finish, log_to_version
+    from workflows.evaluate.run import evaluate_benchmark, evaluation_folder, finish, log_to_version, model_digest
     from workflows.registry import resolve_model
     from workflows.runtime import connect_ray
     from workflows.tracking.tracker import connect
@@ -31,7 +31,7 @@ def evaluate(a: argparse.Namespace) -> dict:
     model = resolve_model(a.model, storage)
     console = open_console()
     with console.step(f"evaluate {model.label} on {benchmark.title}"):
-        out = evaluation_folder(storage / "evaluations", benchmark, model.folder, seed, a.max_new_tokens)
+        out = evaluation_folder(storage / "evaluations", benchmark, model_digest(model.folder), seed, a.max_new_tokens)
         connect_ray()
         evaluate_benchmark(
             benchmark,

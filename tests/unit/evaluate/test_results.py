@@ -150,14 +150,14 @@ def test_an_evaluations_folder_changes_with_what_decides_its_answers(pope, tmp_p
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    before = evaluation_folder(tmp_path, pope, model, 7)
-    assert before == evaluation_folder(tmp_path, pope, model, 7, 128)
+    weights = model_digest(model)
+    before = evaluation_folder(tmp_path, pope, weights, 7)
+    assert before == evaluation_folder(tmp_path, pope, weights, 7, 128)
     assert before.name.startswith("pope-")
-    assert evaluation_folder(tmp_path, pope, model, 8) != before != evaluation_folder(tmp_path, pope, model, 7, 16)
-    digest = model_digest(model)
+    assert evaluation_folder(tmp_path, pope, weights, 8) != before != evaluation_folder(tmp_path, pope, weights, 7, 16)
     (model / "model.safetensors").write_bytes(b"weights")
-    assert model_digest(model) != digest
-    assert evaluation_folder(tmp_path, pope, model, 7) != before
+    assert model_digest(model) != weights
+    assert evaluation_folder(tmp_path, pope, model_digest(model), 7) != before
 
 
 def test_a_prepared_data_set_gives_its_questions_back(tmp_path):

@@ -35,7 +35,9 @@ class OwnData(Benchmark):
         return Score(float(normalise(prediction) == normalise(item.answer)))
 
     def from_sources(self, sources: list[SourceConfig]) -> list[Item]:
-        """The questions of some sources; images that are known not to be there go to `missing`.
+        """The questions of some sources, listed once: `listed` has them by image for whoever needs them again.
+
+        Images that are known not to be there go to `missing`.
 
         Raises:
             WorkflowError: a record cannot be asked.
@@ -48,6 +50,7 @@ class OwnData(Benchmark):
         except (ValueError, OSError) as error:
             raise WorkflowError(str(error)) from error
         self.missing |= _not_there(sources, images)
+        self.listed = images
         return [
             Item(key, question, question, [answer], answer, kind, image.location, image.source)
             for image in images
