@@ -256,9 +256,12 @@ def test_benchmarks_of_a_recipe_are_scored_and_logged_beside_the_test_sources(mo
     assert files >= {"samples.png", "scores.json", "report.html", "evaluation"}
     capsys.readouterr()
     read, listed = [], []
-    monkeypatch.setattr(
-        run, "open", lambda file, *rest: read.append(Path(file).name) or open(file, *rest), raising=False
-    )
+
+    def counting(file, mode):
+        read.append(Path(file).name)
+        return Path(file).open(mode)
+
+    monkeypatch.setattr(evaluation, "open", counting, raising=False)
     monkeypatch.setattr(own_data, "load_questions", lambda sources: listed.append(1) or load_questions(sources))
     again = evaluate_recipe(content, root, model, Console(), tracker)
     assert again.result == result
