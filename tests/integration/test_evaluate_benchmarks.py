@@ -12,6 +12,7 @@ from tests.helpers.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import main
 from workflows.console import Console
+from workflows.evaluate import run as evaluation
 from workflows.evaluate.benchmarks import Benchmark, open_benchmark, own_data
 from workflows.evaluate.collect import Workers
 from workflows.evaluate.questions import load_questions
