@@ -391,15 +391,7 @@ def _hashes(tag: str) -> str:
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
-POLICY = "; ".join(
-    [
-        "default-src 'none'",
-        f"script-src {_hashes('script')}",
-        f"style-src {_hashes('style')}",
-        "connect-src 'self'",
-        "img-src data: blob:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
+POLICY = (
+    f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; connect-src 'self'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )

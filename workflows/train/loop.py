@@ -16,11 +16,10 @@ from workflows.train import restore
 from workflows.train.checkpoint import CheckpointStore
 from workflows.train.export import export_model
 from workflows.train.job import StageError, StageJob
-from workflows.train.meter import LossWatch, Meter, grad_norm
 from workflows.train.optim import start_engine
 from workflows.train.saver import Saver
 from workflows.train.stage import describe, freeze, total_steps
-from workflows.train.step import batch_maker, seed_step, take_step
+from workflows.train.step import LossWatch, Meter, batch_maker, grad_norm, seed_step, take_step
 from workflows.train.validation import Samples, ValidationLoss
 
 

@@ -22,8 +22,7 @@ from workflows.recipe.schema import Recipe
 from workflows.recipe.train import StageRecipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
-from workflows.train.entry import run_job
-from workflows.train.events import EventLog, Failures, OnEvent, Pump
+from workflows.train.entry import EventLog, Failures, OnEvent, Pump, run_job
 from workflows.train.job import MARK, StageJob
 
 

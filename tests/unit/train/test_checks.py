@@ -9,7 +9,7 @@ from workflows.preflight import check_fit, check_stages
 from workflows.recipe.load import load_recipe
 from workflows.recipe.schema import Recipe
 from workflows.storage.layout import run_name
-from workflows.train.meter import LossWatch
+from workflows.train.step import LossWatch
 from workflows.train.trainer import stage_digest
 
 DIGESTS = {"connector": "a", "full": "b"}

@@ -11,7 +11,7 @@ __all__ = ["NAMES", "Benchmark", "Item", "benchmark_class", "open_benchmark"]
 _CLASSES = {
     "vqav2": ("vqav2", "VQAv2"),
     "gqa": ("gqa", "GQA"),
-    "vizwiz": ("vizwiz", "VizWiz"),
+    "vizwiz": ("vqav2", "VizWiz"),
     "textvqa": ("textvqa", "TextVQA"),
     "pope": ("pope", "POPE"),
     "vsr": ("vsr", "VSR"),
