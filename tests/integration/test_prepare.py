@@ -252,7 +252,7 @@ def test_a_killed_run_redoes_only_what_is_missing(prepared, corpus, tmp_path):
 
     events = []  # killed while packing: all tokens and the first shards are there
     with pytest.raises(Killed):
-        prepare(config(corpus), out, TOKENS_PER_IMAGE, SEED, lambda e: (events.append(e), kill_at("pack", 15)(e)))
+        prepare(config(corpus), out, TOKENS_PER_IMAGE, SEED, lambda e: (events.append(e), kill_at("pack", 12)(e)))
     assert last_skips(events)["tokenize"] == TRAIN + VALIDATION
     assert last_skips(events)["pack"] >= 10
     assert {path: path.stat().st_mtime_ns for path in tokens.iterdir()} == kept

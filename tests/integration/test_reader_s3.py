@@ -1,5 +1,6 @@
 """Training data streamed from an object store: the rows of the local set, in bounded memory, a request a row."""
 
+import io
 import itertools
 import logging
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from PIL import Image
 from pyarrow import fs
 
 from pipelines import packed, storage
@@ -24,8 +26,8 @@ ALLOWANCE = 3 << 20  # bytes; the set has three times as many
 def large_image(i: int) -> bytes:
     """Noise, which PNG does not compress: 60 kilobytes."""
     pixels = np.random.default_rng(i).integers(0, 256, (140, 140, 3), dtype=np.uint8)
-    buffer = packed_set.io.BytesIO()
-    packed_set.Image.fromarray(pixels).save(buffer, "PNG")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -33,7 +35,7 @@ def large_image(i: int) -> bytes:
 def local(tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("set")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_set, "image", large_image)
+        patch.setattr(packed_set, "image_of", large_image)
         write_packed_set(out, {"train": 165})
     return str(out)
 

@@ -69,7 +69,7 @@ def test_lineage_leads_from_the_alias_to_run_and_shards(made, version, capsys):
     promote(tracker.client, "tiny", version)
     found = lineage(tracker.client, "tiny@champion")
     (data,) = found["data"]
-    manifest = json.loads((layout.data["full"] / "manifest.json").read_text())
+    manifest = json.loads((layout.data["full"].local / "manifest.json").read_text())
     assert (data["digest"], data["state"]) == (manifest["digest"], "there")
     assert (data["rows"], data["tokens"]) == (
         manifest["splits"]["train"]["rows"],
@@ -86,7 +86,7 @@ def test_lineage_leads_from_the_alias_to_run_and_shards(made, version, capsys):
 
 def test_lineage_says_when_the_shards_have_changed_or_gone(made, version):
     *_, layout, tracker, _ = made
-    file = layout.data["full"] / "manifest.json"
+    file = layout.data["full"].local / "manifest.json"
     whole = file.read_text()
     try:
         content = json.loads(whole)
