@@ -112,6 +112,8 @@ def test_two_answers_to_one_item_are_an_error_and_a_second_try_is_not(tmp_path):
     (parts / "2.jsonl").write_text(line(text="yes") + "\n")
     assert read_parts(tmp_path) == {("seeing", "a", 0, "x"): {"text": "yes"}}
     (parts / "3.jsonl").write_text(line(text="yes") + "\n")
+    assert read_parts(tmp_path) == {("seeing", "a", 0, "x"): {"text": "yes"}}
+    (parts / "4.jsonl").write_text(line(text="no") + "\n")
     with pytest.raises(WorkflowError, match=r"1 items \(a\) were answered twice"):
         read_parts(tmp_path)
 
