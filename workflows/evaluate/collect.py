@@ -138,8 +138,8 @@ def read_parts(folder: Path) -> dict[tuple, dict]:
             found[key] = before if "text" in before else reply
     if twice:
         raise WorkflowError(
-            f"{ids_text(twice, 'items')} were answered twice, and differently: two evaluations ran into {folder} at the "
-            "same time; delete it and run one"
+            f"{ids_text(twice, 'items')} were answered twice, and differently: two evaluations ran into {folder} at "
+            "the same time; delete it and run one"
         )
     return found
 
