@@ -36,9 +36,8 @@ from workflows.runtime import connect_ray, stop_on_sigterm
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout, adopt_earlier, data_folder, earlier_data_folder, layout_of
 from workflows.storage.lock import lock
-from workflows.storage.mirror import mirrored
 from workflows.tracking.journal import FILES as JOURNAL_FILES
-from workflows.tracking.journal import short_reason
+from workflows.tracking.journal import mirrored, short_reason
 from workflows.tracking.tracker import Tracker, check_registry
 from workflows.train.initial import build_initial, built, image_tokens
 from workflows.train.stage import total_steps

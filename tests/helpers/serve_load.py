@@ -9,7 +9,7 @@ import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
 
-from workflows.serve.client import ServiceError, ask_again, request
+from tests.helpers.serve_client import ServiceError, ask_again, request
 
 PATH = "/v1/chat/completions"
 

@@ -15,7 +15,8 @@ from mlmamba.loading import load_model
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from workflows.registry import ResolvedModel
 from workflows.serve.engine import Engine
-from workflows.serve.http import Served, Service, build_app
+from workflows.serve.http import build_app
+from workflows.serve.service import Served, Service
 from workflows.train.initial import save
 
 
@@ -39,10 +40,12 @@ def resolved(version: str) -> ResolvedModel:
 
 
 @contextmanager
-def running(service: Service):
-    """URL of the application, under uvicorn."""
+def running(service: Service, root_path: str = ""):
+    """URL of the application, under uvicorn. With a root path it is asked for below it, as Ray Serve's route_prefix."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="critical", ws="none"))
+        server = uvicorn.Server(
+            uvicorn.Config(build_app(service), log_level="critical", ws="none", root_path=root_path)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -16,8 +16,9 @@ from workflows.evaluate import run as evaluation
 from workflows.evaluate.benchmarks import Benchmark, open_benchmark, own_data
 from workflows.evaluate.collect import Workers
 from workflows.evaluate.questions import load_questions
-from workflows.evaluate.results import Answered, Incomplete, read_answers
+from workflows.evaluate.results import Answered, read_answers
 from workflows.evaluate.run import evaluate_benchmark, evaluate_recipe, finish, log_to_version
+from workflows.evaluate.scoring import Incomplete
 from workflows.recipe.schema import Recipe
 from workflows.tracking.tracker import Tracker, connect
 

@@ -22,10 +22,10 @@ from mlmamba.images import open_image
 from mlmamba.loading import load_model
 from tests.helpers.images import encoded
 from tests.helpers.processes import free_port
+from tests.helpers.serve_client import ask, data_uri, request
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry import pyfunc
-from workflows.serve.client import ask, data_uri, request
 from workflows.serve.start import check_port, serve_model
 from workflows.tracking.tracker import connect
 from workflows.train.initial import save

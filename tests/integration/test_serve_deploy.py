@@ -15,10 +15,10 @@ import yaml
 from ray import serve
 
 from tests.helpers.processes import free_port
+from tests.helpers.serve_client import ServiceError, request
 from tests.helpers.serve_load import Clients, post, wait_until_all_serve
 from tests.helpers.swap_models import answer_of, register_models, write_model
 from workflows.registry import promote
-from workflows.serve.client import ServiceError, request
 from workflows.tracking.tracker import connect
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ from tests.benchmarks.drills.serve_hostile import attack, failures
 from tests.helpers.hostile import post, question, send
 from tests.helpers.images import encoded
 from tests.helpers.processes import wait_for
+from tests.helpers.serve_client import data_uri
 from tests.helpers.serving import load_tiny, raw, running, serve
-from workflows.serve.client import data_uri
 from workflows.serve.options import Limits
 
 LIMITS = Limits(

@@ -16,8 +16,8 @@ from ray import serve
 
 from tests.helpers.images import encoded
 from tests.helpers.processes import free_port, wait_for
+from tests.helpers.serve_client import ask
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
-from workflows.serve.client import ask
 from workflows.serve.deployment import ServeOptions, application
 from workflows.serve.options import Limits
 from workflows.train.initial import save

@@ -12,12 +12,12 @@ import torch
 from mlmamba.conversation import Turn
 from tests.helpers.images import encoded
 from tests.helpers.processes import wait_for
+from tests.helpers.serve_client import ask, data_uri
 from tests.helpers.serving import load_tiny, raw, resolved, running, serve
 from workflows.serve.auth import Access
-from workflows.serve.client import ask, data_uri
 from workflows.serve.engine import Engine
-from workflows.serve.http import Served
 from workflows.serve.options import Limits
+from workflows.serve.service import Served
 
 LIMITS = Limits(max_batch=4, max_waiting=20, max_tokens=100_000, default_tokens=12, prefill_tokens=32)
 HELLO = [{"role": "user", "content": "hello"}]

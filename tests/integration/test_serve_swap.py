@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.helpers.processes import free_port
+from tests.helpers.serve_client import request
 from tests.helpers.swap_models import QUESTION, TOKENS, answer_of, register_models, write_model, write_spoiled
 from workflows.registry import promote, rollback
-from workflows.serve.client import request
 from workflows.serve.start import serve_model
 from workflows.serve.swap import SwapOptions
 from workflows.tracking.tracker import connect

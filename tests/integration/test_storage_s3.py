@@ -18,12 +18,13 @@ from tests.helpers.s3 import running_s3
 from workflows.cli import main
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry.models import resolve_model
-from workflows.storage import claims, mirror
+from workflows.storage import claims
 from workflows.storage.claims import Holder
 from workflows.storage.folder import WHOLE, Folder
 from workflows.storage.layout import open_storage
 from workflows.storage.lock import lock
-from workflows.storage.mirror import mirrored
+from workflows.tracking import journal
+from workflows.tracking.journal import mirrored
 from workflows.train.checkpoint import Checkpoint, CheckpointStore
 
 HOLD = """
@@ -246,7 +247,7 @@ def test_a_holder_that_was_taken_over_stops(uri, quick):
 
 
 def test_a_journal_goes_to_the_store_while_it_grows_and_comes_back(uri, tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror, "SECONDS", 0.1)
+    monkeypatch.setattr(journal, "_UPLOAD_SECONDS", 0.1)
     run = open_storage(uri) / "runs" / "x"
     run.local.mkdir(parents=True)
     here = run.local / "log"

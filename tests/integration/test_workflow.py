@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from mlmamba.loading import load_model
 from tests.helpers.processes import free_port
+from tests.helpers.serve_client import ask
 from tests.helpers.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
-from workflows.serve.client import ask
 from workflows.serve.start import serve_model
 
 

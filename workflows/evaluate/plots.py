@@ -1,4 +1,4 @@
-"""The report's figures, each as the bytes of a PNG.
+"""Figures of an evaluation, each as the bytes of a PNG: the report's, and the sheet to look at before the numbers.
 
 Colours are told apart by colour-blind readers (Okabe and Ito 2008) and by shape. Answers are anybody's text: nothing in
 them is read as mathematics, and control characters are shown as boxes.
@@ -13,8 +13,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from mlmamba.conversation import clean
+from mlmamba.images import open_image
+from pipelines.sources import open_source
+from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.calibration import Calibration
+from workflows.evaluate.questions import Image, sample_images
 from workflows.evaluate.statistics import Interval
+from workflows.recipe.schema import Recipe
 
 MODEL, BLIND, MAJORITY, INK, GRID = "#0072B2", "#D55E00", "#8a8f98", "#1c1c1c", "#dfe2e6"
 _WIDTH, _DPI = 7.2, 150
@@ -135,4 +141,44 @@ def _png(figure: Figure, *axes) -> bytes:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a script without a font is drawn as boxes
         figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+def draw_sheet(
+    recipe: Recipe, images: list[Image], predictions: dict[str, str], columns: int = 4, rows: int = 3
+) -> bytes:
+    """A seeded sample of test images, each with up to four questions; wrong answers in red.
+
+    Args:
+        images: the recipe's test sources, as `load_questions` lists them.
+        predictions: prediction by question id.
+    """
+    chosen = sample_images(recipe, images, columns * rows)
+    sources = [open_source(config) for config in recipe.data.test]
+    figure = Figure(figsize=(3.6 * columns, 3.9 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image in zip(axes.flat, chosen, strict=False):
+        axis.imshow(open_image(sources[image.source].read_image(image.location)))
+        axis.set_title(image.record_id, fontsize=8, color="0.4")
+        for line, (question, answer, key) in enumerate(
+            list(zip(image.questions, image.answers, image.ids, strict=True))[:4]
+        ):
+            said = predictions[key]
+            right = normalise(said) == normalise(answer)
+            verdict = said if right else f"{said or '(nothing)'}  (right: {answer})"
+            axis.text(
+                0.0,
+                -0.06 - 0.085 * line,
+                f"{clean(question)} {verdict}",
+                transform=axis.transAxes,
+                fontsize=7.5,
+                va="top",
+                color="black" if right else "crimson",
+            )
+    figure.suptitle(f"{recipe.name}: sample test images, questions and answers (red: wrong)", fontsize=11)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.93, bottom=0.09, hspace=0.55, wspace=0.12)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()

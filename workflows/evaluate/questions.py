@@ -1,17 +1,22 @@
 """Test questions from the recipe's sources: every question of a conversation stands alone, as a user would ask it."""
 
 import json
+import random
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 from pydantic import TypeAdapter
 
+from mlmamba.conversation import clean
 from pipelines.config import SourceConfig
 from pipelines.packed import PackedDataset
 from pipelines.sources import open_source
 from pipelines.sources.images import open_images
+from pipelines.storage import write_atomic
+from workflows.recipe.schema import Recipe
 
 _SHOWN = 5  # records in an error
 
@@ -124,3 +129,22 @@ def _open(text: str) -> Store:
     if kind == "shards":
         return ShardStore(description["uri"], description["split"])
     raise ValueError(f"there is no kind of image store {kind!r}; expected folder, source or shards")
+
+
+def sample_images(recipe: Recipe, images: list[Image], count: int) -> list[Image]:
+    """Choose some of the images by the recipe's seed."""
+    shown = [image for image in images if image.location is not None]
+    return random.Random(recipe.seed).sample(shown, min(count, len(shown)))
+
+
+def save_example(recipe: Recipe, images: list[Image], folder: Path) -> dict[str, str]:
+    """Put one test image into a folder, for a person to ask about. Returns its `image` path and a `question`.
+
+    Args:
+        images: the recipe's test sources, as `load_questions` lists them.
+    """
+    image = sample_images(recipe, images, 1)[0]
+    data = open_source(recipe.data.test[image.source]).read_image(image.location)
+    file = folder / f"example{Path(image.location).suffix}"
+    write_atomic(file, data)
+    return {"image": str(file), "question": clean(image.questions[0])}

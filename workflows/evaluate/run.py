@@ -28,18 +28,11 @@ from workflows.evaluate.benchmarks.base import Benchmark
 from workflows.evaluate.benchmarks.own_data import TestSources
 from workflows.evaluate.collect import BLIND, SEEING, Workers, bad_prompts, blind_images, collect
 from workflows.evaluate.intervals import find_intervals
+from workflows.evaluate.plots import draw_sheet
+from workflows.evaluate.questions import save_example
 from workflows.evaluate.report import write_report
-from workflows.evaluate.results import (
-    SCORES,
-    Incomplete,
-    missing_items,
-    read_answers,
-    read_scores,
-    row_of,
-    write_result,
-    write_scores,
-)
-from workflows.evaluate.sheet import draw_sheet, save_example
+from workflows.evaluate.results import SCORES, read_answers, read_image, read_scores, write_scores
+from workflows.evaluate.scoring import Incomplete, missing_items, row_of, write_result
 from workflows.recipe.schema import Recipe
 from workflows.registry.register import Example
 from workflows.tracking.tracker import Tracker
@@ -47,10 +40,65 @@ from workflows.tracking.tracker import Tracker
 OnProgress = Callable[[int, int], None]
 
 
-def evaluate(recipe: Recipe, model: Path, out: Path, on_progress: OnProgress = lambda done, total: None) -> dict:
-    """Score a model on the recipe's test sources. The rest as `evaluate_benchmark`."""
-    benchmark = TestSources(recipe)
-    return evaluate_benchmark(benchmark, model, out, workers_of(recipe), recipe.seed, on_progress=on_progress)
+@dataclass(frozen=True)
+class Evaluated:
+    """What a recipe's evaluation leaves for the steps after it, so that none lists records or reads weights again."""
+
+    result: dict
+    """scores.json of the test sources. Its `scores` hold also the ends of their intervals ("overall/low", ...) and the
+    benchmarks' scores ("pope/overall", "pope/overall/low", ...), so that the gate can use any of them."""
+    example: Example | None
+    """An answered question, which serving asks a new version."""
+    shown: dict[str, str]
+    """An `image` file and a `question` for a person to try."""
+
+
+def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, tracker: Tracker) -> Evaluated:
+    """Score a trained model on `data.test` and on `evaluate.benchmarks`, and log it all to the run.
+
+    The test records are listed once, and the model's files are read once to name the evaluations.
+
+    Args:
+        root: folder that the evaluations' folders lie in, and samples.png.
+
+    Raises:
+        Incomplete, UsageError, WorkflowError: as `open_benchmark` and `evaluate_benchmark`.
+    """
+    test = TestSources(recipe)
+    sets: list[Benchmark] = [test, *(open_benchmark(**asked.model_dump()) for asked in recipe.evaluate.benchmarks)]
+    weights = model_digest(model)
+    folders = [evaluation_folder(root, one, weights, recipe.seed) for one in sets]
+    if all((out / SCORES).exists() for out in folders):
+        console.note("done before, skipped")
+    results = []
+    for one, out in zip(sets, folders, strict=True):
+        if len(sets) > 1:
+            console.note(f"{one.title}: {len(one.items):,} items")
+        evaluate_benchmark(
+            one,
+            model,
+            out,
+            workers_of(recipe),
+            recipe.seed,
+            label=recipe.name,
+            on_progress=lambda done, total: console.progress(f"{done}/{total} batches", last=done == total),
+        )
+        results.append(finish(out, {"recipe": recipe.name, "data digest": one.digest, "MLflow run": tracker.run_id}))
+        if not (out / "logged").exists():
+            if one is test:
+                _log_test(recipe, test, root, out, results[0], tracker)
+            else:
+                log_evaluation(tracker.client, tracker.run_id, one.title, out, results[-1])
+            write_atomic(out / "logged", tracker.run_id)
+    scores = results[0]["scores"] | results[0]["intervals"]
+    for one, result in zip(sets[1:], results[1:], strict=True):
+        own = result["scores"] | result["intervals"]
+        scores |= {f"{one.title}/{name}": value for name, value in own.items()}
+    return Evaluated(
+        results[0] | {"scores": scores},
+        _choose_example(folders[0], recipe.evaluate.max_new_tokens),
+        save_example(recipe, test.listed, root),
+    )
 
 
 def workers_of(recipe: Recipe) -> Workers:
@@ -122,70 +170,9 @@ def _check_choices(processor: MLMambaProcessor, benchmark: Benchmark) -> None:
         raise WorkflowError(f"{benchmark.name}: {error}") from error
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """What a recipe's evaluation leaves for the steps after it, so that none lists records or reads weights again."""
-
-    result: dict
-    """scores.json of the test sources. Its `scores` hold also the ends of their intervals ("overall/low", ...) and the
-    benchmarks' scores ("pope/overall", "pope/overall/low", ...), so that the gate can use any of them."""
-    example: Example | None
-    """An answered question, which serving asks a new version."""
-    shown: dict[str, str]
-    """An `image` file and a `question` for a person to try."""
-
-
-def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, tracker: Tracker) -> Evaluated:
-    """Score a trained model on `data.test` and on `evaluate.benchmarks`, and log it all to the run.
-
-    The test records are listed once, and the model's files are read once to name the evaluations.
-
-    Args:
-        root: folder that the evaluations' folders lie in, and samples.png.
-
-    Raises:
-        Incomplete, UsageError, WorkflowError: as `open_benchmark` and `evaluate_benchmark`.
-    """
-    test = TestSources(recipe)
-    sets: list[Benchmark] = [test, *(open_benchmark(**asked.model_dump()) for asked in recipe.evaluate.benchmarks)]
-    weights = model_digest(model)
-    folders = [evaluation_folder(root, one, weights, recipe.seed) for one in sets]
-    if all((out / SCORES).exists() for out in folders):
-        console.note("done before, skipped")
-    results = []
-    for one, out in zip(sets, folders, strict=True):
-        if len(sets) > 1:
-            console.note(f"{one.title}: {len(one.items):,} items")
-        evaluate_benchmark(
-            one,
-            model,
-            out,
-            workers_of(recipe),
-            recipe.seed,
-            label=recipe.name,
-            on_progress=lambda done, total: console.progress(f"{done}/{total} batches", last=done == total),
-        )
-        results.append(finish(out, {"recipe": recipe.name, "data digest": one.digest, "MLflow run": tracker.run_id}))
-        if not (out / "logged").exists():
-            if one is test:
-                _log_test(recipe, test, root, out, results[0], tracker)
-            else:
-                log_evaluation(tracker.client, tracker.run_id, one.title, out, results[-1])
-            write_atomic(out / "logged", tracker.run_id)
-    scores = results[0]["scores"] | results[0]["intervals"]
-    for one, result in zip(sets[1:], results[1:], strict=True):
-        own = result["scores"] | result["intervals"]
-        scores |= {f"{one.title}/{name}": value for name, value in own.items()}
-    return Evaluated(
-        results[0] | {"scores": scores},
-        choose_example(folders[0], recipe.evaluate.max_new_tokens),
-        save_example(recipe, test.listed, root),
-    )
-
-
 def _log_test(recipe: Recipe, test: TestSources, root: Path, out: Path, result: dict, tracker: Tracker) -> None:
     sheet = root / "samples.png"
-    draw_sheet(recipe, test.listed, {row.id: row.prediction for row in read_answers(out)}, sheet)
+    write_atomic(sheet, draw_sheet(recipe, test.listed, {row.id: row.prediction for row in read_answers(out)}))
     for file in (sheet, out / SCORES, *sorted((out / REPORT).glob("*.html")), *sorted((out / REPORT).glob("*.png"))):
         tracker.log_file(file)
     named = {
@@ -291,15 +278,13 @@ def log_to_version(client: MlflowClient, name: str, version: str, benchmark: str
         client.set_model_version_tag(name, version, _KEPT, json.dumps(known))
 
 
-def choose_example(evaluation: Path, max_tokens: int) -> Example | None:
+def _choose_example(evaluation: Path, max_tokens: int) -> Example | None:
     """The first item of a finished evaluation that has an image which can be read and an answer; None without any.
 
     Args:
         evaluation: its folder.
         max_tokens: longest answer that it allowed.
     """
-    from workflows.evaluate.results import read_answers, read_image, read_scores
-
     scores = read_scores(evaluation)
     for row in read_answers(evaluation):
         if not row.prediction:

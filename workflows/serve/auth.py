@@ -4,6 +4,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -25,6 +26,10 @@ class Access(StrictModel):
     image_urls: tuple[str, ...] = ()
     """Addresses from which images may be fetched, such as https://images.example.com/shared/* (the host may begin
     with `*.`, the path may hold `*`). None by default. Private, loopback and link-local addresses never are."""
+    hosts: tuple[str, ...] = ()
+    """Names under which the service may be asked for (the Host header, without its port); any by default. `mlmamba
+    serve` sets it to this machine's own names where no API keys are needed, so that no web page reaches the service
+    through a name of its own."""
     log_requests: bool = True
     """Write one line of JSON for each request, without what was asked or answered."""
     playground: bool = Field(True)
@@ -62,22 +67,53 @@ class Access(StrictModel):
         return keys
 
 
-class Keys:
-    """The accepted API keys. Without any, every request is accepted.
+OPEN = ("/", "/healthz", "/readyz", "/openapi.json", "/webhooks/mlflow")
+"""Paths that need no API key: what tells nothing, and the webhook, which is signed. Every other path needs one."""
 
-    Only digests are kept, and a key is compared with all of them in constant time.
+
+class Gate:
+    """Who may ask.
+
+    Without keys everyone who reaches the service may. A web page must not, in the name of whoever looks at it: a
+    request of another site's page is refused, as is a body that a page can send without asking first (anything but
+    JSON). Of keys only digests are kept, and a given one is compared with all of them in constant time.
     """
 
-    def __init__(self, keys: Iterable[str] = ()):
+    def __init__(self, keys: Iterable[str] = (), hosts: Iterable[str] = ()):
         self._digests = [_digest(key.encode()) for key in keys]
+        self._hosts = frozenset(host.lower() for host in hosts)
 
-    def __bool__(self) -> bool:
+    @property
+    def has_keys(self) -> bool:
+        """Whether API keys are asked for."""
         return bool(self._digests)
 
-    def check(self, authorization: bytes | None) -> None:
-        """Accept the value of an Authorization header, or raise ApiError (401)."""
-        if not self._digests:
-            return
+    def check(self, scope: dict, path: str) -> str:
+        """Accept a request and name its client: by its key, or by its address where it needs none.
+
+        Args:
+            scope: the ASGI scope.
+            path: as the routes see it, without the prefix of a mounted application.
+
+        Raises:
+            ApiError: 401, 403, 415 or 421.
+        """
+        headers = dict(scope["headers"])
+        address = (scope.get("client") or ("unknown",))[0]
+        self._check_host(headers)
+        if path in OPEN:
+            return address
+        if self._digests:
+            return self._check_key(headers.get(b"authorization"))
+        _check_page(scope["method"], headers)
+        return address
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        if self._hosts and _host(headers.get(b"host", b"")) not in self._hosts:
+            message = "this service is not asked for under that name; use " + " or ".join(sorted(self._hosts))
+            raise ApiError(421, message, code="wrong_host")
+
+    def _check_key(self, authorization: bytes | None) -> str:
         if authorization is None:
             raise _unauthorized("this server needs an API key; send it as `Authorization: Bearer KEY`", "no_api_key")
         scheme, _, key = authorization.partition(b" ")
@@ -87,6 +123,28 @@ class Keys:
             found |= hmac.compare_digest(given, known)
         if scheme.lower() != b"bearer" or not found:
             raise _unauthorized("the API key is not one of this server's", "invalid_api_key")
+        return given.hex()
+
+
+def _check_page(method: str, headers: dict[bytes, bytes]) -> None:
+    """Refuse what a page of another site can send without the browser asking the service first."""
+    origin = headers.get(b"origin")
+    if (
+        origin is not None
+        and urlsplit(origin.decode("latin-1")).netloc.lower().encode() != headers.get(b"host", b"").lower()
+    ):
+        raise ApiError(403, "a service without API keys answers no page of another site", code="foreign_origin")
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if method == "POST" and kind != b"application/json":
+        raise ApiError(415, "send the header `Content-Type: application/json`", code="not_json")
+
+
+def _host(value: bytes) -> str:
+    """The name in a Host header, without the port."""
+    try:
+        return urlsplit(f"//{value.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _digest(key: bytes) -> bytes:

@@ -16,7 +16,7 @@ from workflows.serve.auth import Access
 from workflows.serve.options import Limits
 from workflows.serve.swap import SwapOptions
 
-_ALWAYS_ROOM = 32  # calls beyond batch and queue that reach the replica: health checks, and those that get a 429
+_ALWAYS_ROOM = 32  # calls beyond batch, queue and arriving bodies that reach the replica: health checks, and refusals
 
 
 class Autoscaling(StrictModel):
@@ -85,7 +85,7 @@ class ModelDeployment:
         from workflows.serve.service import Service
 
         self._service = Service(chosen.limits, chosen.access)
-        if chosen.require_keys and not self._service.keys:
+        if chosen.require_keys and not self._service.gate.has_keys:
             raise ValueError(
                 "no API keys where the replica runs: set MLMAMBA_API_KEYS there or give access.api_keys_file"
             )
@@ -119,7 +119,7 @@ def application(options: ServeOptions) -> Application:
     limits = options.limits
     settings = {
         # Ray Serve's own default of 5 would keep requests from the engine, which is the one to batch and refuse them.
-        "max_ongoing_requests": limits.max_batch + limits.max_waiting + _ALWAYS_ROOM,
+        "max_ongoing_requests": limits.max_batch + limits.max_waiting + limits.arriving + _ALWAYS_ROOM,
         "ray_actor_options": {"num_cpus": options.threads, "num_gpus": options.gpus},
         # A replica that is taken away may finish the answers that it began.
         "graceful_shutdown_timeout_s": limits.deadline_seconds,

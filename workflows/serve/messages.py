@@ -7,14 +7,14 @@ first user turn. Images stand before their turn's text, wherever among its parts
 import base64
 import binascii
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from PIL import Image
 
 from mlmamba.conversation import Turn
 from mlmamba.images import ImageError, open_image
 from pipelines.validate import FORMATS
-from workflows.serve.openai import Message, bad_request
+from workflows.serve.openai import ApiError, Message, bad_request
 from workflows.serve.options import Limits
 from workflows.serve.remote_images import Fetcher, FetchError
 
@@ -22,7 +22,11 @@ SYSTEM_ROLES = ("system", "developer")
 
 
 def read_messages(
-    messages: list[Message], limits: Limits, max_images: int, fetcher: Fetcher | None = None
+    messages: list[Message],
+    limits: Limits,
+    max_images: int,
+    fetcher: Fetcher | None = None,
+    gone: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Turn], Iterator[Image.Image]]:
     """Turns of a request, and its images, each decoded when it is asked for: together they could fill the memory.
 
@@ -31,6 +35,7 @@ def read_messages(
         limits: the image limits.
         max_images: as many as a prompt may show.
         fetcher: for images that are not sent along; None refuses them.
+        gone: whether the client has left; asked between two images.
 
     Raises:
         ApiError: 400; roles are out of order, a turn is empty, or (while the images are taken) an image cannot be
@@ -44,15 +49,37 @@ def read_messages(
             "messages",
             "too_many_images",
         )
-    return turns, _images(messages, limits, fetcher)
+    return turns, _images(messages, limits, fetcher, gone)
 
 
-def _images(messages: list[Message], limits: Limits, fetcher: Fetcher | None) -> Iterator[Image.Image]:
+def _images(
+    messages: list[Message], limits: Limits, fetcher: Fetcher | None, gone: Callable[[], bool]
+) -> Iterator[Image.Image]:
+    """All are read and their declared sizes looked at before the first is decoded, which takes time and memory."""
+    read: list[tuple[str, bytes]] = []
+    pixels = 0
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content):
             if part.image_url is not None and part.type == "image_url":
                 param = f"messages[{i}].content[{j}].image_url.url"
-                yield _decode(_data(part.image_url.url, limits, fetcher, param), limits, param)
+                _check_there(gone)
+                data = _data(part.image_url.url, limits, fetcher, param)
+                pixels += _declared_pixels(data, limits, param)
+                read.append((param, data))
+    if pixels > limits.request_pixels:
+        raise bad_request(
+            f"the images have {pixels:,} pixels together, over the limit of {limits.request_pixels:,}; send smaller",
+            "messages",
+            "images_too_large",
+        )
+    for param, data in read:
+        _check_there(gone)
+        yield _decode(data, limits, param)
+
+
+def _check_there(gone: Callable[[], bool]) -> None:
+    if gone():
+        raise ApiError(499, "the client has left")
 
 
 def _turns(messages: list[Message]) -> list[Turn]:
@@ -119,21 +146,26 @@ def _embedded(url: str, limits: Limits, param: str) -> bytes:
         raise bad_request(f"{param}: the data is not base64 ({error})", param, "invalid_base64") from error
 
 
+def _declared_pixels(data: bytes, limits: Limits, param: str) -> int:
+    """Pixels of an encoded image as its header declares them. Only the formats that training knows: Pillow reads many
+    more, some by running other programs."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise bad_request(f"{param}: the image has far too many pixels", param, "image_bomb") from error
+    except Exception as error:
+        formats = ", ".join(FORMATS)
+        message = f"{param}: not an image of a known format ({formats})"
+        raise bad_request(message, param, "image_unreadable") from error
+    if width * height > limits.image_pixels:
+        message = f"{param}: {width}x{height} pixels, over the limit of {limits.image_pixels:,}"
+        raise bad_request(message, param, "image_bomb")
+    return width * height
+
+
 def _decode(data: bytes, limits: Limits, param: str) -> Image.Image:
     try:
-        _check_format(data)
         return open_image(data, limits.image_pixels)
     except ImageError as error:
         raise bad_request(f"{param}: {error}", param, error.reason) from error
-
-
-def _check_format(data: bytes) -> None:
-    """Only the formats that training knows: Pillow reads many more, some by running other programs."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS):
-            pass
-    except Image.DecompressionBombError as error:
-        raise ImageError("image_bomb", "the image has far too many pixels") from error
-    except Exception as error:
-        formats = ", ".join(FORMATS)
-        raise ImageError("image_unreadable", f"not an image of a known format ({formats})") from error

@@ -1,8 +1,8 @@
-"""The request of POST /v1/chat/completions, the part of OpenAI's API that is served.
+"""OpenAI's chat completions, the part that is served: errors, the request, and the response.
 
 A field that would change the answer and is not served is an error when it asks for something and passes when it does
 not (`"tools": []`). Fields unknown to both are ignored, as clients send many. Types are never converted: "0.5" is
-not a number.
+not a number. A request's size is looked at before anything is built from it.
 """
 
 import time
@@ -11,11 +11,31 @@ import uuid
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from workflows.registry import ResolvedModel
+from workflows.serve.options import Limits
 from workflows.serve.sampling import Answer, Delta, TokenLogprob
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    """What is wrong and what to do about it."""
+    type: str
+    """OpenAI's name for the kind of error."""
+    param: str | None
+    """The field of the request that is meant, such as `messages[1].content`."""
+    code: str | None
+    """Short stable name of the error."""
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is an error."""
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):
@@ -54,7 +74,8 @@ class ApiError(Exception):
 
     def body(self) -> dict:
         """The response body."""
-        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+        detail = ErrorDetail(message=str(self), type=self.type, param=self.param, code=self.code)
+        return ErrorBody(error=detail).model_dump()
 
     def headers(self) -> dict[str, str]:
         """Headers beside it."""
@@ -70,6 +91,182 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 def without_message(error: BaseException) -> str:
     """An error for the log: its type and where it was raised. Its message could repeat what was asked."""
     return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
+
+
+LONGEST_STOP, MOST_LOGPROBS = 256, 20
+# field -> values that ask for nothing; None always does.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+}
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class ImageUrl(_Form):
+    """Where an image is: a data: URI, or an address where the server fetches images."""
+
+    url: str
+
+
+class Part(_Form):
+    """One part of a message: text or an image."""
+
+    type: str
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.type not in ("text", "image_url"):
+            text = f"parts of type {self.type!r} are not supported; send text and image_url parts"
+            raise PydanticCustomError("unsupported", "{text}", {"text": text})
+        if getattr(self, self.type) is None:
+            text = f"a part of type {self.type} needs the field {self.type}"
+            raise PydanticCustomError("missing", "{text}", {"text": text})
+        return self
+
+
+def _as_parts(content: Any) -> Any:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise PydanticCustomError("content_type", "content must be a string or a list of parts")
+    return content
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class Message(_Form):
+    """One message; text alone is one text part."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], FailFast(), BeforeValidator(_as_parts)]
+
+
+class StreamOptions(_Form):
+    """What a stream tells besides the answer."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(_Form):
+    """A chat completion request. Without a temperature the answer is greedy."""
+
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]] | None, BeforeValidator(_as_list)
+    ] = Field(None, max_length=4)
+    n: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether there is an image to read."""
+        return any(part.type == "image_url" for message in self.messages for part in message.content)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        for name, neutral in _UNSUPPORTED.items() if isinstance(data, dict) else ():
+            value = data.get(name)
+            if value is not None and not any(type(value) is type(v) and value == v for v in neutral):
+                text = f"{name} is not supported by this server; leave it out"
+                raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": name})
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        # 0 is what some clients send beside logprobs: false.
+        if self.top_logprobs and not self.logprobs:
+            text = "top_logprobs: set logprobs to true to get them"
+            raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": "top_logprobs"})
+        if self.stream_options is not None and not self.stream:
+            text = "stream_options: only for a request with stream set to true"
+            raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": "stream_options"})
+        return self
+
+
+def add_request_schema(document: dict[str, Any]) -> dict[str, Any]:
+    """Add the request's form to the components of an OpenAPI document, under its class's name; returns the document."""
+    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    document["components"]["schemas"] |= schema.pop("$defs") | {ChatRequest.__name__: schema}
+    return document
+
+
+def parse_request(body: bytes, limits: Limits | None = None) -> ChatRequest:
+    """A request from its body.
+
+    Raises:
+        ApiError: 400 naming the first field that is wrong, or the limit that it is over.
+    """
+    limits = limits or Limits()
+    most = limits.text_bytes + 16 * limits.messages  # commas of a request that is within its other limits
+    if body.count(b",") > most:
+        raise bad_request(
+            f"the body has more than {most:,} values; this server reads no such request", None, "too_long"
+        )
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+    else:
+        _check_lengths(request, limits)
+        return request
+    raise _explain(first)
+
+
+def _check_lengths(request: ChatRequest, limits: Limits) -> None:
+    for param, values in [
+        ("messages", request.messages),
+        *((f"messages[{i}].content", message.content) for i, message in enumerate(request.messages)),
+    ]:
+        if len(values) > limits.messages:
+            raise bad_request(
+                f"{param} has {len(values):,} entries, at most {limits.messages:,} are read", param, "too_long"
+            )
+    size = sum(len(part.text.encode("utf-8", "replace")) for m in request.messages for part in m.content if part.text)
+    if size > limits.text_bytes:
+        raise bad_request(
+            f"the messages have {size:,} bytes of text, over the limit of {limits.text_bytes:,}",
+            "messages",
+            "context_length_exceeded",
+        )
+
+
+def _explain(error: Any) -> ApiError:
+    if error["type"] == "json_invalid":
+        return bad_request(f"the body is not JSON: {error['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
+    param = error.get("ctx", {}).get("param") or _path(error["loc"])
+    message = error["msg"] if error["type"] == "unsupported" else f"{param or 'the body'}: {error['msg']}"
+    return bad_request(message, param, "unsupported" if error["type"] == "unsupported" else "invalid_value")
+
+
+def _path(location: tuple[int | str, ...]) -> str | None:
+    """("messages", 1, "content") -> messages[1].content"""
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    return path.removeprefix(".") or None
 
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI sends this
@@ -162,140 +359,3 @@ def usage(answers: list[Answer]) -> dict[str, int]:
 def _entry(data: bytes, logprob: float) -> dict[str, Any]:
     token = data.decode("utf-8", "replace")
     return {"token": token, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(data)}
-
-
-LONGEST_STOP, MOST_LOGPROBS = 256, 20
-# field -> values that ask for nothing; None always does.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "logit_bias": ({},),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-}
-
-
-class _Form(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class ImageUrl(_Form):
-    """Where an image is: a data: URI, or an address where the server fetches images."""
-
-    url: str
-
-
-class Part(_Form):
-    """One part of a message: text or an image."""
-
-    type: str
-    text: str | None = None
-    image_url: ImageUrl | None = None
-
-    @model_validator(mode="after")
-    def _whole(self):
-        if self.type not in ("text", "image_url"):
-            text = f"parts of type {self.type!r} are not supported; send text and image_url parts"
-            raise PydanticCustomError("unsupported", "{text}", {"text": text})
-        if getattr(self, self.type) is None:
-            text = f"a part of type {self.type} needs the field {self.type}"
-            raise PydanticCustomError("missing", "{text}", {"text": text})
-        return self
-
-
-def _as_parts(content: Any) -> Any:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise PydanticCustomError("content_type", "content must be a string or a list of parts")
-    return content
-
-
-def _as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
-class Message(_Form):
-    """One message; text alone is one text part."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_as_parts)]
-
-
-class StreamOptions(_Form):
-    """What a stream tells besides the answer."""
-
-    include_usage: bool | None = None
-
-
-class ChatRequest(_Form):
-    """A chat completion request. Without a temperature the answer is greedy."""
-
-    messages: list[Message] = Field(min_length=1)
-    model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]] | None, BeforeValidator(_as_list)
-    ] = Field(None, max_length=4)
-    n: int | None = Field(None, ge=1)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data: Any) -> Any:
-        for name, neutral in _UNSUPPORTED.items() if isinstance(data, dict) else ():
-            value = data.get(name)
-            if value is not None and not any(type(value) is type(v) and value == v for v in neutral):
-                text = f"{name} is not supported by this server; leave it out"
-                raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": name})
-        return data
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        # 0 is what some clients send beside logprobs: false.
-        if self.top_logprobs and not self.logprobs:
-            text = "top_logprobs: set logprobs to true to get them"
-            raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": "top_logprobs"})
-        if self.stream_options is not None and not self.stream:
-            text = "stream_options: only for a request with stream set to true"
-            raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": "stream_options"})
-        return self
-
-
-def parse_request(body: bytes) -> ChatRequest:
-    """A request from its body.
-
-    Raises:
-        ApiError: 400 naming the first field that is wrong.
-    """
-    try:
-        return ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-    raise _explain(first)
-
-
-def _explain(error: Any) -> ApiError:
-    if error["type"] == "json_invalid":
-        return bad_request(f"the body is not JSON: {error['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
-    param = error.get("ctx", {}).get("param") or _path(error["loc"])
-    message = error["msg"] if error["type"] == "unsupported" else f"{param or 'the body'}: {error['msg']}"
-    return bad_request(message, param, "unsupported" if error["type"] == "unsupported" else "invalid_value")
-
-
-def _path(location: tuple[int | str, ...]) -> str | None:
-    """("messages", 1, "content") -> messages[1].content"""
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
-    return path.removeprefix(".") or None

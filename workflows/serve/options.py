@@ -39,13 +39,21 @@ class Limits(StrictModel):
     """Largest request body (413)."""
     body_seconds: float = Field(60, gt=0)
     """Longest time that a request's body may take to arrive (408)."""
+    arriving: int = Field(64, gt=0)
+    """Bodies that may be on their way at once; where one more comes, the one that stands still is given up (408)."""
     held_bytes: int = Field(512 * 2**20, gt=0)
     """Bodies held at once, together; one more byte is told to come back later (429)."""
+    text_bytes: int = Field(256 * 2**10, gt=0)
+    """Longest text of a request, all its messages together, in UTF-8."""
+    messages: int = Field(1024, gt=0)
+    """Most messages of a request, and most parts of a message."""
     images: int = Field(16, gt=0)
     """Most images of one request, where its prompt has room for them."""
     image_bytes: int = Field(20 * 2**20, gt=0)
     """Largest encoded image."""
     image_pixels: int = Field(MAX_PIXELS, gt=0)
-    """Most pixels of a decoded image."""
+    """Most pixels of an image, as its file declares them."""
+    request_pixels: int = Field(2 * MAX_PIXELS, gt=0)
+    """Most pixels of a request's images together."""
     fetch_seconds: float = Field(10, gt=0)
     """Longest time to fetch one image from an allowed address."""

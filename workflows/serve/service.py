@@ -4,17 +4,19 @@ import asyncio
 import dataclasses
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from workflows.registry import ResolvedModel
-from workflows.serve.auth import Access, Keys
+from workflows.serve.auth import Access, Gate
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
+from workflows.serve.intake import Readers
 from workflows.serve.messages import read_messages
 from workflows.serve.metrics import default_metrics
 from workflows.serve.openai import (
@@ -34,7 +36,8 @@ from workflows.serve.sequence import DeadlineExceeded
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 15  # proxies cut connections that are silent, as while a request waits for its slot
-READERS = 2  # requests whose images are decoded at once; each may take image_pixels x 3 bytes
+IMAGE_READERS = 2  # requests whose images are decoded at once; each may take image_pixels x 3 bytes
+_SMALL = 2**20  # bytes of a body that is read at once, with the texts
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ class Served:
         """Whether a request for a model of this name means this one."""
         return name in (None, self.id, self.source.label)
 
-    def read(self, messages: list[Message], fetcher: Fetcher) -> Prompt:
-        """Messages to a prompt. Raises ApiError."""
-        turns, images = read_messages(messages, self.engine.limits, self.engine.max_images, fetcher)
+    def read(self, messages: list[Message], fetcher: Fetcher, gone: threading.Event) -> Prompt:
+        """Messages to a prompt; nothing more is read once `gone` is set. Raises ApiError."""
+        turns, images = read_messages(messages, self.engine.limits, self.engine.max_images, fetcher, gone.is_set)
         try:
             return self.engine.prepare(turns, images)
         except ControlText as error:
@@ -83,12 +86,12 @@ class Service:
 
     def __init__(self, limits: Limits, access: Access | None = None):
         self.limits, self.access = limits, access or Access()
-        self.keys = Keys(self.access.keys(dict(os.environ)))
+        self.gate = Gate(self.access.keys(dict(os.environ)), self.access.hosts)
         self.metrics = default_metrics()
         self.fetcher = Fetcher(self.access.image_urls, limits.image_bytes, limits.fetch_seconds)
         self.since = int(time.time())
         self._served: Served | None = None
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        self._text_readers, self._image_readers = Readers(1, "reader"), Readers(IMAGE_READERS, "image-reader")
 
     @property
     def served(self) -> Served | None:
@@ -115,18 +118,28 @@ class Service:
             raise ApiError(503, "the model is still being loaded; try again", code="model_loading", retry_after=5)
         return self._served
 
-    async def begin(self, body: bytes) -> "Conversation":
-        """Read the body of a chat completion request and queue it. Raises ApiError."""
+    async def begin(self, body: bytes, client: str = "") -> "Conversation":
+        """Read the body of a chat completion request and queue it. Text does not wait for images. Raises ApiError.
+
+        Args:
+            body: as sent.
+            client: who asks; clients have their turns one after the other.
+        """
         self.loaded()
-        loop = asyncio.get_running_loop()
-        request = await loop.run_in_executor(self._readers, parse_request, body)
+        readers = self._text_readers if len(body) <= _SMALL else self._image_readers
+        request = await readers.run(client, parse_request, body, self.limits)
+        readers = self._image_readers if request.shows_images else self._text_readers
         while True:
             served = self.loaded()
             if not served.is_called(request.model):
                 message = f"the model that was asked for is not served here; ask for {served.id!r}"
                 raise ApiError(404, message, "model", "model_not_found")
             settings = read_settings(request, self.limits)
-            prompt = await loop.run_in_executor(self._readers, served.read, request.messages, self.fetcher)
+            gone = threading.Event()
+            try:
+                prompt = await readers.run(client, served.read, request.messages, self.fetcher, gone)
+            finally:
+                gone.set()
             try:
                 return Conversation(served, request, prompt, settings)
             except EngineClosed as error:

@@ -90,8 +90,9 @@ def serve_model(
     """
     check_port(host, port)
     access = access or Access()
-    need_keys = not no_api_keys and not _only_here(host)
-    check_keys(host, access, need_keys)
+    need_keys = check_keys(host, access, not no_api_keys and not _only_here(host))
+    if _only_here(host) and not need_keys and not access.hosts:
+        access = access.model_copy(update={"hosts": tuple({"localhost", "127.0.0.1", "::1", host})})
     source = resolve_model(reference, storage)
     reference = reference if reference.startswith(PREFIX) else str(source.folder.absolute())
     _say(f"loading {source.label} ...")
@@ -148,8 +149,13 @@ def check_port(host: str, port: int) -> None:
         raise UsageError(message) from error
 
 
-def check_keys(host: str, access: Access, needed: bool) -> None:
-    """Raise UsageError when the API keys cannot be read, or are needed and missing."""
+def check_keys(host: str, access: Access, needed: bool) -> bool:
+    """Whether the service must ask for API keys: where they are needed, and where there are some, as who gives keys
+    means them. A replica that finds none then does not start (on a cluster it looks in its own environment).
+
+    Raises:
+        UsageError: the keys cannot be read, or are needed and missing.
+    """
     try:
         keys = access.keys(dict(os.environ))
     except ValueError as error:
@@ -159,6 +165,7 @@ def check_keys(host: str, access: Access, needed: bool) -> None:
             f"--host {host}: others can reach that address, so API keys are needed: set {KEYS_VARIABLE} (separated by "
             "commas) or give --api-keys-file FILE (one a line). --no-api-keys lets everyone ask"
         )
+    return bool(keys)
 
 
 def _only_here(host: str) -> bool:

@@ -38,16 +38,23 @@ def add_routes(app: FastAPI, follower: Follower, environment: Mapping[str, str])
 
     @app.post("/webhooks/mlflow")
     async def webhook(request: Request) -> JSONResponse:
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _SIZE:
-                raise ApiError(413, "larger than any message of MLflow's", code="too_large")
+        """MLflow says that an alias moved."""
+        if not recent(request.headers, time.time()):
+            raise ApiError(401, "the signature is missing or too old", code="bad_signature")
+        body = await app.state.bodies.read(request, _SIZE)
+        app.state.bodies.release(len(body))
         if not signed(request.headers, body, secret, time.time()):
-            raise ApiError(401, "the signature is missing, wrong or too old", code="bad_signature")
+            raise ApiError(401, "the signature is wrong", code="bad_signature")
         follower.watcher.tell_others()
         follower.watcher.wake()
         return JSONResponse({"status": "looking"})
+
+
+def recent(headers: Mapping[str, str], now: float) -> bool:
+    """Whether a webhook's headers hold a signature of not long ago: what is looked at before the body is read."""
+    sent = headers.get("x-mlflow-timestamp", "")
+    fresh = sent.isdecimal() and len(sent) <= 12 and abs(now - int(sent)) <= _AGE
+    return fresh and bool(headers.get("x-mlflow-signature"))
 
 
 def signed(headers: Mapping[str, str], body: bytes, secret: str, now: float) -> bool:
@@ -57,9 +64,9 @@ def signed(headers: Mapping[str, str], body: bytes, secret: str, now: float) -> 
         headers: of the request, by lower-case name.
         now: seconds since 1970.
     """
-    identity, sent = headers.get("x-mlflow-delivery-id", ""), headers.get("x-mlflow-timestamp", "")
-    if not sent.isdecimal() or len(sent) > 12 or abs(now - int(sent)) > _AGE:
+    if not recent(headers, now):
         return False
+    identity, sent = headers.get("x-mlflow-delivery-id", ""), headers["x-mlflow-timestamp"]
     digest = hmac.new(secret.encode(), f"{identity}.{sent}.".encode() + body, hashlib.sha256).digest()
     expected = "v1," + base64.b64encode(digest).decode()
     given = headers.get("x-mlflow-signature", "")

@@ -10,11 +10,12 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipelines.storage import write_atomic
+from workflows.storage.folder import Folder
 
 _PAUSES = (1.0, 60.0)
 """Seconds between attempts while the server does not answer: the first, and the longest after doubling."""
@@ -22,6 +23,8 @@ _AT_ONCE = 100
 """Entries that are sent together."""
 FILES = ("tracking.jsonl", "tracking-sent.json")
 """In the run folder: the entries, and how many of them were sent to which run."""
+_UPLOAD_SECONDS = 30.0
+"""Between two uploads of a run's journal."""
 
 
 class Refused(Exception):
@@ -45,8 +48,10 @@ class Journal:
         """
         self._file, self._mark = (folder / name for name in FILES)
         self._run_id, self._send, self._note = run_id, send, note
-        self.entries = self._read()
-        self._sent = self._read_mark()
+        self._unwritten: list[dict] = []  # the disk was full
+        self.entries, sure = self._read()
+        self._size = self._file.stat().st_size if self._file.exists() else 0
+        self._sent = min(self._read_mark(), sure)
         self._changed, self._closing, self._away = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -55,9 +60,13 @@ class Journal:
         """Write an entry down and return; it is sent when the server takes it."""
         with self._changed:
             self.entries.append(entry)
+            self._unwritten.append(entry)
             try:
-                with self._file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
+                with self._file.open("ab") as file:
+                    file.truncate(self._size)  # without the half a line that a full disk left
+                    file.write("".join(json.dumps(one) + "\n" for one in self._unwritten).encode())
+                self._size = self._file.stat().st_size
+                self._unwritten.clear()
             except OSError as error:  # a full disk must not stop training for the sake of its metrics
                 self._warn(f"cannot write {self._file} ({error.strerror})")
             self._changed.notify()
@@ -127,14 +136,30 @@ class Journal:
             self._note(f"{text}: training goes on, and what it missed is sent later from {self._file.name}")
         self._away = True
 
-    def _read(self) -> list[dict]:
-        """The entries of the file, without a last one that a kill cut off."""
+    def _read(self) -> tuple[list[dict], int]:
+        """The entries of the file, without a last one that a kill cut off, and how many stand before the first line
+        that cannot be read. Such lines are left out with a note; all after them is sent once more."""
         if not self._file.exists():
-            return []
+            return [], 0
         lines = self._file.read_bytes().split(b"\n")
         if lines[-1]:
-            self._file.write_bytes(b"\n".join([*lines[:-1], b""]))
-        return [json.loads(line) for line in lines[:-1] if line]
+            write_atomic(self._file, b"\n".join([*lines[:-1], b""]))
+        entries, damaged = [], []
+        for number, line in enumerate(lines[:-1], 1):
+            if not line:
+                continue
+            try:
+                entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise ValueError("not an object")
+                entries.append(entry)
+            except ValueError:
+                damaged.append((number, len(entries)))
+        if not damaged:
+            return entries, len(entries)
+        numbers = ", ".join(str(number) for number, _ in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        self._note(f"{self._file}: {len(damaged)} lines cannot be read and are left out (line {numbers})")
+        return entries, damaged[0][1]
 
     def _read_mark(self) -> int:
         with suppress(OSError, ValueError, KeyError):
@@ -149,3 +174,62 @@ def short_reason(error: Exception, most: int = 300) -> str:
     lines = str(error).strip().splitlines() or [""]
     line = re.sub(r"://[^/@\s]+@", "://", lines[0])
     return f"{type(error).__name__}: {line[:most]}"
+
+
+@contextmanager
+def mirrored(folder: Folder, names: tuple[str, ...], note: Callable[[str], None]) -> Iterator[None]:
+    """Fetch files of a folder before the block; upload them while it runs, every half minute, and after it.
+
+    Of a file that is here and in the store, the one here stays if it begins with the other. A machine that goes on
+    after another was lost misses half a minute at most. For a folder on a disk nothing is done. A thread of its own,
+    because the last entries must reach the store also when no more of them come.
+
+    Args:
+        note: told when the store does not take them.
+    """
+    if not folder.remote:
+        yield
+        return
+    sent = {name: _fetch_longer(folder, name) for name in names}
+    over, away = threading.Event(), False
+
+    def upload_changed() -> None:
+        nonlocal away
+        try:
+            for name in names:
+                file = folder.local / name
+                content = file.read_bytes() if file.exists() else b""
+                if content != sent[name]:
+                    folder.write(name, content)
+                    sent[name] = content
+            away = False
+        except OSError as error:  # training does not end for the sake of its log
+            if not away:
+                note(f"the store does not take the run's journal, which is sent later: {error}")
+            away = True
+
+    def work() -> None:
+        while not over.wait(_UPLOAD_SECONDS):
+            upload_changed()
+
+    thread = threading.Thread(target=work, name="mirror", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        upload_changed()
+
+
+def _fetch_longer(folder: Folder, name: str) -> bytes:
+    """What the store has of a file; written to the copy unless that begins with it."""
+    try:
+        there = folder.read(name)
+    except FileNotFoundError:
+        return b""
+    file = folder.local / name
+    here = file.read_bytes() if file.exists() else b""
+    if not here.startswith(there):
+        write_atomic(file, there)
+    return there

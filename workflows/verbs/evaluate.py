@@ -85,8 +85,8 @@ def _what(a: argparse.Namespace) -> tuple:
 
 
 def _score_predictions(a: argparse.Namespace, benchmark, storage: Path) -> dict:
-    from workflows.evaluate.predictions import read_predictions, score_predictions
     from workflows.evaluate.run import finish
+    from workflows.evaluate.scoring import read_predictions, score_predictions
 
     file = Path(a.predictions)
     predictions = read_predictions(file)

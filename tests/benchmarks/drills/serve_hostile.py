@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 from tests.helpers.hostile import hostile, send
 from tests.helpers.images import encoded
+from tests.helpers.serve_client import ServiceError, ask
 from tests.helpers.serving import load_tiny, running, serve
-from workflows.serve.client import ServiceError, ask
 from workflows.serve.options import Limits
 
 LIMITS = Limits(

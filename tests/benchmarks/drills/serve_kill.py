@@ -3,7 +3,7 @@
     python -m tests.benchmarks.drills.serve_kill
 
 Two groups of clients ask a real Ray Serve all the time: plain ones, and ones that try again
-(workflows/serve/client.py). One replica after the other is killed; the next comes when all are back. Exits 1 unless
+(tests/helpers/serve_client.py). One replica after the other is killed; the next comes when all are back. Exits 1 unless
 the plain clients saw at most the requests fail that were in flight at a kill, the patient ones none, and every answer
 is the one of the model.
 """

@@ -21,8 +21,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.helpers.images import encoded
+from tests.helpers.serve_client import data_uri
 from tests.helpers.serving import load_tiny, running, serve
-from workflows.serve.client import data_uri
 from workflows.serve.options import Limits
 
 LIMITS = Limits(max_batch=8, max_waiting=64, default_tokens=24)

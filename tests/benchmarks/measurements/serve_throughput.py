@@ -37,9 +37,9 @@ from mlmamba.loading import load_model
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import preset
 from tests.helpers.images import encoded
+from tests.helpers.serve_client import data_uri
 from tests.helpers.serving import running, serve
 from tests.helpers.tiny import IMAGE_ID, TINY, tiny_tokenizer
-from workflows.serve.client import data_uri
 from workflows.serve.options import Limits
 from workflows.train.initial import save
 

@@ -28,7 +28,8 @@ from workflows.evaluate.benchmarks.own_data import TestSources
 from workflows.evaluate.collect import blind_images
 from workflows.evaluate.probe import count_parameters
 from workflows.evaluate.questions import open_store
-from workflows.evaluate.results import columns, measure, row_of
+from workflows.evaluate.results import columns, measure
+from workflows.evaluate.scoring import row_of
 from workflows.recipe.load import load_recipe
 from workflows.recipe.schema import Recipe
 from workflows.recipe.train import StageRecipe

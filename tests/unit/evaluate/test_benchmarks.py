@@ -19,8 +19,8 @@ from tests.helpers.published_benchmarks import (
 )
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.benchmarks import NAMES, Benchmark, open_benchmark
-from workflows.evaluate.predictions import score_predictions
 from workflows.evaluate.questions import open_store
+from workflows.evaluate.scoring import score_predictions
 
 
 def read(name: str, root: Path, **options) -> Benchmark:

@@ -12,20 +12,17 @@ from workflows.console import Console
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.benchmarks import open_benchmark
 from workflows.evaluate.collect import blind_images, derangement, read_parts
-from workflows.evaluate.predictions import read_predictions, score_predictions
 from workflows.evaluate.questions import open_store
-from workflows.evaluate.results import (
+from workflows.evaluate.results import columns, measure, read_answers, read_image, read_scores
+from workflows.evaluate.run import evaluate_recipe, evaluation_folder, model_digest
+from workflows.evaluate.scoring import (
     Incomplete,
-    columns,
-    measure,
     missing_items,
-    read_answers,
-    read_image,
-    read_scores,
+    read_predictions,
     row_of,
+    score_predictions,
     write_result,
 )
-from workflows.evaluate.run import evaluate_recipe, evaluation_folder, model_digest
 from workflows.recipe.schema import Recipe
 
 

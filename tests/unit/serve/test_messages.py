@@ -13,7 +13,7 @@ from PIL import Image
 
 from mlmamba.conversation import Turn
 from tests.helpers.images import encoded, image
-from workflows.serve.client import data_uri
+from tests.helpers.serve_client import data_uri
 from workflows.serve.messages import read_messages
 from workflows.serve.openai import ApiError, parse_request
 from workflows.serve.options import Limits

@@ -6,13 +6,14 @@ import logging
 import pytest
 
 from tests.helpers.processes import wait_for
+from tests.helpers.serve_client import data_uri
 from tests.helpers.serving import load_tiny, raw, resolved, running, serve
-from workflows.serve.client import data_uri
 from workflows.serve.engine import Engine
-from workflows.serve.http import LOGGER, Served
 from workflows.serve.metrics import Metrics
 from workflows.serve.options import Limits
+from workflows.serve.request_log import LOGGER
 from workflows.serve.sampling import Answer, Timing
+from workflows.serve.service import Served
 
 LIMITS = Limits(max_batch=2, default_tokens=8)
 HELLO = {"messages": [{"role": "user", "content": "a secret question"}]}

@@ -59,13 +59,14 @@ def test_an_address_that_others_reach_needs_keys(monkeypatch, tmp_path):
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     with pytest.raises(UsageError, match=r"--host 0\.0\.0\.0: .*MLMAMBA_API_KEYS.*--api-keys-file.*--no-api-keys"):
         check_keys("0.0.0.0", Access(), needed=True)
-    check_keys("0.0.0.0", Access(), needed=False)
+    assert not check_keys("0.0.0.0", Access(), needed=False)
     (tmp_path / "keys").write_text("a-key\n")
     check_keys("0.0.0.0", Access(api_keys_file=str(tmp_path / "keys")), needed=True)
     with pytest.raises(UsageError, match="cannot read"):
         check_keys("127.0.0.1", Access(api_keys_file=str(tmp_path / "nowhere")), needed=False)
     monkeypatch.setenv(KEYS_VARIABLE, "one,two")
-    check_keys("0.0.0.0", Access(), needed=True)
+    assert check_keys("0.0.0.0", Access(), needed=True)
+    assert check_keys("127.0.0.1", Access(), needed=False)  # who gives keys means them
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from workflows.serve.http import EventStream
 from workflows.serve.openai import ApiError
 from workflows.serve.sampling import Delta, TokenLogprob
 from workflows.serve.service import Events
+from workflows.serve.transport import EventStream
 
 
 def stream(events, fail_at=None, leaves=False):

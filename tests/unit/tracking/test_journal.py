@@ -1,6 +1,8 @@
 """The journal between a workflow and MLflow: nothing lost, nothing twice, nobody waits for the server."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -121,3 +123,47 @@ def test_a_full_disk_does_not_stop_training(tmp_path):
     assert journal.close(10)
     assert server.got == [{"step": 1}]
     assert "cannot write" in notes[0]
+
+
+FULL_FOR_A_MOMENT = """
+import resource, signal, sys
+from pathlib import Path
+from workflows.tracking.journal import Journal
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder, most = Path(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+journal = Journal(folder, "run", lambda batch: None, print)
+for step in range(50):
+    if step == 10:  # no file may grow past what the journal holds and a little more, so that a line is cut
+        size = (folder / "tracking.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, most))
+    if step == 30:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    journal.add({"step": step, "value": "x" * 20})
+assert journal.close(10)
+"""
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_no_entry(tmp_path):
+    """The system writes the part of a line for which there is room. It used to stay, and no later run could read on."""
+    done = subprocess.run([sys.executable, "-c", FULL_FOR_A_MOMENT, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot write") == 1
+    journal = Journal(tmp_path, "run", Server(), print)
+    assert [entry["step"] for entry in journal.entries] == list(range(50))
+    assert journal.close(10)
+
+
+def test_lines_that_cannot_be_read_are_left_out_with_a_note(tmp_path):
+    server, notes = Server(), []
+    lines = ['{"step": 1}', '{"step": 2', "5", "", "\x00\x00", "null", '{"step": 3}', '{"step": 4']
+    (tmp_path / "tracking.jsonl").write_text("\n".join(lines))
+    (tmp_path / "tracking-sent.json").write_text('{"run_id": "run", "entries": 7}')
+    journal = Journal(tmp_path, "run", server, notes.append)
+    assert journal.close(10)
+    assert server.got == [{"step": 3}]  # what the other program counted as sent is not known behind the first of them
+    assert "4 lines cannot be read and are left out (line 2, 3, 5, 6)" in notes[0]
+    journal = Journal(tmp_path, "other", server, notes.append)
+    journal.add({"step": 5})
+    assert journal.close(10)
+    assert server.got[1:] == [{"step": 1}, {"step": 3}, {"step": 5}]

@@ -1,4 +1,4 @@
-"""A client in the standard library's means: one question, with or without an image."""
+"""A client in the standard library's means, for tests: one question, with or without an image; and retries."""
 
 import base64
 import json
@@ -106,5 +106,5 @@ def ask_again(call: Callable[[], T], patience: float = 120, on_retry: Callable[[
 
 
 def request_again(url: str, path: str, body: Any = None, patience: float = 120, timeout: float = 300) -> dict:
-    """`request` of workflows/serve/client.py, patiently."""
+    """`request` of tests/helpers/serve_client.py, patiently."""
     return ask_again(lambda: request(url, path, body, timeout), patience)

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from workflows.serve.client import ServiceError, ask_again, request_again
+from tests.helpers.serve_client import ServiceError, ask_again, request_again
 
 
 @pytest.fixture

@@ -1,0 +1,127 @@
+"""What comes in, under limits: request bodies as they arrive, and turns of the threads that read them.
+
+No client may keep the others waiting. Starlette has a limit on the size of one body (`max_body_size`), which answers in
+plain text where clients of OpenAI's API expect an error in JSON, and none on all bodies together or on their time.
+"""
+
+import asyncio
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from workflows.serve.openai import ApiError
+from workflows.serve.options import Limits
+
+T = TypeVar("T")
+
+
+class Bodies:
+    """Reads request bodies. There is room for so many at once and for so many bytes in all; when more come, the body
+    that has made no progress for longest is given up (408). A body that comes at once is therefore always taken.
+
+    Attributes:
+        held: bytes of bodies that are held now.
+    """
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._arriving: OrderedDict[asyncio.Timeout, int] = OrderedDict()  # bytes so far; the stalest first
+        self.held = 0
+
+    async def read(self, request: Request, most: int | None = None) -> bytes:
+        """The body. `release` its length when it is no longer needed.
+
+        Args:
+            most: largest size in bytes; `body_bytes` of the limits by default.
+
+        Raises:
+            ApiError: it does not arrive in time or stands still while others wait (408), there is no room (429), or it
+                is too large (413).
+            ClientDisconnect: the client left before its end.
+        """
+        most = most or self._limits.body_bytes
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > most:
+            raise _too_large(most)
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._limits.body_seconds) as alarm:
+                try:
+                    self._arrived(alarm, 0)
+                    async for chunk in request.stream():
+                        self._arrived(alarm, len(chunk))
+                        chunks.append(chunk)
+                        if self._arriving[alarm] > most:
+                            raise _too_large(most)
+                except BaseException:
+                    self.release(self._arriving.pop(alarm, 0))
+                    raise
+        except TimeoutError as error:
+            raise ApiError(
+                408,
+                f"the body did not arrive within {self._limits.body_seconds:g} s, or stood still while others waited",
+                code="body_timeout",
+            ) from error
+        self._arriving.pop(alarm, None)
+        return b"".join(chunks)
+
+    def release(self, size: int) -> None:
+        """Count this many bytes as no longer held."""
+        self.held -= size
+
+    def _arrived(self, alarm: asyncio.Timeout, size: int) -> None:
+        """Count a piece of a body, giving up the stalest ones until there is room for it."""
+        self._arriving[alarm] = self._arriving.get(alarm, 0) + size
+        self._arriving.move_to_end(alarm)
+        self.held += size
+        while len(self._arriving) > self._limits.arriving or self.held > self._limits.held_bytes:
+            stalest, held = self._arriving.popitem(last=False)
+            self.release(held)
+            if stalest is alarm:  # what is held is being read already
+                raise ApiError(429, "too many large requests at once; try again", code="bodies_full", retry_after=2)
+            stalest.reschedule(asyncio.get_running_loop().time())
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is over the limit of {most:,} bytes; send smaller images", code="too_large")
+
+
+class Readers:
+    """Threads that read requests: one client after the other has its turn, however many requests one of them sends.
+
+    Args:
+        threads: how many read at once.
+        name: of the threads.
+    """
+
+    def __init__(self, threads: int, name: str):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[str, deque[tuple[Future, Callable]]] = OrderedDict()  # by client, the next one first
+
+    async def run(self, client: str, work: Callable[..., T], *args: Any) -> T:
+        """The result of `work(*args)` in a thread. Work that has not begun is dropped when this is cancelled."""
+        result: Future[T] = Future()
+        with self._lock:
+            self._waiting.setdefault(client, deque()).append((result, partial(work, *args)))
+        self._pool.submit(self._take_turn)
+        return await asyncio.wrap_future(result)
+
+    def _take_turn(self) -> None:
+        """Run one piece of the work that waits, of the client whose turn it is."""
+        with self._lock:
+            client, pieces = self._waiting.popitem(last=False)
+            result, work = pieces.popleft()
+            if pieces:
+                self._waiting[client] = pieces  # behind all others
+        if not result.set_running_or_notify_cancel():
+            return
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
