@@ -22,6 +22,9 @@ from PIL import Image
 from tests.helpers.images import encoded
 
 CHAT = "/v1/chat/completions"
+CHUNKED = (
+    f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def send(host: str, port: int, request: Hostile, timeout: float = 60) -> int | s
 def post(body: bytes, path: str = CHAT, extra: str = "", length: object = None) -> bytes:
     """A POST as bytes."""
     length = len(body) if length is None else length
+    if "Content-Type" not in extra:
+        extra = f"Content-Type: application/json\r\n{extra}"
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\nConnection: close\r\n{extra}\r\n"
     return head.encode("latin-1") + body
 
@@ -242,7 +247,7 @@ def _too_much(chance: random.Random, _) -> Hostile | bytes:
     if choice == 1:  # announced as little, sent as much
         return post(block, length=10)
     if choice == 2:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        head = CHUNKED
         piece = f"{len(block):x}\r\n".encode() + block + b"\r\n"
         return Hostile("too much", ((head, 0.0), *[(piece, 0.0)] * 40))
     return image_request(chance.randbytes(1_500_000))
@@ -285,7 +290,7 @@ def _odd_http(chance: random.Random, _) -> Hostile:
         post(zlib.compress(body), extra="Content-Encoding: deflate\r\n"),
         post(body, extra="Upgrade: websocket\r\nConnection: Upgrade\r\n"),
         *(post(body, path=path) for path in ("/v1//chat/completions", "/healthz", "/v1/chat/completions/../models")),
-        f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nabc\r\n".encode(),
+        CHUNKED + b"ZZ\r\nabc\r\n",
     ]
     data = chance.choice(odd)
     return Hostile("http", ((data, 0.0),), ends=b"Connection: close" not in data)

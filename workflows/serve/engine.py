@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
@@ -16,6 +16,7 @@ from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
 from mlmamba.images import to_pixels
 from workflows.serve.batch import Batch
 from workflows.serve.detokenize import TokenText
+from workflows.serve.intake import FairQueue
 from workflows.serve.metrics import Metrics
 from workflows.serve.openai import without_message
 from workflows.serve.options import Limits
@@ -23,6 +24,7 @@ from workflows.serve.sampling import Answer, Delta, Prompt, Settings
 from workflows.serve.sequence import Sequence
 
 logger = logging.getLogger(__name__)
+_RECENT = 60.0  # seconds for which a client that asked counts as there
 
 
 class QueueFull(Exception):
@@ -65,7 +67,8 @@ class Engine:
         self._model, self._processor = model, processor
         self._text = TokenText(processor.tokenizer)
         self._batch = Batch(model, self._text, self.limits)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: FairQueue[Sequence] = FairQueue()
+        self._seen: dict[str, float] = {}  # when each client last asked
         self._changed = threading.Condition()
         self._closed = False
         self._seconds = 1.0  # that an answer takes, from slot to end
@@ -111,32 +114,48 @@ class Engine:
         return Prompt(ids, torch.from_numpy(np.stack(pixels)) if pixels else None)
 
     def submit(
-        self, prompt: Prompt, settings: Settings, on_delta: Callable[[Delta], None] | None = None
+        self,
+        prompt: Prompt,
+        settings: Settings,
+        on_delta: Callable[[Delta], None] | None = None,
+        client: str = "",
     ) -> "Future[Answer]":
         """Queue a request. Cancelling the future takes it out of the queue, or out of the batch before the next step.
 
+        Clients share queue and batch: slots go to the one that has fewest; where several ask, an eighth of the slots is
+        never one client's alone; and in a full queue the newest request of the one that has most gives way.
+
         Args:
             on_delta: called with each piece of the answer, in the engine's thread; must return at once.
+            client: who asks; empty for the service itself.
 
         Raises:
             QueueFull: try again later.
             EngineClosed: the engine was closed.
 
-        The future's own errors: DeadlineExceeded, or whatever the model raised.
+        The future's own errors: DeadlineExceeded, QueueFull where it had to give way, or whatever the model raised.
         """
-        sequence = Sequence(prompt, settings, self._text, self.limits.deadline_seconds, on_delta)
+        sequence = Sequence(prompt, settings, self._text, self.limits.deadline_seconds, on_delta, client)
         sequence.metrics = self.metrics
         with self._changed:
             if self._closed or not self._worker.is_alive():
                 raise EngineClosed
+            if client:
+                self._seen[client] = sequence.arrived
             if len(self._waiting) >= self.limits.max_waiting:
-                self._waiting = deque(waiting for waiting in self._waiting if not waiting.over)
+                self._waiting.drop(lambda waiting: waiting.over)
             if len(self._waiting) >= self.limits.max_waiting:
-                rounds = math.ceil(len(self._waiting) / self.limits.max_batch)
-                raise QueueFull(len(self._waiting), min(60, max(1, math.ceil(rounds * self._seconds))))
-            self._waiting.append(sequence)
+                last = self._waiting.give_way(client)
+                if last is None:
+                    raise self._queue_full()
+                last.fail(self._queue_full())
+            self._waiting.put(client, sequence)
             self._changed.notify()
         return sequence.future
+
+    def _queue_full(self) -> QueueFull:
+        rounds = math.ceil(len(self._waiting) / self.limits.max_batch)
+        return QueueFull(len(self._waiting), min(60, max(1, math.ceil(rounds * self._seconds))))
 
     def close(self) -> None:
         """Take no more requests, answer those that wait, and return when that is done."""
@@ -166,7 +185,7 @@ class Engine:
             logger.critical("the engine has stopped: %s", without_message(error))
             with self._changed:
                 self._closed = True
-                left, self._waiting = [*self._waiting], deque()
+                left, self._waiting = [*self._waiting], FairQueue()
             self._batch.fail_all(EngineClosed())
             for sequence in left:
                 sequence.fail(EngineClosed())
@@ -178,13 +197,21 @@ class Engine:
                 self.metrics.load(0, 0)
                 self._changed.wait_for(lambda: self._waiting or self._closed)
             now = time.monotonic()
-            while self._waiting and self._batch.room:
-                sequence = self._waiting.popleft()
+            rank = self._rank(now) if self._waiting else None
+            while self._batch.room and (sequence := self._waiting.take(rank)):
                 sequence.check_deadline(now)
                 if not sequence.over:
                     sequence.began = now
                     self._batch.add(sequence)
+                    rank = self._rank(now)
             return bool(len(self._batch) or self._waiting or not self._closed)
+
+    def _rank(self, now: float) -> Callable[[str], float]:
+        """Slots that a client has; infinite where it has as many as it may while others ask."""
+        self._seen = {client: time for client, time in self._seen.items() if now - time < _RECENT}
+        slots = Counter(sequence.client for sequence in (*self._batch.reading, *self._batch.running))
+        kept = max(1, self.limits.max_batch // 8) if len(self._seen) > 1 and self.limits.max_batch > 1 else 0
+        return lambda client: slots[client] if slots[client] < self.limits.max_batch - kept else math.inf
 
     def _look_after(self) -> None:
         """Deadlines and measurements, between two steps."""

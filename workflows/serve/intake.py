@@ -5,12 +5,13 @@ plain text where clients of OpenAI's API expect an error in JSON, and none on al
 """
 
 import asyncio
+import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 
@@ -91,6 +92,50 @@ def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the body is over the limit of {most:,} bytes; send smaller images", code="too_large")
 
 
+class FairQueue(Generic[T]):
+    """What waits, by client. Clients have their turns one after the other, however much one of them sends."""
+
+    def __init__(self):
+        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # the next client first
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def __iter__(self) -> Iterator[T]:
+        return iter([item for items in self._waiting.values() for item in items])
+
+    def put(self, client: str, item: T) -> None:
+        """Add the newest of a client."""
+        self._waiting.setdefault(client, deque()).append(item)
+
+    def take(self, rank: Callable[[str], float] = lambda client: 0.0) -> T | None:
+        """The oldest of the client of least rank; of equals, of the one whose turn it is. None where nothing waits.
+
+        Args:
+            rank: of a client; one whose rank is infinite is passed over.
+        """
+        client = min(self._waiting, key=rank, default=None)
+        if client is None or rank(client) == math.inf:
+            return None
+        items = self._waiting.pop(client)
+        item = items.popleft()
+        if items:
+            self._waiting[client] = items  # behind all others
+        return item
+
+    def give_way(self, client: str) -> T | None:
+        """Take out the newest of the client that has most, for a newcomer; None where the newcomer has as many."""
+        longest = max(self._waiting, key=lambda other: len(self._waiting[other]), default=None)
+        if longest is None or len(self._waiting[longest]) <= len(self._waiting.get(client, ())) + 1:
+            return None
+        return self._waiting[longest].pop()
+
+    def drop(self, over: Callable[[T], bool]) -> None:
+        """Take out what need not wait any more."""
+        kept = {client: deque(i for i in items if not over(i)) for client, items in self._waiting.items()}
+        self._waiting = OrderedDict((client, items) for client, items in kept.items() if items)
+
+
 class Readers:
     """Threads that read requests: one client after the other has its turn, however many requests one of them sends.
 
@@ -102,23 +147,20 @@ class Readers:
     def __init__(self, threads: int, name: str):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[str, deque[tuple[Future, Callable]]] = OrderedDict()  # by client, the next one first
+        self._waiting: FairQueue[tuple[Future, Callable]] = FairQueue()
 
     async def run(self, client: str, work: Callable[..., T], *args: Any) -> T:
         """The result of `work(*args)` in a thread. Work that has not begun is dropped when this is cancelled."""
         result: Future[T] = Future()
         with self._lock:
-            self._waiting.setdefault(client, deque()).append((result, partial(work, *args)))
+            self._waiting.put(client, (result, partial(work, *args)))
         self._pool.submit(self._take_turn)
         return await asyncio.wrap_future(result)
 
     def _take_turn(self) -> None:
         """Run one piece of the work that waits, of the client whose turn it is."""
         with self._lock:
-            client, pieces = self._waiting.popitem(last=False)
-            result, work = pieces.popleft()
-            if pieces:
-                self._waiting[client] = pieces  # behind all others
+            result, work = self._waiting.take()
         if not result.set_running_or_notify_cancel():
             return
         try:

@@ -38,6 +38,7 @@ class Sequence:
         text: of the model's tokenizer.
         deadline: seconds that the answer may take from now on.
         on_delta: called in the engine's thread with each piece of the answer, before the future is done.
+        client: who asks.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Sequence:
         text: TokenText,
         deadline: float,
         on_delta: Callable[[Delta], None] | None = None,
+        client: str = "",
     ):
-        self.prompt, self.settings = prompt, settings
+        self.prompt, self.settings, self.client = prompt, settings, client
         self.future: Future[Answer] = Future()
         self.read = 0  # prompt tokens that the state has seen
         self.features: Tensor | None = None  # one vector for each placeholder of the prompt that is still to be read

@@ -141,7 +141,7 @@ class Service:
             finally:
                 gone.set()
             try:
-                return Conversation(served, request, prompt, settings)
+                return Conversation(served, request, prompt, settings, client)
             except EngineClosed as error:
                 if self._served is served:
                     raise api_error(error) from error
@@ -181,7 +181,9 @@ class Conversation:
         EngineClosed: the model was replaced.
     """
 
-    def __init__(self, served: Served, request: ChatRequest, prompt: Prompt, settings: list[Settings]):
+    def __init__(
+        self, served: Served, request: ChatRequest, prompt: Prompt, settings: list[Settings], client: str = ""
+    ):
         self.served, self.streams = served, bool(request.stream)
         self.images = 0 if prompt.pixels is None else len(prompt.pixels)
         self.answers: list[Answer] = []
@@ -193,7 +195,7 @@ class Conversation:
         try:
             for index, own in enumerate(settings):
                 listen = self._listener(index) if self.streams else None
-                self._futures.append(served.engine.submit(prompt, own, listen))
+                self._futures.append(served.engine.submit(prompt, own, listen, client))
         except (QueueFull, EngineClosed) as error:
             self.cancel()
             if isinstance(error, QueueFull):

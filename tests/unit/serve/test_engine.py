@@ -384,3 +384,53 @@ def test_marks_in_the_history(engine):
 
 def test_room_for_images(engine, loaded):
     assert engine.max_images == min(300 // PER_IMAGE, SMALL.images)
+
+
+def test_clients_share_the_slots(loaded, gate):
+    """A greedy client fills batch and queue; another's question is answered next, before what the first one queued."""
+    engine = Engine(*loaded, Limits(max_batch=2, max_waiting=6))
+    prompt, ended = words(engine), []
+
+    def ask(client, tokens=3):
+        future = engine.submit(prompt, Settings(tokens), client=client)
+        future.add_done_callback(lambda done: ended.append(client) if done.exception() is None else None)
+        return future
+
+    greedy = [ask("greedy")]
+    assert gate.begun.wait(30)
+    greedy += [ask("greedy") for _ in range(6)]
+    with pytest.raises(QueueFull):
+        ask("greedy")
+    good = ask("good")  # there is no room: the newest of the other's gives way
+    with pytest.raises(QueueFull):
+        greedy[-1].result(30)
+    gate.open()
+    for future in (*greedy[:-1], good):
+        future.result(60)
+    engine.close()
+    assert ended.index("good") <= 2
+
+
+def test_where_several_ask_no_client_has_every_slot(loaded, gate):
+    engine = Engine(*loaded, Limits(max_batch=4, max_waiting=20))
+    prompt = words(engine)
+    futures = [engine.submit(prompt, Settings(2), client="good")]
+    assert gate.begun.wait(30)
+    futures += [engine.submit(prompt, Settings(30), client="greedy") for _ in range(8)]
+    slots = []
+    original = engine._batch.step
+    engine._batch.step = lambda: (
+        slots.append([s.client for s in (*engine._batch.reading, *engine._batch.running)]),
+        original(),
+    )
+    gate.open()
+    for future in futures:
+        future.result(60)
+    engine.close()
+    assert max(held.count("greedy") for held in slots) == 3
+    alone = Engine(*loaded, Limits(max_batch=4, max_waiting=20))  # who asks alone has all of them
+    futures = [alone.submit(prompt, Settings(20), client="only") for _ in range(8)]
+    wait_for(lambda: alone.load[1] == 4)
+    for future in futures:
+        future.result(60)
+    alone.close()

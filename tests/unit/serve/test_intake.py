@@ -1,13 +1,14 @@
 """No client keeps the others waiting: bodies that stand still, and one that sends a hundred requests."""
 
 import asyncio
+import math
 import threading
 
 import pytest
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from workflows.serve.intake import Bodies, Readers
+from workflows.serve.intake import Bodies, FairQueue, Readers
 from workflows.serve.openai import ApiError
 from workflows.serve.options import Limits
 
@@ -176,3 +177,18 @@ def test_work_whose_client_has_left_is_not_begun_and_errors_reach_the_others():
 
     run(story)
     assert begun == []
+
+
+def test_a_fair_queue():
+    queue = FairQueue()
+    for item in ("a1", "a2", "a3", "b1", "c1", "b2"):
+        queue.put(item[0], item)
+    assert len(queue) == 6
+    assert [queue.take() for _ in range(3)] == ["a1", "b1", "c1"]
+    assert queue.take(lambda client: {"a": 2, "b": 1}[client]) == "b2"
+    assert queue.take(lambda client: math.inf) is None
+    assert queue.give_way("a") is None
+    assert queue.give_way("d") == "a3"
+    assert queue.give_way("d") is None  # it would have as many
+    queue.drop(lambda item: item == "a2")
+    assert (len(queue), queue.take(), list(queue)) == (0, None, [])
