@@ -20,11 +20,16 @@ from workflows.serve.service import Served, Service
 from workflows.train.initial import save
 
 
-def load_tiny(folder: Path):
-    """Model and processor. Its answers are noise that depends on every word and image."""
-    torch.set_num_threads(1)
+def save_tiny(folder: Path) -> Path:
+    """A model folder. The model's answers are noise that depends on every word and image."""
     save(tiny_model({"tie_word_embeddings": False}, max_position_embeddings=300), tiny_tokenizer(), folder)
-    return load_model(folder)
+    return folder
+
+
+def load_tiny(folder: Path):
+    """Model and processor of `save_tiny`."""
+    torch.set_num_threads(1)
+    return load_model(save_tiny(folder))
 
 
 def serve(loaded, limits, access=None, version="3", threads=1) -> Service:

@@ -43,10 +43,10 @@ class Limits(StrictModel):
     """Bodies that may be on their way at once; where one more comes, the one that stands still is given up (408)."""
     held_bytes: int = Field(512 * 2**20, gt=0)
     """Bodies held at once, together; one more byte is told to come back later (429)."""
-    text_bytes: int = Field(256 * 2**10, gt=0)
+    text_bytes: int = Field(64 * 2**10, gt=0)
     """Longest text of a request, all its messages together, in UTF-8."""
     messages: int = Field(1024, gt=0)
-    """Most messages of a request, and most parts of a message."""
+    """Most messages of a request, and most parts of all of them together."""
     images: int = Field(16, gt=0)
     """Most images of one request, where its prompt has room for them."""
     image_bytes: int = Field(20 * 2**20, gt=0)

@@ -1,0 +1,157 @@
+"""One client that tries to silence the service, eight good ones beside it: how long these wait, and the memory.
+
+    python -m tests.benchmarks.drills.serve_attacks [--seconds 8] [--only WORD] [--at-once 4]
+
+A tiny model is served by Ray Serve with API keys, as `mlmamba serve` does. Each attack of tests/helpers/attacks.py is
+sent four at a time under one key for some seconds, by a process that yields the cores to the others (they stand for
+other machines), while eight clients of another key ask short questions and one asks for /healthz. Printed: the good
+clients' p50 and p99, and memory, as ratios to those without an attack just before. Exits 1 unless p99 stays within 3
+times that (or 1 s), memory within 20%, every health check answers within 1 s, no good request fails, and no attack gets
+a 5xx. Measure alone: nothing else may run.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.helpers.attacks import ATTACKS
+from tests.helpers.serve_client import ServiceError, ask, request
+from tests.helpers.serving import save_tiny
+
+GOOD_CLIENTS, LONGEST, SLOWER, LARGER = 8, 1.0, 3.0, 1.2
+
+
+@dataclass
+class Seen:
+    """What the good clients and the health check saw."""
+
+    seconds: list[float] = field(default_factory=list)
+    health: list[float] = field(default_factory=list)
+    failed: Counter = field(default_factory=Counter)
+    megabytes: float = 0.0
+
+    def at(self, share: float) -> float:
+        """A percentile of the good clients' times."""
+        return sorted(self.seconds)[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
+
+
+def attack(name: str, port: int, at_once: int, seconds: float, answered) -> None:
+    """Attack for some seconds, in a process of its own. Puts the counts of what was answered into a queue."""
+    os.nice(15)
+    counts, end = Counter(), time.monotonic() + seconds
+
+    def work() -> None:
+        while time.monotonic() < end:
+            counts[ATTACKS[name](port, "Authorization: Bearer bad\r\n")] += 1
+
+    threads = [threading.Thread(target=work) for _ in range(at_once)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answered.put(counts)
+
+
+def beside(name: str, url: str, seconds: float, at_once: int) -> tuple["Seen", Counter]:
+    """What good clients see beside an attack, and what the attack was answered."""
+    spawn = multiprocessing.get_context("spawn")
+    answered = spawn.SimpleQueue()
+    process = spawn.Process(target=attack, args=(name, int(url.rpartition(":")[2]), at_once, seconds, answered))
+    process.start()
+    time.sleep(0.5)
+    seen = watch(url, seconds)
+    counts = answered.get()
+    process.join()
+    return seen, counts
+
+
+def watch(url: str, seconds: float) -> Seen:
+    """Good clients for some seconds."""
+    seen, end = Seen(), time.monotonic() + seconds
+
+    def good() -> None:
+        while time.monotonic() < end:
+            began = time.monotonic()
+            try:
+                ask(url, "what is shown?", max_tokens=8, api_key="good")
+                seen.seconds.append(time.monotonic() - began)
+            except ServiceError as error:
+                seen.failed[error.status] += 1
+            except OSError as error:
+                seen.failed[type(error).__name__] += 1
+
+    def healthy() -> None:
+        while time.monotonic() < end:
+            began = time.monotonic()
+            try:
+                request(url, "/healthz", timeout=30)
+                seen.health.append(time.monotonic() - began)
+            except (ServiceError, OSError) as error:
+                seen.failed[f"health {type(error).__name__}"] += 1
+            seen.megabytes = max(seen.megabytes, memory())
+            time.sleep(0.1)
+
+    work = [good] * GOOD_CLIENTS + [healthy]
+    with ThreadPoolExecutor(len(work)) as pool:
+        for done in [pool.submit(one) for one in work]:
+            done.result()
+    return seen
+
+
+def memory() -> float:
+    """MB of the replica and the proxy."""
+    found = 0
+    for process in psutil.process_iter(["cmdline", "memory_info"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if line.startswith(("ray::ServeReplica", "ray::ProxyActor")):
+            found += process.info["memory_info"].rss
+    return found / 2**20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument("--only", default="", help="attacks whose name holds this")
+    parser.add_argument("--port", type=int, default=18431)
+    a = parser.parse_args()
+    os.environ |= {"MLMAMBA_API_KEYS": "good,bad", "MLMAMBA_WEBHOOK_SECRET": "secret"}
+    from workflows.serve.start import serve_model
+
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_tiny(Path(folder) / "tiny")
+        with serve_model(str(model), Path(folder), port=a.port, block=False) as server:
+            watch(server.url, 3)  # warm
+            print(f"{'':42}{'p50':>8}{'p99':>8}{'ratio':>8}{'memory':>9}{'health':>8}  answered", flush=True)
+            for name in ATTACKS:
+                if a.only not in name:
+                    continue
+                calm = watch(server.url, a.seconds / 2)
+                seen, answered = beside(name, server.url, a.seconds, a.at_once)
+                slower, larger = seen.at(0.99) / calm.at(0.99), seen.megabytes / calm.megabytes
+                health = max(seen.health, default=float("inf"))
+                bad = (slower > SLOWER and seen.at(0.99) > LONGEST) or larger > LARGER or health > LONGEST
+                bad = bad or bool(seen.failed) or any(str(status)[0] == "5" for status in answered)
+                print(
+                    f"{name:42}{seen.at(0.5):>7.2f}s{seen.at(0.99):>7.2f}s{slower:>8.1f}{larger:>9.2f}{health:>7.2f}s  "
+                    f"{dict(answered)} {dict(seen.failed) or ''} {'FAILED' if bad else ''}",
+                    flush=True,
+                )
+                failed += [name] * bad
+    print(f"{len(failed)} of the attacks did harm: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
