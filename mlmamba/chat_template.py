@@ -11,9 +11,12 @@ The template marks answers as `generation`, so `return_assistant_tokens_mask=Tru
 CHAT_TEMPLATE = r"""
 {%- macro clean(text) -%}
   {%- set rest = namespace(text=text) -%}
-  {%- for _ in range([text | length // 7, 99999] | min) if '<image>' in rest.text -%}
+  {%- for _ in range(100) if '<image>' in rest.text -%}
     {%- set rest.text = rest.text | replace('<image>', '') -%}
   {%- endfor -%}
+  {%- if '<image>' in rest.text -%}
+    {{- raise_exception('a message holds <image> within <image>, over 100 deep') -}}
+  {%- endif -%}
   {{- rest.text | trim -}}
 {%- endmacro -%}
 

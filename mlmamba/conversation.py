@@ -46,10 +46,24 @@ class EncodedConversation:
 
 
 def clean(text: str) -> str:
-    """A message without placeholders (also none that appears when another is taken out) and outer white space."""
-    while IMAGE_TOKEN in text:
-        text = text.replace(IMAGE_TOKEN, "")
-    return text.strip()
+    """A message without placeholders (also none that appears when another is taken out) and outer white space.
+
+    One pass, whatever the nesting: a placeholder can only be complete where a `>` comes. No end of one is the beginning
+    of another, so the order in which they are taken out does not change what is left.
+    """
+    if IMAGE_TOKEN not in text:
+        return text.strip()
+    opening = list(IMAGE_TOKEN[:-1])
+    kept: list[str] = []
+    *closed, rest = text.split(IMAGE_TOKEN[-1])
+    for part in closed:
+        kept += part
+        if kept[-len(opening) :] == opening:
+            del kept[-len(opening) :]
+        else:
+            kept.append(IMAGE_TOKEN[-1])
+    kept += rest
+    return "".join(kept).strip()
 
 
 def render_turn(turn: Turn, first: bool, eos: str, tokens_per_image: int = 1) -> str:

@@ -146,6 +146,7 @@ def test_without_the_generation_prompt_a_question_ends_where_an_answer_would_beg
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": [IMAGE]}], "only users show images"),
         ([{"role": "system", "content": [IMAGE]}, {"role": "user", "content": "a"}], "only users show images"),
         ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "part of type video, expected text or image"),
+        ([{"role": "user", "content": "<ima" * 500 + "<image>" + "ge>" * 500 + "q"}], "<image> within <image>"),
     ],
 )
 def test_what_the_format_has_no_place_for_is_an_error(processor, chat, message):

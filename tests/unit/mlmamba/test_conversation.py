@@ -4,9 +4,11 @@ Training tokenizes turn by turn, inference the whole string; that both agree is 
 tested on the real GPT-NeoX one. The rules of the format are tested on a tokenizer of bytes, where ids are readable.
 """
 
+import random
+
 import pytest
 
-from mlmamba.conversation import IGNORE_INDEX, IMAGE_TOKEN, Turn, check_turns, encode, render
+from mlmamba.conversation import IGNORE_INDEX, IMAGE_TOKEN, Turn, check_turns, clean, encode, render
 
 MESSAGES = [
     "What is in the image?",
@@ -112,6 +114,43 @@ def test_a_conversation_without_an_answer_teaches_nothing(tokenizer):
 def test_placeholders_in_a_message_are_taken_out(tokenizer, text):
     encoded = encode(tokenizer, [Turn("user", text, images=1), Turn("assistant", "a<image>")], 2)
     assert encoded.input_ids == encode(tokenizer, [Turn("user", "q", images=1), Turn("assistant", "a")], 2).input_ids
+
+
+def taken_out_until_none_is_left(text: str) -> str:
+    while IMAGE_TOKEN in text:
+        text = text.replace(IMAGE_TOKEN, "")
+    return text.strip()
+
+
+def test_nested_placeholders_leave_what_taking_them_out_one_after_the_other_leaves():
+    rng = random.Random(0)
+    parts = ["<image>", "<ima", "ge>", "<", ">", "<image", "image>", "a", " ", "\n", "é"]
+    for _ in range(3000):
+        text = "".join(rng.choices(parts, k=rng.randrange(1, 30)))
+        assert clean(text) == taken_out_until_none_is_left(text), text
+
+
+class Searched(str):
+    """A text that counts how often it, or what is left of it, is searched as a whole."""
+
+    searches = 0
+
+    def __contains__(self, part):
+        Searched.searches += 1
+        return super().__contains__(part)
+
+    def replace(self, *arguments):
+        return Searched(super().replace(*arguments))
+
+
+def test_nested_placeholders_take_one_pass_over_the_text():
+    def nested(depth: int) -> str:
+        return "<ima" * depth + "<image>" + "ge>" * depth
+
+    clean(Searched(nested(1000)))
+    assert Searched.searches == 1  # taking them out round by round would search 1,002 times
+    assert clean(nested(100_000)) == ""
+    assert clean("a" + nested(1000) + "> b") == "a> b"
 
 
 @pytest.mark.parametrize(
