@@ -67,6 +67,12 @@ class TextFields(StrictModel):
     no_placeholders: Literal["quarantine", "first_turn"] = "quarantine"
     """What happens to a conversation with images and no `<image>` in its text: it is set aside, or its first turn
     shows all of them. (A question and a prompt always show them.)"""
+    system: Annotated[Literal["quarantine", "drop", "first_turn"], Decides.WHEN_SET] = "quarantine"
+    """What happens to a conversation that begins with a system message: it is set aside, the message is left out, or
+    it becomes the first paragraph of the first question, as in serving."""
+    text_only: Annotated[bool, Decides.WHEN_SET] = False
+    """Records without an image are wanted, as text. Otherwise they are set aside as image_missing. (An empty list of
+    images beside a conversation says itself that there is none.)"""
 
     @model_validator(mode="after")
     def _one_text(self):
@@ -98,12 +104,20 @@ class LlavaSource(SourceBase):
     type: Literal["llava"]
     """Kind of source."""
     annotations: str
-    """Path or URI of the JSON (one list) or JSONL file, also gzipped (.gz)."""
+    """Path or URI of the JSON (one list) or JSONL file, also gzipped (.gz). Messages stand under `conversations` or
+    `messages`; an entry without an `id` gets its number."""
     images: str
-    """Folder or .zip file, path or URI, that the records' `image` paths are relative to. A zip is not unpacked."""
+    """Folder or .zip file, path or URI, that the records' `image` (or `images`) paths are relative to. A zip is not
+    unpacked."""
     no_placeholders: Literal["quarantine", "first_turn"] = "quarantine"
     """What happens to a record with images and no `<image>` in its text: it is set aside, or its first turn shows all
     of them."""
+    system: Annotated[Literal["quarantine", "drop", "first_turn"], Decides.WHEN_SET] = "quarantine"
+    """What happens to a conversation that begins with a system message: it is set aside, the message is left out, or
+    it becomes the first paragraph of the first question, as in serving."""
+    text_only: Annotated[bool, Decides.WHEN_SET] = False
+    """Records that name an image or video under a key that is not read, or have null for one, are wanted as text.
+    Otherwise they are set aside as image_missing. Records without any such key are text in either case."""
 
 
 class QuestionsSource(SourceBase):
@@ -118,7 +132,7 @@ class QuestionsSource(SourceBase):
     images: str
     """Folder or .zip file, path or URI."""
     image: str = "image_id"
-    """Field that names the image. An entry without it is text only."""
+    """Field that names the image. An entry without it is set aside as image_missing, unless `text_only` is true."""
     image_suffix: str = ""
     """What the name lacks to be a file's, for example .jpg."""
     question: str = "question"
@@ -129,6 +143,8 @@ class QuestionsSource(SourceBase):
     """Field with the kind of question, which evaluation reports accuracy by."""
     id: str | None = None
     """Field with the record's id. Default: the image's name."""
+    text_only: Annotated[bool, Decides.WHEN_SET] = False
+    """Entries without an image are wanted, as text."""
 
 
 class CaptionsSource(SourceBase):
@@ -265,7 +281,7 @@ def data_identity(config: DataConfig, tokens_per_image: int, seed: int) -> str:
     out of training, so they do not count when `exclude_evaluation_images` is off.
     """
     content = identity(config, Decides.RUN)
-    excluded = {name: source.model_dump(mode="json") for name, source in config.evaluation_sets().items()}
+    excluded = {name: identity(source) for name, source in config.evaluation_sets().items()}
     text = json.dumps([SCHEMA_VERSION, tokens_per_image, seed, content, excluded], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -61,6 +61,8 @@ class SplitInfo(StrictModel):
     """Samples that lost turns: those over `max_tokens`, or a last question without an answer."""
     cut_turns: int
     """How many turns they lost."""
+    without_images: int | None = None
+    """Samples that show no image. None in sets of versions that did not count them."""
 
 
 class Manifest(StrictModel):
@@ -83,6 +85,13 @@ class Manifest(StrictModel):
     tokens_per_image: int
     splits: dict[str, SplitInfo]
     """The train split, and the validation split where the recipe has one."""
+
+    def without_images(self) -> str:
+        """How many training samples show no image, for a person: more than expected is a corpus that was not read."""
+        train = self.splits["train"]
+        if train.without_images is None:
+            return "how many training samples show no image was not counted by the version that made the set"
+        return f"{train.without_images:,} of {train.samples:,} training samples show no image"
 
     @property
     def shards(self) -> list[ShardInfo]:
@@ -141,6 +150,7 @@ def split_info(
     quarantined: dict[str, int],
     cut: int,
     cut_turns: int = 0,
+    without_images: int | None = None,
     quarantined_by_source: dict[str, dict[str, int]] | None = None,
 ) -> SplitInfo:
     """Sum up a split's shards, which are given in row order. The other arguments are fields of `SplitInfo`."""
@@ -161,6 +171,7 @@ def split_info(
         quarantined_by_source=quarantined_by_source or {},
         cut=cut,
         cut_turns=cut_turns,
+        without_images=without_images,
         **totals,
     )
 

@@ -93,6 +93,7 @@ def prepare(
                 quarantined_by_source=tally.by_source(),
                 cut=tally.cut,
                 cut_turns=tally.cut_turns,
+                without_images=tally.without_images,
             )
             for split, tally in tallies.items()
         },

@@ -15,7 +15,7 @@ from pipelines.tokenize import iter_outcomes
 from pipelines.validate import REMOVED
 
 QUARANTINE_FILE = "quarantine.arrow"
-_COLUMNS = ["record_id", "source", "cut_turns", "reason", "detail"]
+_COLUMNS = ["record_id", "source", "images", "cut_turns", "reason", "detail"]
 
 
 @dataclass
@@ -29,6 +29,8 @@ class Tally:
     """Samples that lost turns."""
     cut_turns: int = 0
     """How many they lost."""
+    without_images: int = 0
+    """Samples that show no image."""
 
     def by_reason(self) -> dict[str, int]:
         """Records set aside."""
@@ -73,6 +75,8 @@ def write_quarantine(out: str, work: str, partitions: list[Partition], removals:
             removed, named = removals.of(partition.name), removals.causes(partition.name)
             tally, bad = tallies[partition.split], []
             tally.records += outcomes.num_rows
+            blind = pc.and_(outcomes["reason"].is_null(), pc.equal(outcomes["images"], 0)).to_numpy()
+            tally.without_images += int(blind.sum()) - sum(bool(blind[i]) for i in removed)
             told = pc.or_(outcomes["reason"].is_valid(), pc.greater(outcomes["cut_turns"], 0)).to_numpy()
             told = sorted({*np.flatnonzero(told).tolist(), *removed, *named})
             for i, row in zip(told, outcomes.take(pa.array(told, pa.int64())).to_pylist(), strict=True):

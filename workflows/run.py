@@ -204,6 +204,7 @@ def _prepare_one(
             f"{train.rows:,} training rows, {train.tokens:,} tokens, {train.fill:.1%} full; {bad} records set aside"
             + (f", {cut} cut short" if cut else "")
         )
+        console.note(manifest.without_images())
     return manifest
 
 

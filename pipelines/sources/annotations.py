@@ -1,7 +1,7 @@
 """Sources with one file of annotations and their images in a folder or a zip.
 
-`AnnotatedImages` opens both, `JsonAnnotations` reads JSON entries, and two kinds of entry follow: LLaVA's conversations
-(`Llava`) and one question per entry (`Questions`).
+`AnnotatedImages` opens both, `JsonAnnotations` reads JSON entries, and one kind of entry follows: a question each
+(`Questions`). Conversations are in llava.py.
 """
 
 import hashlib
@@ -9,12 +9,14 @@ import io
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.sources.entries import EntryError, check_path, conversation, question_and_answer
+from pipelines.sources.entries import EntryError, check_path, question_and_answer, shown
 from pipelines.sources.images import open_images
 from pipelines.sources.json_stream import BrokenLine, read_entries
 from pipelines.sources.source import Record
+from pipelines.sources.unread import unread_key
 
 _CHUNK = 1 << 22
+_KEYS = 1000  # different keys of entries that are remembered for an error
 
 
 class AnnotatedImages:
@@ -64,11 +66,15 @@ class AnnotatedImages:
 
 
 class JsonAnnotations(AnnotatedImages):
-    """A source of the entries of a JSON list or JSONL file. Subclasses implement `name` and `parse`."""
+    """A source of the entries of a JSON list or JSONL file. Subclasses implement `name`, `fields` and `parse`."""
 
     def name(self, entry: dict) -> object:
-        """Return the entry's id. Anything but a string or an integer is reported as a bad entry."""
+        """Return the entry's id, None for the number of the entry. Else a string or an integer, or the entry is bad."""
         raise NotImplementedError
+
+    def fields(self) -> tuple[tuple[str, ...], ...]:
+        """Keys that some entry has to have: of each group at least one."""
+        return ()
 
     def parse(self, entry: dict, record_id: str) -> Record:
         """Turn an entry into its record. Raises EntryError."""
@@ -79,13 +85,28 @@ class JsonAnnotations(AnnotatedImages):
 
         Raises:
             FileNotFoundError: no annotations file.
-            ValueError: the file is a JSON list that breaks off or is not JSON, or a zip cannot be read.
+            ValueError: the file is a JSON list that breaks off or is not JSON, a zip cannot be read, or no entry has a
+                field that the config names.
         """
+        keys: dict[str, None] = {}
         with self.open_text() as stream:
             # Bytes that are not UTF-8 become lone surrogates here, which are found in the entry that has them.
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
             for position, entry in enumerate(read_entries(text, storage.shown(self.config.annotations))):
+                if isinstance(entry, dict) and len(keys) < _KEYS:
+                    keys |= dict.fromkeys(entry)
+                if position + 1 == self.config.limit:  # nobody asks for what comes after it
+                    self._check_fields(keys)
                 yield self._record(position, entry)
+        self._check_fields(keys)
+
+    def _check_fields(self, keys: dict[str, None]) -> None:
+        for group in self.fields() if keys else ():
+            if not keys.keys() & {*group} and len(keys) < _KEYS:
+                raise ValueError(
+                    f"source {self.config.label!r}: no entry has the field {' or '.join(group)}; the entries have "
+                    f"{', '.join(map(str, [*keys][:20]))}. Check the fields that the recipe names"
+                )
 
     def _record(self, position: int, entry: object) -> Record:
         record_id = f"{self.config.label}[{position}]"
@@ -95,29 +116,13 @@ class JsonAnnotations(AnnotatedImages):
             if not isinstance(entry, dict):
                 raise EntryError(f"the entry is a {type(entry).__name__}, expected an object")
             name = self.name(entry)
-            if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-                raise EntryError(f"id is {name!r}, expected a string")
-            record_id = str(name).encode("utf-8", "replace").decode()
+            if name is not None:
+                if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+                    raise EntryError(f"id is {shown(name)}, expected a string")
+                record_id = str(name).encode("utf-8", "replace").decode()
             return self.parse(entry, record_id)
         except EntryError as error:
             return Record(record_id, self.config.label, problem=error.problem)
-
-
-class Llava(JsonAnnotations):
-    """Reader of a `LlavaSource`."""
-
-    def name(self, entry: dict) -> object:
-        """Return the entry's id."""
-        return entry.get("id")
-
-    def parse(self, entry: dict, record_id: str) -> Record:
-        """Turn an entry into its record. Raises EntryError."""
-        images = entry.get("image")
-        images = [] if images is None else images if isinstance(images, list) else [images]
-        for path in images:
-            check_path("image", path)
-        turns = conversation(entry.get("conversations"), len(images), self.config.no_placeholders)
-        return Record(record_id, self.config.label, [self.locate(path) for path in images], turns)
 
 
 class Questions(JsonAnnotations):
@@ -125,20 +130,40 @@ class Questions(JsonAnnotations):
 
     def name(self, entry: dict) -> object:
         """Return the entry's id, or its image's name when the config names no id field."""
-        return entry.get(self.config.id or self.config.image)
+        if self.config.id is None:
+            return entry.get(self.config.image)
+        if entry.get(self.config.id) is None:
+            raise EntryError(f"{self.config.id} is {'null' if self.config.id in entry else 'missing'}")
+        return entry[self.config.id]
+
+    def fields(self) -> tuple[tuple[str, ...], ...]:
+        """All that the config names; the image only where text alone is not wanted."""
+        config = self.config
+        image = None if config.text_only else config.image
+        named = (image, config.question, config.answer, config.question_type, config.id)
+        return tuple((field,) for field in named if field is not None)
 
     def parse(self, entry: dict, record_id: str) -> Record:
         """Turn an entry into its record. Raises EntryError."""
-        image, images = entry.get(self.config.image), []
+        config = self.config
+        image, images = entry.get(config.image), []
         if image is not None:
-            path = f"{image}{self.config.image_suffix}" if isinstance(image, str | int) else image
-            check_path(self.config.image, path)
+            path = f"{image}{config.image_suffix}" if isinstance(image, str | int) else image
+            check_path(config.image, path)
             images = [path]
-        turns = question_and_answer(entry.get(self.config.question), entry.get(self.config.answer), len(images))
+        if not config.text_only:
+            own = (config.image, config.question, config.answer, config.id, config.question_type)
+            problem = unread_key(entry, own, len(images))
+            if problem is None and not images:
+                what = "null" if config.image in entry else "missing"
+                problem = f"{config.image} is {what}; text_only: true takes such entries as text"
+            if problem:
+                raise EntryError(problem, "image_missing")
+        turns = question_and_answer(entry.get(config.question), entry.get(config.answer), len(images))
         kinds = None
-        if self.config.question_type is not None:
-            kind = entry.get(self.config.question_type)
+        if config.question_type is not None:
+            kind = entry.get(config.question_type)
             if not isinstance(kind, str):
-                raise EntryError(f"{self.config.question_type} is {kind!r}, expected a string")
+                raise EntryError(f"{config.question_type} is {shown(kind)}, expected a string")
             kinds = [kind]
-        return Record(record_id, self.config.label, [self.locate(path) for path in images], turns, kinds)
+        return Record(record_id, config.label, [self.locate(path) for path in images], turns, kinds)

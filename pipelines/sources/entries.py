@@ -6,12 +6,16 @@ the record's next image in that turn.
 """
 
 import hashlib
-from dataclasses import replace
+import math
+import reprlib
+from dataclasses import dataclass, replace
 
-from mlmamba.conversation import IMAGE_TOKEN, Turn
+from mlmamba.conversation import IMAGE_TOKEN, Turn, clean
 from pipelines.sources.source import Problem
+from pipelines.sources.unread import unread_tag
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+_SYSTEM = ("system", "developer")
 _FORMATS = (("from", "value", "'human' or 'gpt'"), ("role", "content", "'user' or 'assistant'"))
 
 
@@ -23,30 +27,73 @@ class EntryError(Exception):
         self.problem = Problem(reason, detail)
 
 
-def conversation(
-    messages: object, images: int, no_placeholders: str = "quarantine", name="conversations"
-) -> list[Turn]:
+@dataclass(frozen=True)
+class Rules:
+    """What a recipe says about messages; fields as in `config.TextFields`."""
+
+    no_placeholders: str = "quarantine"
+    system: str = "quarantine"
+
+    @classmethod
+    def of(cls, config) -> "Rules":
+        """Those of a source's config."""
+        return cls(config.no_placeholders, config.system)
+
+
+def conversation(messages: object, images: int, rules: Rules = Rules(), name="conversations") -> list[Turn]:
     """The turns of a list of messages.
 
     Args:
         messages: from the annotations.
         images: images of the record.
-        no_placeholders: as in `TextFields`.
+        rules: of the recipe.
         name: of the field, for errors.
 
     Raises:
         EntryError: the messages break the format, or do not show `images` images.
     """
     if not isinstance(messages, list):
-        raise EntryError(f"{name} is a {type(messages).__name__}, expected a list")
-    turns = [turn for i, message in enumerate(messages) for turn in _turns(f"{name}[{i}]", message)]
+        raise EntryError(f"{name} is {_kind(messages)}, expected a list of messages")
+    system, first = [], 0
+    for i, message in enumerate(messages):
+        text = _system_text(f"{name}[{i}]", message)
+        if text is None:
+            break
+        if rules.system == "quarantine":
+            raise EntryError(
+                f"{name}[{i}] is the system's, which the prompt format has no place for; set system: drop to leave it "
+                "out or system: first_turn to put it before the first question"
+            )
+        system.append(text)
+        first = i + 1
+    turns = [turn for i, message in enumerate(messages[first:], first) for turn in _turns(f"{name}[{i}]", message)]
+    if rules.system == "first_turn":
+        turns = with_system(turns, "\n\n".join(filter(None, map(str.strip, system))))
+    return check_shown(turns, images, rules)
+
+
+def with_system(turns: list[Turn], text: str) -> list[Turn]:
+    """The turns with a system text before the first question, as the chat template and the server put it."""
+    if not text or not turns or turns[0].role != "user":
+        return turns
+    return [replace(turns[0], text=f"{text}\n\n{turns[0].text.strip()}"), *turns[1:]]
+
+
+def check_shown(turns: list[Turn], images: int, rules: Rules) -> list[Turn]:
+    """The turns, which show `images` images in all, or EntryError."""
     for i, turn in enumerate(turns):
         if turn.role == "assistant" and IMAGE_TOKEN in turn.text:
             raise EntryError(f"turn {i} is the assistant's but has {IMAGE_TOKEN}", "placeholder_mismatch")
+    tag = unread_tag(turns, images)
+    if tag:
+        raise EntryError(tag, "image_missing")
     shown = sum(turn.images for turn in turns)
-    if not shown and images and turns and turns[0].role == "user" and no_placeholders == "first_turn":
+    if not shown and images and turns and turns[0].role == "user" and rules.no_placeholders == "first_turn":
         return [replace(turns[0], images=images), *turns[1:]]
     if shown != images:
+        empty = next((i for i, turn in enumerate(turns) if not clean(turn.text)), None)
+        if empty is not None:
+            raise EntryError(f"turn {empty} ({turns[empty].role}) is empty", "empty_turn")
         raise EntryError(
             f"the human turns have {shown} {IMAGE_TOKEN} but the entry has {images} images", "placeholder_mismatch"
         )
@@ -55,18 +102,25 @@ def conversation(
 
 def question_and_answer(question: object, answer: object, images: int) -> list[Turn]:
     """The turns of one question about all images. Raises EntryError."""
-    for name, text in (("question", question), ("answer", answer)):
-        check_text(name, text)
+    texts = []
+    for name, value in (("question", question), ("answer", answer)):
+        text = as_text(name, value)
         if IMAGE_TOKEN in text:
-            raise EntryError(f"the {name} has {IMAGE_TOKEN}, but shows its images without", "placeholder_mismatch")
-    return [Turn("user", question, images), Turn("assistant", answer)]
+            reason = "placeholder_mismatch" if clean(text) else "empty_turn"
+            raise EntryError(f"the {name} has {IMAGE_TOKEN}, but shows its images without", reason)
+        texts.append(text)
+    turns = [Turn("user", texts[0], images), Turn("assistant", texts[1])]
+    tag = unread_tag(turns, images)
+    if tag:
+        raise EntryError(tag, "image_missing")
+    return turns
 
 
 def captioned(caption: object, prompts: list[str], record_id: str, images: int) -> list[Turn]:
     """The turns of a caption: one of the prompts, always the same for an id, and the caption. Raises EntryError."""
-    check_text("caption", caption)
+    text = as_text("caption", caption)
     choice = int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little") % len(prompts)
-    return question_and_answer(prompts[choice], caption, images)
+    return question_and_answer(prompts[choice], text, images)
 
 
 def text_turns(text, read, record_id: str, images: int) -> list[Turn]:
@@ -82,26 +136,37 @@ def text_turns(text, read, record_id: str, images: int) -> list[Turn]:
         EntryError: as the functions above.
     """
     if text.conversation is not None:
-        return conversation(read(text.conversation), images, text.no_placeholders, text.conversation)
+        return conversation(read(text.conversation), images, Rules.of(text), text.conversation)
     if text.question is not None:
         return question_and_answer(read(text.question), read(text.answer), images)
     return captioned(read(text.caption), text.prompts, record_id, images)
 
 
+def as_text(name: str, value: object) -> str:
+    """The value as text: a number as it is written. Raises EntryError unless it is text or a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and math.isfinite(value):
+        return str(value)
+    check_text(name, value)
+    return value
+
+
 def check_text(name: str, value: object) -> None:
     """Raise EntryError unless the value is a string that the tokenizer and Arrow can store."""
     if not isinstance(value, str) or not is_text(value):
-        what = "a string of other than valid Unicode" if isinstance(value, str) else type(value).__name__
+        what = "a string of other than valid Unicode" if isinstance(value, str) else _kind(value)
         raise EntryError(f"{name} is not a string of valid Unicode (it is {what})")
 
 
 def check_path(name: str, path: object) -> None:
     """Raise EntryError unless the value is a path that stays where the images are."""
-    if not isinstance(path, str) or not path or not is_text(path) or "\0" in path:
-        raise EntryError(f"{name} is {path!r}, expected a path")
+    if path is None or path == "":
+        raise EntryError(f"{name} is {shown(path)}, expected a path", "image_missing")
+    if not isinstance(path, str) or not is_text(path) or "\0" in path:
+        raise EntryError(f"{name} is {shown(path)}, expected a path")
     # Annotations come from elsewhere: they must not name files outside the images' folder.
     if path.startswith("/") or ".." in path.split("/"):
-        raise EntryError(f"{name} {path!r} leaves the images folder; give a path relative to it")
+        raise EntryError(f"{name} {shown(path)} leaves the images folder; give a path relative to it")
 
 
 def is_text(value: str) -> bool:
@@ -113,24 +178,50 @@ def is_text(value: str) -> bool:
     return True
 
 
+def shown(value: object) -> str:
+    """A value for a message, shortened where it is long or nested deeply."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+def _kind(value: object) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def _system_text(name: str, message: object) -> str | None:
+    """The text of a system message, None of another."""
+    if not isinstance(message, dict):
+        return None
+    speaker, content, _ = _FORMATS["role" in message]
+    role = message.get(speaker)
+    if not isinstance(role, str) or role not in _SYSTEM:
+        return None
+    return _turn(name, "system", message.get(content), content).text
+
+
 def _turns(name: str, message: object) -> list[Turn]:
     """The one turn of a message, or the two of a pair."""
     if not isinstance(message, dict):
-        raise EntryError(f"{name} is a {type(message).__name__}, expected an object")
+        raise EntryError(f"{name} is {_kind(message)}, expected an object")
     if "user" in message and "assistant" in message:
         return [_turn(name, role, message[role], role) for role in ("user", "assistant")]
     speaker, content, expected = _FORMATS["role" in message]
     role = message.get(speaker)
+    if isinstance(role, str) and role in _SYSTEM:
+        raise EntryError(f"{name}.{speaker} is {role!r} behind the first turn; it can only come before it")
     if not isinstance(role, str) or role not in _ROLES:
-        raise EntryError(f"{name}.{speaker} is {role!r}, expected {expected}")
+        raise EntryError(f"{name}.{speaker} is {shown(role)}, expected {expected}")
     return [_turn(name, _ROLES[role], message.get(content), content)]
 
 
 def _turn(name: str, role: str, content: object, field: str) -> Turn:
     if isinstance(content, list):
         content = "".join(_part(f"{name}.{field}[{i}]", part) for i, part in enumerate(content))
-    check_text(f"{name}.{field}", content)
-    return Turn(role, content, images=content.count(IMAGE_TOKEN) if role == "user" else 0)
+    text = as_text(f"{name}.{field}", content)
+    return Turn(role, text, images=text.count(IMAGE_TOKEN) if role == "user" else 0)
 
 
 def _part(name: str, part: object) -> str:
@@ -141,4 +232,4 @@ def _part(name: str, part: object) -> str:
         return part["text"]
     if kind in ("image", "image_url"):
         return IMAGE_TOKEN
-    raise EntryError(f"{name} is {kind or type(part).__name__}, expected text or image")
+    raise EntryError(f"{name} is {kind if isinstance(kind, str) else _kind(part)}, expected text or image")

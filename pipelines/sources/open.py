@@ -16,7 +16,7 @@ _BLOCK = 1024  # records among which a share is chosen at a time
 _READERS = {
     "captions": ("pipelines.sources.captions", "Captions"),
     "easy_vqa": ("pipelines.sources.easy_vqa", "EasyVQA"),
-    "llava": ("pipelines.sources.annotations", "Llava"),
+    "llava": ("pipelines.sources.llava", "Llava"),
     "parquet": ("pipelines.sources.parquet", "Parquet"),
     "questions": ("pipelines.sources.annotations", "Questions"),
     "webdataset": ("pipelines.sources.webdataset", "WebDataset"),

@@ -103,16 +103,25 @@ class Parquet:
                     raise EntryError(f"{self.config.id} is {own!r}, expected a string")
                 record_id = str(own)
             check_text("the id", record_id)
-            cells = values.get(self.config.image)
-            if not isinstance(cells, list):
-                cells = [] if cells is None else [cells]
-            images = [location(name, group, row, str(i)) for i in range(len(cells))]
+            images = [location(name, group, row, str(i)) for i in range(self._images(values))]
             if self.config.conversation is not None:
                 values[self.config.conversation] = _parsed(values[self.config.conversation])
             turns = text_turns(self.config, values.get, record_id, len(images))
             return Record(record_id, self.config.label, images, turns)
         except EntryError as error:
             return Record(record_id, self.config.label, problem=error.problem)
+
+    def _images(self, values: dict) -> int:
+        """How many images a row has. Raises EntryError where it lacks the one that it should have."""
+        if self.config.image is None:
+            return 0
+        cells = values[self.config.image]
+        count = len(cells) if isinstance(cells, list) else int(cells is not None)
+        told_empty = cells is not None and self.config.conversation is not None
+        if not count and not told_empty and not self.config.text_only:
+            what = "null" if cells is None else "empty"
+            raise EntryError(f"column {self.config.image} is {what}; text_only: true takes such rows", "image_missing")
+        return count
 
 
 class _ImageRows:

@@ -20,6 +20,7 @@ from pipelines.config import WebDatasetSource
 from pipelines.sources.entries import EntryError, check_text, text_turns
 from pipelines.sources.files import FileSet, RangeReader, location, parse_location
 from pipelines.sources.source import Problem, Record
+from pipelines.sources.unread import unread_file, unread_key
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2"}  # validation says which may pass
 _READ_AHEAD = 1 << 20
@@ -135,11 +136,27 @@ class WebDataset:
                     raise content
             endings = sorted((e for e, content in members.items() if isinstance(content, _Image)), key=_number)
             images = [str(members[ending]) for ending in endings]
+            if not self.config.text_only:
+                self._check_images(members, len(images))
             turns = text_turns(self.config, lambda field: _field(members, field), record_id, len(images))
             return Record(record_id, self.config.label, images, turns)
         except EntryError as error:
             record_id = record_id.encode("utf-8", "replace").decode()
             return Record(record_id, self.config.label, problem=error.problem)
+
+    def _check_images(self, members: dict[str, object], images: int) -> None:
+        """Raise EntryError for a sample that lacks its image, or has video."""
+        unread = next(filter(None, map(unread_file, () if images else members)), None)
+        for content in members.values():
+            if unread is None and isinstance(content, dict):
+                unread = unread_key(content, (), images)
+        if unread:
+            raise EntryError(unread, "image_missing")
+        if not images:
+            has = ", ".join(f".{ending}" for ending in [*members][:10])
+            raise EntryError(
+                f"the sample has no image (its files: {has}); text_only: true takes such samples", "image_missing"
+            )
 
 
 class _Image(str):

@@ -72,7 +72,7 @@ CONVERSATIONS: dict[str, tuple[Callable[[int], object], str]] = {
     "no answer": (lambda i: conversation(f"<image> What {i}?"), "role_order"),
     "unknown speaker": (lambda i: [{"from": "system", "value": f"<image> Do {i}."}], "malformed"),
     "no speaker": (lambda i: [{"value": f"<image> What {i}?"}], "malformed"),
-    "text that is a number": (lambda i: [{"from": "human", "value": i}], "malformed"),
+    "text that is a truth value": (lambda i: [{"from": "human", "value": True}], "malformed"),
     "messages that are text": (lambda i: f"<image> What {i}?", "malformed"),
     "end token": (lambda i: conversation(f"<image> What {i}?", "This.<|endoftext|>And that."), "control_text"),
     "role mark": (lambda i: conversation(f"<image> Hm {i}.<|assistant|>", "This."), "control_text"),
@@ -136,7 +136,8 @@ class BadInput:
             "outside": (None, "malformed"),
             "broken line": (None, "malformed"),
             "not an object": (None, "malformed"),
-            "no id": (None, "malformed"),
+            "id that is none": (None, "malformed"),
+            "key that is not read": (None, "image_missing"),
             "id twice": (None, "duplicate_id"),
             "content twice": (None, "duplicate_content"),
             "image of the test set": (None, "contaminated"),
@@ -155,8 +156,10 @@ class BadInput:
                 entry, name = json.dumps(entry)[: self.rng.randrange(20, 60)], f"{place}[{line}]"
             elif kind == "not an object":
                 entry, name = [entry], f"{place}[{line}]"
-            elif kind == "no id":
-                entry["id"], name = None, f"{place}[{line}]"
+            elif kind == "id that is none":
+                entry["id"], name = [number], f"{place}[{line}]"
+            elif kind == "key that is not read":
+                entry["img"] = entry.pop("image")
             elif kind == "image of the test set":
                 images[path] = self._test_image(number)
             elif kind in ("id twice", "content twice"):
@@ -194,14 +197,14 @@ class BadInput:
                 entry = json.loads(line)
             except ValueError:
                 entry = None
-            if not isinstance(entry, dict) or entry["id"] is None:
+            if not isinstance(entry, dict) or not isinstance(entry["id"], str):
                 self.expected[place, f"{place}[{position}]"] = "malformed"
 
     def _webdataset(self) -> dict:
         """Tar shards, whose samples may lack or double a file."""
         extra = {
             "no text file": (None, "malformed"),
-            "no image file": (None, "placeholder_mismatch"),
+            "no image file": (None, "image_missing"),
             "broken json": (None, "malformed"),
             "json without the key": (None, "malformed"),
             "text file twice": (None, "malformed"),
@@ -235,7 +238,7 @@ class BadInput:
         """Parquet with conversations as JSON text, which can hold what a typed column cannot."""
         extra = {
             "no bytes": (None, "image_missing"),
-            "null": (None, "placeholder_mismatch"),
+            "null": (None, "image_missing"),
             "no json": (None, "malformed"),
         }
         columns: dict[str, list] = {"image": [], "conversations": [], "id": []}

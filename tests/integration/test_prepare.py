@@ -140,6 +140,8 @@ def test_the_folder_and_its_manifest(prepared):
     assert manifest.excluded == {"validation/llava": VALIDATION}
     assert (validation.records, validation.samples, validation.quarantined) == (VALIDATION, VALIDATION, {})
     assert train.images == train.samples_by_source["llava"] == train.samples
+    assert train.without_images == validation.without_images == 0
+    assert manifest.without_images() == f"0 of {train.samples} training samples show no image"
     assert train.fill > 0.8
 
 

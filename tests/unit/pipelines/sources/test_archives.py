@@ -202,15 +202,16 @@ class TestWebDataset:
             + [("many.json", {"conversations": many, "q": "How many?", "a": "Eleven.", "c": "Colours."})]
             + [("text.json", {"conversations": conversation("Hi", "Hello"), "q": "Hi", "a": "Ho", "c": "Nothing."})],
         )
-        source = webdataset(tar)
+        source = webdataset(tar, conversation="json.conversations", text_only=True)
         one, text = source.records()
         assert [source.read_image(place) for place in one.images] == [encoded(i) for i in range(11)]  # not 0, 1, 10, 2
         assert (text.images, text.turns[0].images) == ([], 0)
-        one, text = webdataset(tar, question="json.q", answer="json.a").records()
+        one, text = webdataset(tar, question="json.q", answer="json.a", text_only=True).records()
         assert [turn.text for turn in one.turns] == ["How many?", "Eleven."]
         assert (one.turns[0].images, text.turns[0].images) == (11, 0)
-        one, _ = webdataset(tar, caption="json.c", prompts=["Describe."]).records()
+        one, blind = webdataset(tar, caption="json.c", prompts=["Describe."]).records()
         assert [turn.text for turn in one.turns] == ["Describe.", "Colours."]
+        assert blind.problem.reason == "image_missing"
 
     def test_a_bad_sample_costs_itself(self, tmp_path):
         data = encoded()
@@ -236,7 +237,7 @@ class TestWebDataset:
             "no-key": "malformed",
             "broken": "malformed",
             "binary": "malformed",
-            "no-image": "placeholder_mismatch",
+            "no-image": "image_missing",
             "twice": "malformed",
             "good-2": None,
         }
@@ -295,7 +296,9 @@ class TestParquet:
             half = slice(5 * i, 5 * i + 5)
             columns = {"image": images[half], "conversations": texts[half]}
             write_parquet(tmp_path / f"data/train-{i:05}.parquet", columns, schema, rows=2)
-        source = parquet(tmp_path / "data/train-*.parquet", conversation="conversations")
+        blind = parquet(tmp_path / "data/train-*.parquet", conversation="conversations")
+        assert reasons(blind.records()) == [None] * 6 + ["image_missing"] + [None] * 3
+        source = parquet(tmp_path / "data/train-*.parquet", conversation="conversations", text_only=True)
         records = list(source.records())
         assert reasons(records) == [None] * 10
         assert [len(record.images) for record in records] == [1] * 6 + [0] + [1] * 3
@@ -322,7 +325,7 @@ class TestParquet:
         source = parquet(tmp_path / "a.parquet", image="images", conversation="texts", id="name")
         records = list(source.records())
         assert [record.id for record in records] == ["7", "8", "9", "10"]
-        assert reasons(records) == [None, None, None, "placeholder_mismatch"]
+        assert reasons(records) == [None, None, "image_missing", "placeholder_mismatch"]
         assert [source.read_image(place) for place in records[0].images] == [encoded(1), encoded(2)]
 
     def test_captions_questions_and_chat_messages(self, tmp_path):

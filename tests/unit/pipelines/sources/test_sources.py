@@ -99,11 +99,11 @@ class TestLlava:
         ("bad", "reason", "detail"),
         [
             (7, "malformed", "the entry is a int"),
-            ({"id": "x"}, "malformed", "conversations is a NoneType"),
-            (entry(name=None), "malformed", "id is None"),
+            ({"id": "x"}, "malformed", "conversations is missing"),
+            (entry(name=[1]), "malformed", "id is [1]"),
             (entry(conversations=["hi"]), "malformed", "conversations[0] is a str"),
             (entry(conversations=[{"value": "hi"}]), "malformed", "from is None"),
-            (entry(conversations=[{"from": "system", "value": "hi"}]), "malformed", "from is 'system'"),
+            (entry(conversations=[{"from": "system", "value": "hi"}]), "malformed", "set system: drop"),
             (entry(gpt=None), "malformed", "conversations[1].value"),
             (entry(gpt="\ud83d"), "malformed", "valid Unicode"),
             (entry(image=3), "malformed", "image is 3"),
@@ -113,6 +113,7 @@ class TestLlava:
             (entry(name=True), "malformed", "id is True"),
             (entry(conversations=[{"role": "tool", "content": "hi"}]), "malformed", "role is 'tool'"),
             (entry(conversations=[{"role": "user", "content": [{"type": "video"}]}]), "malformed", "[0] is video"),
+            (entry(human="<image><image>"), "empty_turn", "turn 0 (user) is empty"),
             (entry(human="What?"), "placeholder_mismatch", "0 <image> but the entry has 1"),
             (entry(human="<image><image>What?"), "placeholder_mismatch", "2 <image> but the entry has 1"),
             (entry(image=None), "placeholder_mismatch", "1 <image> but the entry has 0"),
@@ -312,17 +313,34 @@ class TestQuestions:
         assert one.turns == [Turn("user", "Is it red?", 1), Turn("assistant", "No.")]
         assert (one.id, two.id, one.question_types) == ("23", "23#2", ["negative"])
         assert source.read_image(one.images[0]) == encoded(23)
-        (text,) = read(QuestionsSource, {"q.json": entries[2:]}, **options, id="key").records()
+        (text,) = read(QuestionsSource, {"q.json": entries[2:]}, **options, id="key", text_only=True).records()
         assert (text.id, text.images, text.problem) == ("text", [], None)
+
+    def test_a_field_that_no_entry_has_stops_with_those_that_they_have(self, read):
+        entries = [{"id": i, "image": "1.png", "question": "What?", "answer": "This."} for i in range(3)]
+        options = {"type": "questions", "annotations": "q.json", "images": ".", "id": "id"}
+        with pytest.raises(ValueError, match="no entry has the field image_id; the entries have id, image, question"):
+            list(read(QuestionsSource, {"q.json": entries}, **options).records())
+        source = read(QuestionsSource, {"q.json": entries}, **options, image="image", question_type="kind")
+        with pytest.raises(ValueError, match="no entry has the field kind"):
+            list(source.records())
+        records = read(QuestionsSource, {"q.json": entries}, **options, text_only=True).records()
+        assert [record.images for record in records] == [[], [], []]
+
+    def test_a_number_as_answer_is_text(self, read):
+        entries = [{"image_id": str(i), "question": "How many?", "answer": answer} for i, answer in enumerate([3, 2.5])]
+        options = {"type": "questions", "annotations": "q.json", "images": "."}
+        records = read(QuestionsSource, {"q.json": entries}, **options).records()
+        assert [record.turns[1].text for record in records] == ["3", "2.5"]
 
     @pytest.mark.parametrize(
         ("changes", "reason", "detail"),
         [
-            ({"image_id": None}, "malformed", "id is None"),
+            ({"image_id": None}, "image_missing", "image_id is null; text_only: true takes"),
             ({"image_id": [1]}, "malformed", "id is [1]"),
             ({"image_id": "../x"}, "malformed", "leaves the images folder"),
             ({"question": None}, "malformed", "question is not a string"),
-            ({"answer": 3}, "malformed", "answer is not a string"),
+            ({"answer": True}, "malformed", "answer is not a string"),
             ({"question": "<image> What?"}, "placeholder_mismatch", "the question has <image>"),
         ],
     )

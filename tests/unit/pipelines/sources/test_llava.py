@@ -1,0 +1,106 @@
+"""Conversations in JSON: where messages and images stand, and what is set aside rather than learned blind."""
+
+import json
+
+import pytest
+
+from pipelines.config import LlavaSource
+from pipelines.sources import open_source
+from pipelines.sources.llava import Llava
+from tests.helpers.corpora import conversation
+
+
+def entry(name="a", **more) -> dict:
+    return {"id": name, "conversations": conversation("<image>\nWhat?", "A dog."), **more}
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """A function from entries and options to the list of records."""
+
+    def read(entries, **options):
+        (tmp_path / "a.json").write_text(json.dumps(entries))
+        config = {"type": "llava", "annotations": str(tmp_path / "a.json"), "images": str(tmp_path / "pics")}
+        return list(open_source(LlavaSource(**(config | options))).records())
+
+    return read
+
+
+def test_images_is_read_like_image(llava):
+    two = {"conversations": conversation("<image> or <image>?", "The second.")}
+    records = llava([entry(image="1.png"), entry("b", images=["1.png"]), entry("c", images=["1.png", "2.png"], **two)])
+    assert [record.images for record in records] == [["1.png"], ["1.png"], ["1.png", "2.png"]]
+    assert not any(record.problem for record in records)
+    (both,) = llava([entry(image="1.png", images=["1.png"])])
+    assert (both.images, both.problem) == (["1.png"], None)
+    (other,) = llava([entry(image="1.png", images=["2.png"])])
+    assert "both image and images" in other.problem.detail
+
+
+def test_messages_and_a_missing_id(llava):
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A dog."}]
+    records = llava([{"messages": turns, "images": ["1.png"]}, {"messages": turns, "images": [], "id": "x"}])
+    assert [record.id for record in records] == ["llava[0]", "x"]
+    assert records[0].images == ["1.png"]
+    assert records[1].problem.reason == "placeholder_mismatch"
+
+
+def talk(**more) -> dict:
+    return {"id": "t", "conversations": conversation("What is in it?", "A dog."), **more}
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"image_path": "1.png"}, "image_path"),
+        ({"imgs": ["1.png"]}, "imgs"),
+        ({"img": "1.png"}, "img"),
+        ({"video": "1.mp4"}, "video"),
+        ({"image": None}, "image is null"),
+        ({"images": None}, "images is null"),
+        ({"conversations": conversation("<video>\nWhat is in it?", "A dog.")}, "<video>"),
+        ({"conversations": conversation("<image_1> What is in it?", "A dog.")}, "<image_1>"),
+    ],
+)
+def test_an_image_that_is_not_read_sets_its_record_aside_by_name(llava, more, named):
+    good, bad, text = llava([entry(image="1.png"), talk(**more), talk(images=[])])
+    assert good.problem is text.problem is None
+    assert bad.problem.reason == "image_missing"
+    assert named in bad.problem.detail
+    if "conversations" not in more:
+        assert llava([talk(**more)], text_only=True)[0].problem is None
+
+
+def test_text_among_images_stays_text(llava):
+    records = llava([entry(image="1.png"), talk(), talk(images=[]), talk(model="x", image_size=[1, 2])])
+    assert [len(record.images) for record in records] == [1, 0, 0, 0]
+    assert not any(record.problem for record in records)
+
+
+def test_a_field_that_no_entry_has_stops_with_those_that_they_have(llava):
+    for limit in (None, 1):
+        with pytest.raises(
+            ValueError, match="no entry has the field conversations or messages; the entries have id, chat"
+        ):
+            llava([{"id": "a", "chat": []}, {"id": "b", "chat": [], "image": "1.png"}], limit=limit)
+
+
+def test_the_system_message_by_option(llava):
+    turns = [{"from": "system", "value": " Be short. "}, *conversation("<image>\nWhat?", "A dog.")]
+    later = [*conversation("<image>\nWhat?", "A dog."), {"from": "system", "value": "Be short."}]
+    records = llava([entry(image="1.png"), entry("b", image="1.png", conversations=turns)])
+    assert records[1].problem.reason == "malformed"
+    assert "system: drop" in records[1].problem.detail
+    assert "system: first_turn" in records[1].problem.detail
+    (dropped,) = llava([entry(image="1.png", conversations=turns)], system="drop")
+    assert dropped.turns == records[0].turns
+    (first,) = llava([entry(image="1.png", conversations=turns)], system="first_turn")
+    assert first.turns[0].text == "Be short.\n\n<image>\nWhat?"
+    assert first.turns[0].images == 1
+    (late,) = llava([entry(image="1.png", conversations=later)], system="drop")
+    assert "behind the first turn" in late.problem.detail
+
+
+def test_the_reader_is_the_one_of_its_type(tmp_path):
+    config = LlavaSource(type="llava", annotations=str(tmp_path / "a"), images=str(tmp_path))
+    assert isinstance(open_source(config)._source, Llava)
