@@ -63,6 +63,8 @@ class SplitInfo(StrictModel):
     """How many turns they lost."""
     without_images: int | None = None
     """Samples that show no image. None in sets of versions that did not count them."""
+    lost: dict[str, float] = Field(default_factory=dict)
+    """Share of a source's bytes that could not be read, for sources that lost any: how many records is not known."""
 
 
 class Manifest(StrictModel):
@@ -151,6 +153,7 @@ def split_info(
     cut: int,
     cut_turns: int = 0,
     without_images: int | None = None,
+    lost: dict[str, float] | None = None,
     quarantined_by_source: dict[str, dict[str, int]] | None = None,
 ) -> SplitInfo:
     """Sum up a split's shards, which are given in row order. The other arguments are fields of `SplitInfo`."""
@@ -172,6 +175,7 @@ def split_info(
         cut=cut,
         cut_turns=cut_turns,
         without_images=without_images,
+        lost=lost or {},
         **totals,
     )
 

@@ -16,6 +16,7 @@ from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
 from pipelines.dedup import Removals, find_removals
 from pipelines.exclusion import ExclusionError, read_excluded
 from pipelines.execution import ensure_ray, quiet_ray_data
+from pipelines.losses import Losses
 from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, find_finished, fingerprints, split_info
 from pipelines.pack import pack, shard_tasks
 from pipelines.progress import Progress, ProgressMeter
@@ -71,7 +72,7 @@ def prepare(
 
     ensure_ray()
     with quiet_ray_data():
-        partitions = _cut(config, work, settings.digest(), on_progress)
+        partitions, losses = _cut(config, work, settings.digest(), on_progress)
         _tokenize(config, partitions, settings, out, work, on_progress)
         removals, tallies, excluded = _remove(config, partitions, out, work, on_progress)
         shards = _pack(config, partitions, removals, seed, out, work, on_progress)
@@ -94,6 +95,7 @@ def prepare(
                 cut=tally.cut,
                 cut_turns=tally.cut_turns,
                 without_images=tally.without_images,
+                lost=losses.shares(split),
             )
             for split, tally in tallies.items()
         },
@@ -128,14 +130,17 @@ def _make_tokenizer(config: DataConfig, out: str, tokens_per_image: int, on_prog
     return TokenizeSettings(folder, digest, chosen.eos_token, config.max_tokens, tokens_per_image, config.too_long)
 
 
-def _cut(config: DataConfig, work: str, settings: str, on_progress: OnProgress) -> list[Partition]:
+def _cut(config: DataConfig, work: str, settings: str, on_progress: OnProgress) -> tuple[list[Partition], Losses]:
     meter = ProgressMeter("records", "records", on_progress)
-    partitions = []
+    partitions, losses = [], Losses()
     for split in SPLITS_TO_PACK:
-        for partition in cut(split, getattr(config, split), config.partition_records, work, settings):
+        for partition in cut(split, getattr(config, split), config.partition_records, work, settings, losses):
             partitions.append(partition)
             meter.add(partition.records)
-    return partitions
+    too_much = losses.over(config.max_quarantined)
+    if too_much:
+        raise PrepareError(too_much)
+    return partitions, losses
 
 
 def _tokenize(

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from mlmamba.conversation import Turn
 from pipelines import storage
 from pipelines.config import SourceConfig
+from pipelines.losses import Losses
 from pipelines.sources import Problem, Record, open_source
+
+_LARGEST = 64 << 20  # characters of a partition's descriptions, which the driver holds
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,20 @@ def list_records(sources: list[SourceConfig]) -> Iterator[Record]:
         yield from open_source(config).records()
 
 
-def cut(split: str, sources: list[SourceConfig], size: int, work: str, settings: str) -> Iterator[Partition]:
+def cut(
+    split: str, sources: list[SourceConfig], size: int, work: str, settings: str, losses: Losses | None = None
+) -> Iterator[Partition]:
     """Cut a split into partitions and write their record files.
 
     Args:
         split: name of the split.
         sources: its sources.
-        size: records per partition; the last one may have fewer.
+        size: records per partition; the last one may have fewer, and one with much text.
         work: folder (path or URI) for the files.
         settings: digest of all else that decides what tokenizing gives.
+        losses: gets what the sources could not read.
     """
+    losses = losses or Losses()
     configs = {config.label: json.dumps(config.reader_fields(), sort_keys=True) for config in sources}
     lines: list[str] = []
     labels: set[str] = set()
@@ -72,12 +79,15 @@ def cut(split: str, sources: list[SourceConfig], size: int, work: str, settings:
         storage.write_atomic(partition.records_file(work), data)
         return partition
 
+    characters = 0
     for record in list_records(sources):
+        losses.add(split, record)
         lines.append(_line(record))
         labels.add(record.source)
-        if len(lines) == size:
+        characters += len(lines[-1])
+        if len(lines) == size or characters > _LARGEST:
             yield finish()
-            lines, labels, index = [], set(), index + 1
+            lines, labels, index, characters = [], set(), index + 1, 0
     if lines:
         yield finish()
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, USER, check_turns
 from mlmamba.images import MAX_PIXELS, ImageError, open_image, upright
-from pipelines.sources.source import Problem, Record, Source
+from pipelines.sources.source import ImageMissing, Problem, Record, Source
 from pipelines.storage import TooLarge
 
 REASONS = {
@@ -100,6 +100,8 @@ def read_images(record: Record, source: Source) -> tuple[list[bytes], Problem | 
     for location in record.images:
         try:
             data = _read(source, location)
+        except ImageMissing as error:
+            return images, Problem("image_missing", f"{location}: {error}")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return images, Problem("image_missing", f"no file {location}")
         except TooLarge as error:

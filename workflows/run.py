@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from pipelines import storage as files
 from pipelines.config import DataConfig, data_identity
 from pipelines.identity import digest
+from pipelines.losses import told
 from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.prepare import PrepareError, prepare
 from workflows.console import Console
@@ -204,6 +205,9 @@ def _prepare_one(
             f"{train.rows:,} training rows, {train.tokens:,} tokens, {train.fill:.1%} full; {bad} records set aside"
             + (f", {cut} cut short" if cut else "")
         )
+        for split in manifest.splits.values():
+            for name, share in split.lost.items():
+                console.note(told(name, share))
         console.note(manifest.without_images())
     return manifest
 

@@ -8,14 +8,16 @@ import hashlib
 import io
 from collections.abc import Iterator
 
+import pyarrow as pa
+
 from pipelines import storage
 from pipelines.sources.entries import EntryError, check_path, question_and_answer, shown
 from pipelines.sources.images import open_images
-from pipelines.sources.json_stream import BrokenLine, read_entries
+from pipelines.sources.json_stream import BrokenLine, one_object, read_entries
 from pipelines.sources.source import Record
 from pipelines.sources.unread import unread_key
 
-_CHUNK = 1 << 22
+_CHUNK, _BUFFER = 1 << 22, 1 << 20
 _KEYS = 1000  # different keys of entries that are remembered for an error
 
 
@@ -53,16 +55,42 @@ class AnnotatedImages:
 
         Raises:
             FileNotFoundError: there is no such file.
+            OSError: (on reading) the file is cut off or damaged; it is named.
         """
         uri = getattr(self.config, self.PATH_FIELD)
         filesystem, path = storage.open_fs(uri)
         try:
-            return filesystem.open_input_stream(path)  # decompresses .gz by itself
+            stream = filesystem.open_input_stream(path)  # decompresses .gz by itself
+            return io.BufferedReader(_Named(stream, storage.shown(uri)), _BUFFER)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"source {self.config.label!r} has no {self.PATH_FIELD} file {storage.shown(uri)}: "
                 f"check `{self.PATH_FIELD}`"
             ) from error
+
+
+class _Named(io.RawIOBase):
+    """A stream whose errors name its file."""
+
+    def __init__(self, stream, name: str):
+        self._stream, self._name = stream, name
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise OSError(
+                f"{self._name} cannot be read to its end ({error}): it is cut off or damaged, copy or write it again"
+            ) from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 class JsonAnnotations(AnnotatedImages):
@@ -89,6 +117,7 @@ class JsonAnnotations(AnnotatedImages):
                 field that the config names.
         """
         keys: dict[str, None] = {}
+        position = 0
         with self.open_text() as stream:
             # Bytes that are not UTF-8 become lone surrogates here, which are found in the entry that has them.
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
@@ -96,13 +125,16 @@ class JsonAnnotations(AnnotatedImages):
                 if isinstance(entry, dict) and len(keys) < _KEYS:
                     keys |= dict.fromkeys(entry)
                 if position + 1 == self.config.limit:  # nobody asks for what comes after it
-                    self._check_fields(keys)
+                    self._check_fields(keys, alone=False)
                 yield self._record(position, entry)
-        self._check_fields(keys)
+        self._check_fields(keys, alone=position == 0)
 
-    def _check_fields(self, keys: dict[str, None]) -> None:
+    def _check_fields(self, keys: dict[str, None], alone: bool) -> None:
+        """Raise ValueError when no entry has a field. `alone`: there was one entry, which may be the whole file."""
         for group in self.fields() if keys else ():
             if not keys.keys() & {*group} and len(keys) < _KEYS:
+                if alone:
+                    raise ValueError(one_object(storage.shown(self.config.annotations), [*keys]))
                 raise ValueError(
                     f"source {self.config.label!r}: no entry has the field {' or '.join(group)}; the entries have "
                     f"{', '.join(map(str, [*keys][:20]))}. Check the fields that the recipe names"

@@ -9,11 +9,14 @@ import io
 from collections import deque
 from collections.abc import Iterator
 
+from pipelines import storage
 from pipelines.sources.annotations import AnnotatedImages
 from pipelines.sources.entries import EntryError, captioned, check_path, check_text
+from pipelines.sources.json_stream import refuse_utf16
 from pipelines.sources.source import Record
 
 _LONGEST_ROW = 1000  # lines of one row with line breaks in its quotes
+_LONGEST_LINE = 1 << 20  # characters
 
 
 class Captions(AnnotatedImages):
@@ -32,7 +35,9 @@ class Captions(AnnotatedImages):
         options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
         with self.open_text() as stream:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-            rows = read_rows(text, options)
+            first = _line(text)
+            refuse_utf16(first[:4], storage.shown(self.config.table))
+            rows = read_rows(text, options, first)
             columns = self.config.columns
             if columns is None:
                 _, columns = next(rows, (1, []))
@@ -68,21 +73,22 @@ class Captions(AnnotatedImages):
             return Record(record_id, self.config.label, problem=error.problem)
 
 
-def read_rows(text: io.TextIOBase, options: dict) -> Iterator[tuple[int, list[str] | str]]:
+def read_rows(text: io.TextIOBase, options: dict, first: str = "") -> Iterator[tuple[int, list[str] | str]]:
     """Every row with the number of its first line; where a line is no row, what is wrong with it.
 
     Args:
         text: the table, opened with newline="".
         options: of csv.reader.
+        first: the first line, where it was read already.
     """
-    ahead: deque[str] = deque()  # lines that were read for a row that was none
+    ahead: deque[str] = deque([first] if first else [])  # lines that were read for a row that was none
     number = 1
     while True:
         used: list[str] = []
         try:
             row = next(csv.reader(_lines(text, ahead, used), **options), None)
         except csv.Error as error:
-            row = str(error)
+            row = f"more than {_LONGEST_LINE:,} characters" if used[0] == _TOO_LONG else str(error)
             ahead.extendleft(reversed(used[1:]))
             used = used[:1]
         if row is None:
@@ -95,8 +101,23 @@ def read_rows(text: io.TextIOBase, options: dict) -> Iterator[tuple[int, list[st
 def _lines(text: io.TextIOBase, ahead: deque[str], used: list[str]) -> Iterator[str]:
     """Lines for one row."""
     while len(used) < _LONGEST_ROW:
-        line = ahead.popleft() if ahead else text.readline()
+        line = ahead.popleft() if ahead else _line(text)
         if not line:
             return
         used.append(line)
+        if line == _TOO_LONG:
+            raise csv.Error("a line of the row is too long")
         yield line
+
+
+def _line(text: io.TextIOBase) -> str:
+    """The next line with its end, "" at the end of the file; `_TOO_LONG` stands for one that was left out."""
+    line = text.readline(_LONGEST_LINE)
+    if len(line) < _LONGEST_LINE or line.endswith(("\n", "\r")):
+        return line
+    while len(rest := text.readline(_LONGEST_LINE)) == _LONGEST_LINE and not rest.endswith(("\n", "\r")):
+        pass
+    return _TOO_LONG
+
+
+_TOO_LONG = "\0"  # no line of a text: its end is missing

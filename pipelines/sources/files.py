@@ -89,6 +89,23 @@ class FileSet:
         facts = [[name, info.size, info.mtime_ns] for name, info in zip(self.names(), self._infos(), strict=True)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self.filesystem.get_file_info(self.path(name)).size
+
+    def lost(self, name: str, at: int, cut: bool) -> tuple[int, int]:
+        """Bytes that are lost when a file can be read up to `at`, and bytes that all files should have.
+
+        A file that is `cut` off is taken to have been as large as the others are on average. Of one alone nobody knows:
+        then all counts as lost.
+        """
+        sizes = dict(zip(self.names(), (info.size for info in self._infos()), strict=True))
+        own, others = sizes.pop(name), sum(sizes.values())
+        if cut and not sizes:
+            return max(own, 1), max(own, 1)
+        whole = max(own, others // len(sizes)) if cut else own
+        return max(whole - at, 1), max(whole + others, 1)
+
     def _infos(self) -> list[fs.FileInfo]:
         return list(chain.from_iterable(self._find(folder, rest) for folder, rest in self._patterns))
 

@@ -6,7 +6,6 @@ middle of a row group has to skip the rows before: row groups much larger than `
 several times.
 """
 
-import json
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -15,9 +14,22 @@ import pyarrow.parquet as pq
 from pipelines.config import ParquetSource
 from pipelines.sources.entries import EntryError, check_text, text_turns
 from pipelines.sources.files import FileSet, location, parse_location
-from pipelines.sources.source import Problem, Record
+from pipelines.sources.json_stream import parse_json
+from pipelines.sources.parquet_bounds import (
+    UNFOLDS,
+    batch_rows,
+    characters,
+    check_claims,
+    most_text,
+    no_images,
+    repeats_long_text,
+    texts,
+)
+from pipelines.sources.source import ImageMissing, Problem, Record
 
 _TEXT_ROWS, _IMAGE_ROWS = 1024, 32
+_TEXT_BATCH, _IMAGE_BATCH = 2 << 30, 1 << 30  # bytes of a batch, were every value as long as its whole column
+_LONGEST_TEXT = 16 << 20  # characters of a value
 _BUFFER = 1 << 20
 
 
@@ -53,50 +65,75 @@ class Parquet:
         """Digest of the files' names, sizes and times of change."""
         return self._files.fingerprint()
 
-    def _parquet(self, name: str) -> pq.ParquetFile:
+    def _parquet(self, name: str, *repeated: str) -> pq.ParquetFile:
+        """The open file. Of the columns `repeated`, a value that many rows share is kept once."""
         source = self._files.filesystem.open_input_file(self._files.path(name))
-        return pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False)
+        return pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False, read_dictionary=list(repeated) or None)
 
     def _list(self, name: str) -> Iterator[Record]:
         try:
             file = self._parquet(name)
             columns = self._columns(name, file)
+            file = self._parquet(name, *texts(file, columns))
         except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
             yield self._damaged(name, "", error)
             return
         with file:
+            size = self._files.size(name)
             for group in range(file.num_row_groups):
-                row = 0
+                row, unfolded = 0, 0
                 try:
-                    for batch in file.iter_batches(_TEXT_ROWS, row_groups=[group], columns=columns):
+                    check_claims(file.metadata.row_group(group), columns, size)
+                    rows = batch_rows(file, group, columns, _TEXT_ROWS, _TEXT_BATCH)
+                    for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
                         for values in _rows(batch):
+                            unfolded += characters(values)
+                            if unfolded > most_text(size):
+                                raise ValueError(f"its text is over {UNFOLDS:,} times as long as the file")
                             yield self._record(name, group, row, values)
                             row += 1
-                except (pa.ArrowInvalid, OSError) as error:
-                    yield self._damaged(name, f"[row group {group} from row {row}]", error)
+                except (pa.ArrowInvalid, OSError, ValueError) as error:
+                    facts = file.metadata.row_group(group)
+                    bytes_ = sum(facts.column(i).total_compressed_size for i in range(facts.num_columns))
+                    share = (facts.num_rows - row) / max(facts.num_rows, 1)
+                    where = f"[row group {group} from row {row}]"
+                    yield self._damaged(name, where, error, int(bytes_ * share))
 
-    def _damaged(self, name: str, part: str, error: Exception) -> Record:
+    def _damaged(self, name: str, part: str, error: Exception, lost: int | None = None) -> Record:
+        """The record for what cannot be read of a file: `lost` bytes, or all of it, which may be cut off."""
         # A store that does not answer is no damage: then this read fails as well, and the run with it.
         with self._files.filesystem.open_input_file(self._files.path(name)) as file:
             file.read_at(1, 0)
-        problem = Problem("shard_damaged", f"{name}{part}: {error}; its rows are lost, write the file again")
+        detail = f"{name}{part}: {error}; its rows are lost, write the file again"
+        whole, of = self._files.lost(name, 0, cut=lost is None)
+        problem = Problem("shard_damaged", detail, whole if lost is None else max(lost, 1), of)
         return Record(f"{name}{part or '[damaged]'}", self.config.label, problem=problem)
 
     def _columns(self, name: str, file: pq.ParquetFile) -> list[str]:
         """What listing reads, by parquet's names."""
         config = self.config
-        texts = [config.conversation, config.question, config.answer, config.caption, config.id]
-        for column in filter(None, [*texts, config.image]):
+        named = [config.conversation, config.question, config.answer, config.caption, config.id]
+        for column in filter(None, [*named, config.image]):
             if column not in file.schema_arrow.names:
                 has = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"source {config.label!r}: {name} has no column {column!r}, its columns are {has}")
-        return [*filter(None, texts), *([_leaves(file, config.image)[1]] if config.image else [])]
+        if config.image:
+            problem = no_images(file.schema_arrow.field(config.image).type)
+            if problem:
+                raise ValueError(
+                    f"source {config.label!r}: column {config.image} of {name} holds {problem}, expected encoded "
+                    "images: {bytes, path}, binary, or a list of either. Name the column that has them, or embed them"
+                )
+        return [*filter(None, named), *([_leaves(file, config.image)[1]] if config.image else [])]
 
     def _record(self, name: str, group: int, row: int, values: dict | UnicodeDecodeError) -> Record:
         record_id = f"{name.removesuffix('.parquet')}/{group}/{row}"
         try:
             if isinstance(values, UnicodeDecodeError):
                 raise EntryError(f"the row has text that is not valid Unicode: {values}")
+            longest = max((len(value) for value in values.values() if isinstance(value, str)), default=0)
+            if longest > _LONGEST_TEXT:
+                raise EntryError(f"the row has a text of {longest:,} characters, over the limit of {_LONGEST_TEXT:,}")
             if self.config.id is not None:
                 own = values[self.config.id]
                 if not isinstance(own, str | int) or own == "":
@@ -129,7 +166,9 @@ class _ImageRows:
 
     def __init__(self, file: pq.ParquetFile, group: int, column: str):
         self.group, self.first = group, 0
-        self._batches = file.iter_batches(_IMAGE_ROWS, row_groups=[group], columns=[_leaves(file, column)[0]])
+        columns = sorted({*_leaves(file, column)})
+        rows = batch_rows(file, group, columns, _IMAGE_ROWS, _IMAGE_BATCH)
+        self._batches = file.iter_batches(rows, row_groups=[group], columns=columns)
         self._rows: pa.Array = pa.array([])
 
     def image(self, row: int, index: int) -> bytes:
@@ -144,7 +183,9 @@ class _ImageRows:
         image = value[index] if isinstance(value, list) else value
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
-            raise FileNotFoundError(f"row {row} has no bytes of image {index}")
+            where = image.get("path") if isinstance(image, dict) else None
+            has = "a path and no bytes" if where else "no bytes"
+            raise ImageMissing(f"row {row} has {has} of image {index}: embed the images in the file")
         return data
 
 
@@ -156,14 +197,18 @@ def _leaves(file: pq.ParquetFile, column: str) -> tuple[str, str]:
     return content, next((path for path in leaves if path != content), content)
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict | UnicodeDecodeError]:
+def _rows(batch: pa.RecordBatch) -> Iterator[dict | UnicodeDecodeError]:
     """The rows as Python values; of one whose text is not Unicode, the error."""
+    if batch.num_rows > 1 and any(map(repeats_long_text, batch.columns)):
+        yield from (row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1)))
+        return
     try:
-        return batch.to_pylist()
+        yield from batch.to_pylist()
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
-            return [error]
-        return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+            yield error
+        else:
+            yield from (row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1)))
 
 
 def _parsed(conversation: object) -> object:
@@ -171,6 +216,6 @@ def _parsed(conversation: object) -> object:
     if not isinstance(conversation, str):
         return conversation
     try:
-        return json.loads(conversation)
+        return parse_json(conversation)
     except ValueError as error:
         raise EntryError(f"the conversation is not JSON: {error}") from error

@@ -13,6 +13,14 @@ class Problem:
 
     reason: str
     detail: str
+    lost: int = 0
+    """Bytes of the source's files that cannot be read, where nobody knows how many records they held."""
+    of: int = 0
+    """Bytes that the source's files should have; with `lost`, the share that is lost."""
+
+
+class ImageMissing(FileNotFoundError):
+    """There is no image; the message says why."""
 
 
 @dataclass(frozen=True)

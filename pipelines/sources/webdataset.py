@@ -7,9 +7,8 @@ a request for every header. Compressed tars cannot be read by range and are refu
 """
 
 import io
-import json
 import posixpath
-import tarfile
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -19,10 +18,15 @@ from pyarrow import fs
 from pipelines.config import WebDatasetSource
 from pipelines.sources.entries import EntryError, check_text, text_turns
 from pipelines.sources.files import FileSet, RangeReader, location, parse_location
+from pipelines.sources.json_stream import parse_json
 from pipelines.sources.source import Problem, Record
+from pipelines.sources.tar_members import Member, TarDamage, members
 from pipelines.sources.unread import unread_file, unread_key
 
-IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2"}  # validation says which may pass
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")  # validation says which may pass
+_NAMES_IMAGE = re.compile(rf"(?:\d+\.)?(?:{'|'.join(IMAGES)})")
+_MOST_FILES = 10_000  # of a sample
+_ENDINGS = 1000  # different ones that are remembered for an error
 _READ_AHEAD = 1 << 20
 _LONGEST_TEXT = 16 << 20
 _SHARDS_AT_ONCE = 8  # from a store; the records of as many shards are held
@@ -36,14 +40,33 @@ class WebDataset:
         self.config = config
         self._files = FileSet(config.shards)
         self._ranges = RangeReader(self._files.filesystem, self._files.folder)
+        self._seen: dict[str, None] = {}
 
     def records(self) -> Iterator[Record]:
         """One record per sample, shard by shard. What cannot be read of a shard is one record with a problem.
 
         Raises:
             FileNotFoundError: a shard is not there.
-            ValueError: a shard is compressed.
+            ValueError: a shard is compressed, or no sample has a file that the config names.
         """
+        self._seen = {}
+        for count, record in enumerate(self._list(), 1):
+            if count == self.config.limit:  # nobody asks for what comes after it
+                self._check_files()
+            yield record
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Raise ValueError when no sample has a file that the config names."""
+        for field in sorted(self._texts if self._seen else ()):
+            if not any(ending.partition(".")[0] == field for ending in self._seen):
+                has = ", ".join(f".{ending}" for ending in [*self._seen][:20])
+                raise ValueError(
+                    f"source {self.config.label!r}: no sample has a file .{field}; the samples have {has}. Check the "
+                    "fields that the recipe names"
+                )
+
+    def _list(self) -> Iterator[Record]:
         names = self._files.names()
         compressed = [name for name in names if name.endswith(_COMPRESSED)]
         if compressed:
@@ -79,45 +102,54 @@ class WebDataset:
         return list(self._shard(name))
 
     def _shard(self, name: str) -> Iterator[Record]:
-        key, members = None, {}
+        key, files, damage = None, {}, None
         with self._files.filesystem.open_input_file(self._files.path(name)) as raw:
             stream = io.BufferedReader(raw, _READ_AHEAD)
             try:
-                for member in _members(stream):
+                for member in members(stream, raw.size()):
                     folder, file = posixpath.split(posixpath.normpath(member.name))
                     stem, dot, ending = file.partition(".")
                     if not (stem and dot):  # without a name or an ending it belongs to no sample
                         continue
                     if posixpath.join(folder, stem) != key:
-                        if members:
-                            yield self._record(name, key, members)
-                        key, members = posixpath.join(folder, stem), {}
+                        if files:
+                            yield self._record(name, key, files)
+                        key, files = posixpath.join(folder, stem), {}
+                    if len(files) == _MOST_FILES:
+                        raise TarDamage(f"a sample of more than {_MOST_FILES} files", member.offset)
                     content = self._content(name, member, ending.lower(), stream)
-                    if ending.lower() in members:
+                    if ending.lower() in files:
                         content = EntryError(f"the sample has two files .{ending.lower()}")
-                    members[ending.lower()] = content
-            except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:  # the latter of absurd numbers
-                damage = Problem("shard_damaged", f"{name}: {error}; what follows there is lost, write the shard again")
-            else:
-                damage = None
-        if members:
-            yield self._record(name, key, members)
+                    files[ending.lower()] = content
+            except TarDamage as error:
+                damage = self._damage(name, error)
+        if files:
+            yield self._record(name, key, files)
         if damage:
             yield Record(f"{name}[damaged]", self.config.label, problem=damage)
 
-    def _content(self, shard: str, member: tarfile.TarInfo, ending: str, stream) -> object:
+    def _damage(self, name: str, error: TarDamage) -> Problem:
+        lost, of = self._files.lost(name, error.at, error.cut)
+        detail = f"{name}: {error}; what follows there is lost, write the shard again"
+        return Problem("shard_damaged", detail, lost, of)
+
+    def _content(self, shard: str, member: Member, ending: str, stream) -> object:
         """The location of an image, the text or JSON of a file, or the EntryError that it is."""
-        if ending.rpartition(".")[2] in IMAGES:
-            return _Image(location(shard, member.offset_data, member.size, posixpath.basename(member.name)))
-        if ending.partition(".")[0] not in self._texts:
+        image = _NAMES_IMAGE.fullmatch(ending) is not None
+        if not image and ending.partition(".")[0] not in self._texts:
             return None
+        if member.link is not None:
+            what = "sparse" if member.link == "a sparse file" else f"a link to {member.link}"
+            return EntryError(f"the file .{ending} is {what}, not stored in the tar as it is")
+        if image:
+            return _Image(location(shard, member.offset, member.size, posixpath.basename(member.name)))
         if member.size > _LONGEST_TEXT:
             return EntryError(f"the file .{ending} has {member.size} bytes, over the limit of {_LONGEST_TEXT}")
-        stream.seek(member.offset_data)
+        stream.seek(member.offset)
         data = stream.read(member.size)
         try:
             text = data.decode("utf-8-sig")
-            return json.loads(text) if ending.endswith("json") else text
+            return parse_json(text) if ending.endswith("json") else text
         except ValueError as error:
             return EntryError(f"the file .{ending} cannot be read: {error}")
 
@@ -127,33 +159,35 @@ class WebDataset:
         fields = (self.config.conversation, self.config.question, self.config.answer, self.config.caption)
         return {field.partition(".")[0] for field in fields if field is not None}
 
-    def _record(self, shard: str, key: str, members: dict[str, object]) -> Record:
+    def _record(self, shard: str, key: str, files: dict[str, object]) -> Record:
         record_id = f"{shard.removesuffix('.tar')}/{key}"
+        if len(self._seen) < _ENDINGS:
+            self._seen |= dict.fromkeys(files)
         try:
             check_text("the sample's name", record_id)
-            for content in members.values():
+            for content in files.values():
                 if isinstance(content, EntryError):
                     raise content
-            endings = sorted((e for e, content in members.items() if isinstance(content, _Image)), key=_number)
-            images = [str(members[ending]) for ending in endings]
+            endings = sorted((e for e, content in files.items() if isinstance(content, _Image)), key=_number)
+            images = [str(files[ending]) for ending in endings]
             if not self.config.text_only:
-                self._check_images(members, len(images))
-            turns = text_turns(self.config, lambda field: _field(members, field), record_id, len(images))
+                self._check_images(files, len(images))
+            turns = text_turns(self.config, lambda field: _field(files, field), record_id, len(images))
             return Record(record_id, self.config.label, images, turns)
         except EntryError as error:
             record_id = record_id.encode("utf-8", "replace").decode()
             return Record(record_id, self.config.label, problem=error.problem)
 
-    def _check_images(self, members: dict[str, object], images: int) -> None:
+    def _check_images(self, files: dict[str, object], images: int) -> None:
         """Raise EntryError for a sample that lacks its image, or has video."""
-        unread = next(filter(None, map(unread_file, () if images else members)), None)
-        for content in members.values():
+        unread = next(filter(None, map(unread_file, () if images else files)), None)
+        for content in files.values():
             if unread is None and isinstance(content, dict):
                 unread = unread_key(content, (), images)
         if unread:
             raise EntryError(unread, "image_missing")
         if not images:
-            has = ", ".join(f".{ending}" for ending in [*members][:10])
+            has = ", ".join(f".{ending}" for ending in [*files][:10])
             raise EntryError(
                 f"the sample has no image (its files: {has}); text_only: true takes such samples", "image_missing"
             )
@@ -163,40 +197,21 @@ class _Image(str):
     """An image's location, among the texts of a sample."""
 
 
-def _members(stream) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar.
-
-    Raises:
-        tarfile.TarError: it is no tar, is cut off, or has a damaged header. (tarfile by itself takes a damaged header
-            for the end.)
-    """
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        while member := tar.next():
-            tar.members.clear()  # else it keeps every header
-            if member.isfile():
-                yield member
-        stream.seek(tar.offset)
-        end = stream.read(tarfile.BLOCKSIZE)
-        if end != bytes(tarfile.BLOCKSIZE):
-            what = "a damaged header" if len(end) == tarfile.BLOCKSIZE else "no end mark, it is cut off"
-            raise tarfile.ReadError(f"{what} at byte {tar.offset}")
-
-
 def _number(ending: str) -> int:
     """Place of an image within its sample: 1 for k.1.jpg. Those without a number come first, as they stand."""
     first = ending.partition(".")[0]
     return int(first) if first.isdecimal() else -1
 
 
-def _field(members: dict[str, object], field: str) -> object:
+def _field(files: dict[str, object], field: str) -> object:
     """A member by its ending, or a key of a JSON member."""
     ending, keys = field, []
-    while ending not in members:
+    while ending not in files:
         ending, dot, key = ending.rpartition(".")
         if not dot:
             raise EntryError(f"the sample has no file .{field.partition('.')[0]}")
         keys.insert(0, key)
-    value = members[ending]
+    value = files[ending]
     for key in keys:
         if not isinstance(value, dict) or key not in value:
             raise EntryError(f"the file .{ending} has no {key!r}")

@@ -20,6 +20,8 @@ from pipelines.manifest import Manifest
 from pipelines.prepare import PrepareError, prepare
 from pipelines.reader import PackedDataset, batches, collate
 from pipelines.verify import verify
+from tests.helpers.corpora import write_tar
+from tests.helpers.images import encoded
 
 MAX_TOKENS, TOKENS_PER_IMAGE, SEED = 160, 9, 7
 TRAIN, VALIDATION = 60, 12
@@ -287,6 +289,26 @@ def test_too_many_bad_records_fail_and_are_looked_at_again(corpus, tmp_path):
     Image.new("RGB", (8, 8)).save(root / "images" / "13.png")
     manifest = prepare(config(root), out, TOKENS_PER_IMAGE, SEED)
     assert manifest.splits["train"].quarantined.keys() == {*DAMAGE.values()} - {"image_missing"}
+
+
+def test_a_shard_that_is_cut_off_fails_by_the_share_that_is_lost(tmp_path):
+    members = [
+        (f"{i}.{kind}", content) for i in range(20) for kind, content in (("png", encoded(i)), ("txt", f"No {i}."))
+    ]
+    whole = write_tar(tmp_path / "s-0.tar", members).read_bytes()
+    write_tar(tmp_path / "s-1.tar", members)
+    (tmp_path / "s-0.tar").write_bytes(whole[: len(whole) * 3 // 10])
+    shards = {"type": "webdataset", "shards": str(tmp_path / "s-*.tar"), "caption": "txt"}
+    settings = {"train": [shards], "tokenizer": {"train_vocab_size": 300}, "max_tokens": 64, "deduplicate": False}
+    out = str(tmp_path / "set")
+    # Three of the 27 records that are left have something wrong with them: by that count alone it would pass.
+    with pytest.raises(
+        PrepareError, match=r"source 'webdataset' \(train\) lost 3\d\.\d+% of its bytes, .*s-0\.tar: no end"
+    ):
+        prepare(DataConfig(**settings, max_quarantined=0.3), out, 4, SEED)
+    manifest = prepare(DataConfig(**settings, max_quarantined=0.4), out, 4, SEED)
+    assert 0.33 < manifest.splits["train"].lost["webdataset"] < 0.38
+    assert 24 <= manifest.splits["train"].samples <= 26
 
 
 def test_no_records_left(corpus, tmp_path):

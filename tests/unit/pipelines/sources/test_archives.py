@@ -271,6 +271,54 @@ class TestWebDataset:
         (tmp_path / "s-0.tar").write_bytes(data)
         assert reasons(webdataset(tmp_path / "s-0.tar").records()) == [None] * 4
 
+    def test_the_share_that_is_lost_is_told_by_bytes(self, tmp_path):
+        members = [member for i in range(10) for member in sample(f"{i}", i)]
+        whole = write_tar(tmp_path / "s-0.tar", members).read_bytes()
+        write_tar(tmp_path / "s-1.tar", members)
+        (tmp_path / "s-0.tar").write_bytes(whole[: len(whole) * 3 // 10])
+        (damaged,) = (r for r in webdataset(tmp_path / "s-{0..1}.tar").records() if r.problem and r.problem.lost)
+        assert 0.33 < damaged.problem.lost / damaged.problem.of < 0.38  # 70% of one of two
+        (alone,) = (r for r in webdataset(tmp_path / "s-0.tar").records() if r.problem and r.problem.lost)
+        assert alone.problem.lost == alone.problem.of > 0  # how large it was nobody knows
+
+    def test_a_field_that_no_sample_has_stops_with_those_that_they_have(self, tmp_path):
+        write_tar(tmp_path / "s.tar", sample("one") + sample("two"))
+        for limit in (None, 1):
+            with pytest.raises(ValueError, match=r"no sample has a file \.txt; the samples have \.png, \.json"):
+                list(webdataset(tmp_path / "s.tar", caption="txt", limit=limit).records())
+
+    def test_a_caption_without_its_image(self, tmp_path):
+        members = [("a.jpg", encoded(kind="JPEG")), ("a.txt", "A dog."), ("b.txt", "A cat."), ("c.txt", "A film.")]
+        tar = write_tar(
+            tmp_path / "s.tar", [*members, ("c.mp4", b"video"), ("d.txt", "Blurred."), ("d.heic", b"image")]
+        )
+        records = list(webdataset(tar, caption="txt").records())
+        assert reasons(records) == [None, "image_missing", "image_missing", "image_missing"]
+        details = [record.problem.detail for record in records[1:]]
+        assert "(its files: .txt); text_only: true" in details[0]
+        assert ".mp4, which is video" in details[1]
+        assert ".heic, an image in a format that is not read" in details[2]
+        wanted = list(webdataset(tar, caption="txt", text_only=True).records())
+        assert [len(record.images) for record in wanted] == [1, 0, 0, 0]
+        assert reasons(wanted) == [None] * 4
+
+    def test_a_key_of_the_json_that_names_an_image_counts_where_there_is_none(self, tmp_path):
+        text = {"conversations": conversation("What?", "This."), "image": "a.jpg"}
+        (record,) = webdataset(write_tar(tmp_path / "s.tar", [("a.json", text)])).records()
+        assert "the entry has image, which names an image" in record.problem.detail
+
+    def test_a_mask_beside_an_image_is_none_of_the_sample(self, tmp_path):
+        files = [("1.jpg", encoded(1)), ("1.mask.png", encoded(2)), ("1.txt", "A dog."), ("2.left.png", encoded(3))]
+        one, two = webdataset(write_tar(tmp_path / "s.tar", [*files, ("2.txt", "Two.")]), caption="txt").records()
+        assert [location.rpartition("!")[2] for location in one.images] == ["1.jpg"]
+        assert "(its files: .left.png, .txt)" in two.problem.detail
+
+    def test_a_text_that_is_nested_too_deeply_costs_its_sample(self, tmp_path):
+        members = [*sample("a"), ("b.png", encoded()), ("b.json", "[" * 200_000), *sample("c")]
+        records = list(webdataset(write_tar(tmp_path / "s.tar", members)).records())
+        assert reasons(records) == [None, "malformed", None]
+        assert "nested too deeply" in records[1].problem.detail
+
     def test_a_compressed_shard_is_refused(self, tmp_path):
         write_files(tmp_path, {"s.tar.gz": b""})
         with pytest.raises(ValueError, match=r"s\.tar\.gz is compressed.*unpack the shards"):
@@ -355,9 +403,28 @@ class TestParquet:
         records = list(source.records())
         assert reasons(records) == [None, None, "malformed", None, "malformed", None]
         assert "not valid Unicode" in records[4].problem.detail
-        with pytest.raises(FileNotFoundError, match="row 1 has no bytes of image 0"):
+        with pytest.raises(FileNotFoundError, match="row 1 has a path and no bytes of image 0: embed the images"):
             source.read_image(records[1].images[0])
         assert source.read_image(records[5].images[0]) == encoded()
+
+    def test_paths_without_bytes_and_text_for_images(self, tmp_path):
+        write_parquet(tmp_path / "a.parquet", {"image": ["1.png"], "caption": ["a"]})
+        with pytest.raises(ValueError, match=r"column image of a\.parquet holds text, expected encoded images"):
+            list(parquet(tmp_path / "a.parquet", caption="caption").records())
+        write_parquet(tmp_path / "b.parquet", {"image": [{"path": "1.png"}], "caption": ["a"]})
+        with pytest.raises(ValueError, match=r"holds objects of path, expected encoded images"):
+            list(parquet(tmp_path / "b.parquet", caption="caption").records())
+
+    def test_a_caption_or_question_without_its_image(self, tmp_path):
+        columns = {"image": [[encoded()], [], None], "caption": ["a", "b", "c"]}
+        write_parquet(
+            tmp_path / "a.parquet", columns, pa.schema([("image", pa.list_(pa.binary())), ("caption", "string")])
+        )
+        records = list(parquet(tmp_path / "a.parquet", caption="caption").records())
+        assert reasons(records) == [None, "image_missing", "image_missing"]
+        assert "column image is null; text_only: true" in records[2].problem.detail
+        assert reasons(parquet(tmp_path / "a.parquet", caption="caption", text_only=True).records()) == [None] * 3
+        assert reasons(parquet(tmp_path / "a.parquet", caption="caption", image=None).records()) == [None] * 3
 
     def test_damaged_files(self, tmp_path):
         columns = {"image": [encoded(i) for i in range(8)], "caption": [f"Number {i}." for i in range(8)]}

@@ -131,7 +131,7 @@ class TestLlava:
         lines = [json.dumps(entry("one")), '{"id": ', json.dumps(entry("two")).replace("A dog", "\udcff"), "[]"]
         one, broken, bad_bytes, array = llava("\n".join(lines), "a.jsonl")
         assert one.problem is None
-        assert "not a JSON line" in broken.problem.detail
+        assert broken.problem.detail == "line 2 is not JSON: Expecting value at column 8"
         assert "valid Unicode" in bad_bytes.problem.detail
         assert "the entry is a list" in array.problem.detail
 
