@@ -83,6 +83,10 @@ def run_tasks(function: Callable[[dict], dict], tasks: list[dict]) -> Iterator[d
     Args:
         function: a module-level function; it must be safe to run twice (Ray reruns tasks of lost machines).
         tasks: JSON-able descriptions.
+
+    Raises:
+        OSError: as a task raised it (a full disk, a store that does not answer), with the machine's name and without
+            Ray's traceback.
     """
     if not tasks:
         return
@@ -90,6 +94,19 @@ def run_tasks(function: Callable[[dict], dict], tasks: list[dict]) -> Iterator[d
     for_all_cpus = _BLOCKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
     blocks = max(math.ceil(len(items) / _MOST_PER_BLOCK), min(len(items), for_all_cpus))
     dataset = ray.data.from_items(items, override_num_blocks=blocks)
-    results = dataset.map(lambda row: {"result": json.dumps(function(json.loads(row["task"])))})
+    results = dataset.map(lambda row: {"result": json.dumps(_attempt(function, json.loads(row["task"])))})
     for row in results.iter_rows():
-        yield json.loads(row["result"])
+        result = json.loads(row["result"])
+        if "failed" in result:
+            raise OSError(*result["failed"])
+        yield result["done"]
+
+
+def _attempt(function: Callable[[dict], dict], task: dict) -> dict:
+    """The result of a task under `done`, or the arguments of its OSError under `failed`."""
+    try:
+        return {"done": function(task)}
+    except OSError as error:
+        text = f"{error.strerror or error} on {socket.gethostname()}"
+        text += f": {error.filename}" if error.filename else ""
+        return {"failed": [text] if error.errno is None else [error.errno, text]}

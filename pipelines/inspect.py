@@ -1,7 +1,8 @@
-"""What is in a finished data set: counts, lengths, sources and records set aside, as plain data and as text.
+"""What is in a data set: counts, lengths, sources and records set aside, as plain data and as text.
 
-`inspect_data` takes the counts from the manifest. Lengths, images per sample and samples per row it counts from rows:
-all of them or, in a split of more than `ROWS`, that many drawn at random. It reads only the small columns, no images.
+Of an unfinished one it is what was set aside so far. `inspect_data` takes the counts from the manifest. Lengths, images
+per sample and samples per row it counts from rows: all of them or, in a split of more than `ROWS`, that many drawn at
+random. It reads only the small columns, no images.
 `report` turns the result into text for a person.
 """
 
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from pipelines import storage
-from pipelines.manifest import Manifest, SplitInfo
+from pipelines.manifest import MANIFEST_FILE, Manifest, SplitInfo
 from pipelines.quarantine import QUARANTINE_FILE
 from pipelines.schema import values
 from pipelines.shuffle import permutation
@@ -32,11 +33,14 @@ def inspect_data(uri: str) -> dict:
     Returns:
         The manifest without its lists of shards; of each split also `shards` and `bytes` (their number and size),
         `rows_counted`, and of `tokens_per_sample`, `images_per_sample` and `samples_per_row` the least, median, mean,
-        most and `bins`; and `quarantine`, one entry per split, source and reason with an example.
+        most and `bins`; and `quarantine`, one entry per split, source and reason with an example. Of an unfinished data
+        set `unfinished` (true), `uri` and `quarantine` alone.
 
     Raises:
         FileNotFoundError, ValueError: as `Manifest.load`.
     """
+    if not storage.exists(storage.join(uri, MANIFEST_FILE)) and storage.exists(storage.join(uri, QUARANTINE_FILE)):
+        return {"uri": storage.shown(uri), "unfinished": True, "quarantine": _quarantine(uri)}
     manifest = Manifest.load(uri)
     content = manifest.model_dump(exclude={"splits"})
     content["uri"] = storage.shown(uri)
@@ -129,6 +133,9 @@ def _round_up(number: float) -> int:
 
 def report(content: dict) -> str:
     """Format the result of `inspect_data` as text."""
+    if content.get("unfinished"):
+        lines = [content["uri"], "not finished: no manifest.json. What was set aside when the preparation stopped:"]
+        return "\n".join([*lines, *_set_aside(content["quarantine"])])
     splits = content["splits"]
     lines = [
         content["uri"],
@@ -146,6 +153,7 @@ def report(content: dict) -> str:
                 lines += _table(f"{name}: {title.replace('_', ' ')}{part}", table)
     if content["excluded"]:
         lines += _bars("images of evaluation sets, which training records must not show", content["excluded"])
+    lines += ["", "the images of a turn stand before its text, wherever the corpus had them"]
     lines += _set_aside(content["quarantine"])
     return "\n".join(lines)
 

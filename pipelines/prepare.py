@@ -20,7 +20,7 @@ from pipelines.losses import Losses
 from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, find_finished, fingerprints, split_info
 from pipelines.pack import pack, shard_tasks
 from pipelines.progress import Progress, ProgressMeter
-from pipelines.quarantine import Tally, over_limit, write_quarantine
+from pipelines.quarantine import Tally, allowed, none_left, over_limit, write_quarantine
 from pipelines.records import Partition, cut, list_records
 from pipelines.tokenize import TokenizeSettings, tokenize
 
@@ -161,7 +161,7 @@ def _tokenize(
         bad = sum(result["quarantined"].values())
         meter.add(result["records"], quarantined=bad, skipped=result["records"] if result["skipped"] else 0)
         # Not only at the end: with a wrong folder the first partitions show it, hours before the last.
-        if meter.quarantined > config.max_quarantined * total:
+        if meter.quarantined > allowed(config.max_quarantined, total):
             own = [partition for partition in partitions if partition.name in done]
             tallies = write_quarantine(out, work, own, Removals())
             raise PrepareError(over_limit(config.max_quarantined, total, tallies, out))
@@ -187,15 +187,12 @@ def _remove(
     removals = find_removals(partitions, work, excluded, config.deduplicate)
     tallies = write_quarantine(out, work, partitions, removals)
     meter.add(total, quarantined=sum(tally.quarantined.total() for tally in tallies.values()))
-    if sum(tally.bad for tally in tallies.values()) > config.max_quarantined * total:
+    if sum(tally.bad for tally in tallies.values()) > allowed(config.max_quarantined, total):
         raise PrepareError(over_limit(config.max_quarantined, total, tallies, out))
     for split in SPLITS_TO_PACK:
         tally = tallies.get(split, Tally())
         if getattr(config, split) and tally.records == tally.quarantined.total():
-            raise PrepareError(
-                f"no records are left in the {split} split: {tally.records} were read and {tally.by_reason()} set "
-                f"aside; check data.{split}"
-            )
+            raise PrepareError(none_left(split, tally))
     return removals, tallies, excluded.counts
 
 

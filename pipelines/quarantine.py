@@ -15,6 +15,7 @@ from pipelines.tokenize import iter_outcomes
 from pipelines.validate import REMOVED
 
 QUARANTINE_FILE = "quarantine.arrow"
+_LONGEST_EXAMPLE = 300  # characters of a record in a message
 _COLUMNS = ["record_id", "source", "images", "cut_turns", "reason", "detail"]
 
 
@@ -31,6 +32,8 @@ class Tally:
     """How many they lost."""
     without_images: int = 0
     """Samples that show no image."""
+    first: dict[str, str] = field(default_factory=dict)
+    """The first record of each reason, for a person."""
 
     def by_reason(self) -> dict[str, int]:
         """Records set aside."""
@@ -87,6 +90,7 @@ def write_quarantine(out: str, work: str, partitions: list[Partition], removals:
                 if row["reason"]:
                     bad.append({"split": partition.split} | {name: row[name] for name in QUARANTINE.names[1:]})
                     tally.quarantined[row["source"], row["reason"]] += 1
+                    tally.first.setdefault(row["reason"], _shown(row))
                 elif row["cut_turns"]:
                     tally.cut += 1
                     tally.cut_turns += row["cut_turns"]
@@ -95,8 +99,13 @@ def write_quarantine(out: str, work: str, partitions: list[Partition], removals:
     return dict(tallies)
 
 
+def allowed(limit: float, total: int) -> int:
+    """Whole records of `total` that may be set aside at a limit (0.29 of 100 is 29, whatever floats make of it)."""
+    return int(limit * total + 1e-9)
+
+
 def over_limit(limit: float, total: int, tallies: dict[str, Tally], out: str) -> str:
-    """The message that too much was set aside.
+    """The message that too much was set aside, with the first record of each reason.
 
     Args:
         limit: the recipe's `max_quarantined`.
@@ -104,15 +113,37 @@ def over_limit(limit: float, total: int, tallies: dict[str, Tally], out: str) ->
         tallies: of the partitions done so far.
         out: folder of the data set, where the table is.
     """
-    counts = Counter()
+    counts, first = Counter(), {}
     for tally in tallies.values():
         counts.update({reason: n for reason, n in tally.by_reason().items() if reason not in REMOVED})
+        first = tally.first | first
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
     table = storage.shown(storage.join(out, QUARANTINE_FILE))
+    examples = "".join(f"\n  {reason}: {first[reason]}" for reason in sorted(counts))
     return (
-        f"{counts.total()} of {total} records were set aside ({reasons}), more than max_quarantined = {limit:g} "
-        f"allows. See {table}, then repair the sources or raise max_quarantined."
+        f"{counts.total()} of {total} records were set aside ({reasons}), max_quarantined = {limit:g} allows at most "
+        f"{allowed(limit, total)} of {total}. The first of each reason:{examples}\n"
+        f"All are in {table} (mlmamba data inspect {storage.shown(out)}). Repair the sources or raise max_quarantined"
     )
+
+
+def none_left(split: str, tally: Tally) -> str:
+    """The message that every record of a split was set aside, with what to do about the most frequent reason."""
+    counts = tally.by_reason()
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items())) or "none set aside"
+    remedy = f"check data.{split}"
+    if counts and max(counts, key=counts.get) == CONTAMINATED:
+        remedy = (
+            "all show an image of an evaluation set. Take other images, or set exclude_evaluation_images: false (and "
+            "leave the set out of exclude_images_of) to train on them all the same"
+        )
+    first = "".join(f"\n  {reason}: {tally.first[reason]}" for reason in sorted(counts) if reason in tally.first)
+    return f"no records are left in the {split} split: {tally.records} were read ({reasons}); {remedy}{first}"
+
+
+def _shown(row: dict) -> str:
+    text = " ".join(f"{row['record_id']} of {row['source']}: {row['detail']}".split())
+    return text if len(text) <= _LONGEST_EXAMPLE else f"{text[: _LONGEST_EXAMPLE - 3]}..."
 
 
 def _detail(removal: Removal, causes: dict[tuple[str, int], str]) -> str:

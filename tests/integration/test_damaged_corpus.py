@@ -67,5 +67,5 @@ def test_every_damaged_record_is_set_aside_for_its_reason_and_every_good_one_kep
 def test_too_much_of_it_stops_the_run_early(corpus, tmp_path):
     from pipelines.prepare import PrepareError
 
-    with pytest.raises(PrepareError, match=r"were set aside \(.*more than max_quarantined = 0\.01 allows"):
+    with pytest.raises(PrepareError, match=r"were set aside \(.*max_quarantined = 0\.01 allows at most"):
         prepare(config(corpus, max_quarantined=0.01), str(tmp_path / "set"), tokens_per_image=4, seed=0)

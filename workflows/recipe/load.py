@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -112,9 +112,10 @@ def _lines(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"]) or "recipe"
         if item["type"] == "extra_forbidden":
-            guess = difflib.get_close_matches(str(item["loc"][-1]), _all_fields(kind), n=1)
-            hint = f"; did you mean {guess[0]!r}?" if guess else "; remove it"
-            lines.append(f"  {place}: unknown key{hint}")
+            fields = _fields_at(kind, item["loc"][:-1])
+            guess = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1)
+            hint = f"did you mean {guess[0]!r}?" if guess else f"remove it. There are {', '.join(sorted(fields))}"
+            lines.append(f"  {place}: unknown key; {hint}")
         elif item["type"] == "missing":
             lines.append(f"  {place}: missing, and it has no default")
         else:
@@ -124,18 +125,27 @@ def _lines(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     return lines
 
 
-def _all_fields(model: type[BaseModel]) -> list[str]:
-    """Field names of a model and of every model below it."""
-    names, todo, seen = [], [model], set()
-    while todo:
-        current = todo.pop()
-        if current in seen:
+def _fields_at(kind: type[BaseModel], place: tuple) -> list[str]:
+    """Names of the fields of what stands at a place of an error, which names a union's member by its tag."""
+    found = [kind]
+    for part in place:
+        if isinstance(part, int):
             continue
-        seen.add(current)
-        for name, field in current.model_fields.items():
-            names.append(name)
-            todo += [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-    return names
+        inner = [model.model_fields[part] for model in found if part in model.model_fields]
+        if inner:
+            found = [t for field in inner for t in _types(field.annotation) if _is_model(t)]
+        else:
+            found = [model for model in found if part in _tags(model)] or found
+    return list(dict.fromkeys(name for model in found for name in model.model_fields))
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """The values that mark a model within a union."""
+    return {tag for field in model.model_fields.values() for tag in get_args(field.annotation) if isinstance(tag, str)}
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _types(annotation: Any) -> list[Any]:

@@ -155,7 +155,7 @@ def data(a: argparse.Namespace) -> dict:
     try:
         content = inspect_data(a.uri)
         text = report(content)
-        if a.sheet:
+        if a.sheet and not content.get("unfinished"):
             content |= draw_sheet(a.uri, a.sheet, a.split, a.samples, a.seed)
             text += f"\n\nsamples: {content['sheet']}"
     except (OSError, ValueError) as error:

@@ -1,11 +1,12 @@
 """Ray that cannot be started or reached: an error that says so, and nothing left behind."""
 
+import errno
 import socket
 
 import pytest
 import ray
 
-from pipelines.execution import ensure_ray
+from pipelines.execution import _attempt, ensure_ray
 
 
 @pytest.mark.parametrize("address", ["", "local"])
@@ -29,3 +30,15 @@ def test_a_host_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://no-such-host.invalid:10001")
     with pytest.raises(ConnectionError, match=r"no Ray cluster at RAY_ADDRESS = ray://no-such-host.invalid:10001"):
         ensure_ray()
+
+
+def test_a_full_disk_inside_a_task_crosses_as_one_line():
+    def full(task):
+        with open("/dev/full", "w") as file:
+            file.write("x" * task["size"])
+
+    failed = _attempt(full, {"size": 100_000})["failed"]
+    error = OSError(*failed)
+    assert error.errno == errno.ENOSPC
+    assert str(error) == f"[Errno 28] No space left on device on {socket.gethostname()}"
+    assert _attempt(lambda task: task, {"a": 1}) == {"done": {"a": 1}}

@@ -23,6 +23,14 @@ def test_a_shipped_recipe_is_found_by_its_bare_name():
     [
         ("train.stagess=1", "train.stagess: unknown key; did you mean 'stages'?"),
         ("train.stages.0.lerning_rate=1", "did you mean 'learning_rate'?"),
+        (
+            "data.train.0={type: llava, annotations: a, images: b, image: c}",
+            "image: unknown key; did you mean 'images'?",
+        ),
+        (
+            "data.train.0={type: parquet, files: a, caption: b, annotations: c}",
+            "annotations: unknown key; remove it. There",
+        ),
         ("train.workers=many", "train.workers: Input should be a valid integer"),
         ("train.stages.0.learning_rate=-1", "(given: -1)"),
         ("train.stages.0.epochs=2", "give either epochs or steps"),
