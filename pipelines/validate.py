@@ -11,7 +11,7 @@ import warnings
 
 from PIL import Image
 
-from mlmamba.conversation import ASSISTANT, USER, check_turns
+from mlmamba.conversation import ASSISTANT, USER, check_turns, clean
 from mlmamba.images import MAX_PIXELS, ImageError, open_image, upright
 from pipelines.sources.source import ImageMissing, Problem, Record, Source
 from pipelines.storage import TooLarge
@@ -53,13 +53,13 @@ def check_record(record: Record, end_token: str = "<|endoftext|>") -> Problem | 
     """
     if record.problem:
         return record.problem
-    shown = sum(turn.images for turn in record.turns)
-    if shown != len(record.images):
-        return Problem("placeholder_mismatch", f"the turns show {shown} images, the record has {len(record.images)}")
     try:
         check_turns(record.turns)
     except ValueError as error:
         return Problem(_turn_reason(record), str(error))
+    shown = sum(turn.images for turn in record.turns)
+    if shown != len(record.images):
+        return Problem("placeholder_mismatch", f"the turns show {shown} images, the record has {len(record.images)}")
     if len(record.turns) < 2:
         return Problem("role_order", "there is a question and no answer")
     for i, turn in enumerate(record.turns):
@@ -130,12 +130,12 @@ def _read(source: Source, location: str) -> bytes:
 
 
 def _turn_reason(record: Record) -> str:
-    """Code of the first rule of check_turns that is broken: that of the last turn in the shortest bad beginning."""
+    """Code of the first rule of check_turns that is broken, turn by turn in its order."""
     for i, turn in enumerate(record.turns):
-        try:
-            check_turns(record.turns[: i + 1])
-        except ValueError:
-            if turn.role != ("assistant" if i % 2 else "user"):
-                return "role_order"
-            return "placeholder_mismatch" if turn.images and turn.role == "assistant" else "empty_turn"
+        if turn.role != ("assistant" if i % 2 else "user"):
+            return "role_order"
+        if not clean(turn.text):
+            return "empty_turn"
+        if turn.images and turn.role == "assistant":
+            return "placeholder_mismatch"
     return "empty_turn"

@@ -6,6 +6,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -42,6 +43,16 @@ class AnnotatedImages:
                 digest.update(chunk)
         digest.update(self._images.fingerprint().encode())
         return digest.hexdigest()
+
+    def relative(self, path: object) -> object:
+        """A path below the config's `images` relative to it, where the entry has it in full; others as they are."""
+        root = self.config.images.rstrip("/") + "/"
+        if isinstance(path, str) and path.startswith("file://"):
+            path = path.removeprefix("file://")
+        if isinstance(path, str) and path.startswith("/") and "://" not in root:
+            root = os.path.join(os.path.abspath(os.path.expanduser(root)), "")
+        inside = isinstance(path, str) and path.startswith(root) and (path.startswith("/") or "://" in path)
+        return path[len(root) :] if inside else path
 
     def locate(self, path: str) -> str:
         """Return the location of an image. Raises EntryError when a zip's directory does not list it."""
@@ -181,6 +192,7 @@ class Questions(JsonAnnotations):
         image, images = entry.get(config.image), []
         if image is not None:
             path = f"{image}{config.image_suffix}" if isinstance(image, str | int) else image
+            path = self.relative(path)
             check_path(config.image, path)
             images = [path]
         if not config.text_only:

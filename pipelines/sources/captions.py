@@ -66,9 +66,10 @@ class Captions(AnnotatedImages):
                 if not values[self.config.id]:
                     raise EntryError(f"line {line} has no {self.config.id}")
                 record_id = values[self.config.id]
-            check_path(self.config.image, values[self.config.image])
+            path = self.relative(values[self.config.image])
+            check_path(self.config.image, path)
             turns = captioned(values[self.config.caption], self.config.prompts, record_id, 1)
-            return Record(record_id, self.config.label, [self.locate(values[self.config.image])], turns)
+            return Record(record_id, self.config.label, [self.locate(path)], turns)
         except EntryError as error:
             return Record(record_id, self.config.label, problem=error.problem)
 

@@ -94,9 +94,9 @@ def check_shown(turns: list[Turn], images: int, rules: Rules) -> list[Turn]:
         empty = next((i for i, turn in enumerate(turns) if not clean(turn.text)), None)
         if empty is not None:
             raise EntryError(f"turn {empty} ({turns[empty].role}) is empty", "empty_turn")
-        raise EntryError(
-            f"the human turns have {shown} {IMAGE_TOKEN} but the entry has {images} images", "placeholder_mismatch"
-        )
+        hint = "" if shown else "; no_placeholders: first_turn shows them in the first turn"
+        detail = f"the human turns have {shown} {IMAGE_TOKEN} but the entry has {images} images{hint}"
+        raise EntryError(detail, "placeholder_mismatch")
     return turns
 
 

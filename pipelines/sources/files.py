@@ -9,6 +9,8 @@ import fnmatch
 import hashlib
 import posixpath
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 
@@ -65,7 +67,10 @@ class FileSet:
     """
 
     def __init__(self, patterns: str | list[str]):
-        opened = [_open(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+        every = [patterns] if isinstance(patterns, str) else patterns
+        self._shown = storage.shown(every[0])
+        with _answering(self._shown):
+            opened = [_open(pattern) for pattern in every]
         self.filesystem = opened[0][0]
         if any(filesystem != self.filesystem for filesystem, *_ in opened):
             raise ValueError("the files of one source must lie in one store: make a source of each store's files")
@@ -107,7 +112,8 @@ class FileSet:
         return max(whole - at, 1), max(whole + others, 1)
 
     def _infos(self) -> list[fs.FileInfo]:
-        return list(chain.from_iterable(self._find(folder, rest) for folder, rest in self._patterns))
+        with _answering(self._shown):
+            return list(chain.from_iterable(self._find(folder, rest) for folder, rest in self._patterns))
 
     def _find(self, folder: str, rest: str) -> list[fs.FileInfo]:
         found = []
@@ -130,6 +136,18 @@ class FileSet:
             if fits and info.type == fs.FileType.File:
                 found.append(info)
         return sorted(found, key=lambda info: info.path)
+
+
+@contextmanager
+def _answering(shown: str) -> Iterator[None]:
+    """An error of a store's own client (that of hf:// has classes of its own) as an OSError that names the files."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(f"{shown} cannot be listed ({what}): is its store reachable from here?") from error
 
 
 def _open(pattern: str) -> tuple[fs.FileSystem, str, str]:

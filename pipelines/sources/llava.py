@@ -44,6 +44,7 @@ class Llava(JsonAnnotations):
         lists = [value if isinstance(value := entry[name], list) else [value] for name in given]
         if len(lists) == 2 and lists[0] != lists[1]:
             raise EntryError("the entry has both image and images, and they are not the same")
-        for path in lists[0]:
+        paths = [self.relative(path) for path in lists[0]]
+        for path in paths:
             check_path(given[0], path)
-        return lists[0]
+        return paths

@@ -62,6 +62,19 @@ class TestFileSet:
         (folder / "a/s-009.tar").write_bytes(b"longer")
         assert files.fingerprint() != before
 
+    def test_a_client_whose_errors_are_its_own_gives_one_line_with_the_files(self, monkeypatch):
+        class Unreachable(Exception):
+            pass
+
+        def open_fs(uri):
+            raise Unreachable("Name or service\nnot known")
+
+        monkeypatch.setattr(storage, "open_fs", open_fs)
+        with pytest.raises(
+            OSError, match=r"hf://datasets/org/name/\*\.parquet cannot be listed \(Unreachable: Name or"
+        ):
+            FileSet("hf://datasets/org/name/*.parquet").names()
+
     def test_locations(self):
         assert parse_location(location("a/b.tar", 512, 10, "k.0.jpg")) == ("a/b.tar", 512, 10, "k.0.jpg")
         with pytest.raises(ValueError, match="not a location"):

@@ -77,6 +77,22 @@ def test_text_among_images_stays_text(llava):
     assert not any(record.problem for record in records)
 
 
+def test_a_path_in_full_is_read_relative_to_the_images(llava, tmp_path):
+    inside, outside = str(tmp_path / "pics/sub/1.png"), str(tmp_path / "pics-too/1.png")
+    records = llava([entry(image=inside), entry("b", image=f"file://{inside}"), entry("c", image=outside)])
+    assert [record.images for record in records] == [["sub/1.png"], ["sub/1.png"], []]
+    assert "leaves the images folder" in records[2].problem.detail
+    (escape,) = llava([entry(image=str(tmp_path / "pics/../secret.png"))])
+    assert "leaves the images folder" in escape.problem.detail
+
+
+def test_images_without_placeholders_name_the_option(llava):
+    (record,) = llava([talk(images=["1.png"])])
+    assert record.problem.reason == "placeholder_mismatch"
+    assert "no_placeholders: first_turn" in record.problem.detail
+    assert llava([talk(images=["1.png"])], no_placeholders="first_turn")[0].turns[0].images == 1
+
+
 def test_a_field_that_no_entry_has_stops_with_those_that_they_have(llava):
     for limit in (None, 1):
         with pytest.raises(
