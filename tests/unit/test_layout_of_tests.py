@@ -33,7 +33,7 @@ NOT_ALONE = {
     "mlmamba.modeling": "unit/mlmamba/test_modeling.py: through the tiny model of tests/helpers/tiny.py",
     "mlmamba.ops.chunked": "unit/mlmamba/test_ops.py: imports it",
     "mlmamba.ops.convolution": "unit/mlmamba/test_ops.py: imports it",
-    "mlmamba.ops.cuda": "parity/test_cuda_kernels.py: through mlmamba.ops, on a GPU",
+    "mlmamba.ops.cuda": "interpreter/test_operators.py: through mlmamba.ops, interpreted",
     "mlmamba.ops.linear": "unit/mlmamba/test_ops.py: through mlmamba.ops",
     "mlmamba.ops.naive": "unit/mlmamba/test_ops.py: imports it",
     "mlmamba.selective_scan": "unit/mlmamba/test_mamba2.py: imports it",
