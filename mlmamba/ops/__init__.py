@@ -1,9 +1,9 @@
 """Operators of Mamba-2 and the one place that chooses how they run.
 
 Three paths compute the same thing: `naive` (the recurrence, for tests), `torch` (chunked, any device) and `cuda`
-(mamba_ssm and causal_conv1d). `path_for` picks cuda for an operator when the tensor is on a CUDA device and the
-operator's package imports, else torch. `force_path("torch")`, as a context manager, overrides the choice for everything
-inside it; the environment variable MLMAMBA_OPS does so for a whole process.
+(mamba_ssm, and causal_conv1d or our own Triton kernels). `path_for` picks cuda for an operator when the tensor is on a
+CUDA device and a kernel of the operator imports, else torch. `force_path("torch")`, as a context manager, overrides the
+choice for everything inside it; the environment variable MLMAMBA_OPS does so for a whole process.
 """
 
 import logging
@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from mlmamba.ops import chunked, convolution, naive
@@ -22,11 +24,15 @@ from mlmamba.ops.convolution import causal_conv1d_step
 
 PATHS = ("naive", "torch", "cuda")
 __all__ = [
+    "KERNELS",
+    "OPERATORS",
     "PATHS",
     "causal_conv1d",
     "causal_conv1d_step",
+    "device_problem",
     "force_path",
     "has_kernels",
+    "kernel",
     "kernel_problem",
     "path_for",
     "ssd",
@@ -51,25 +57,43 @@ def force_path(path: str) -> Iterator[None]:
 
 
 OPERATORS = {"ssd": "mamba_ssm", "causal_conv1d": "causal_conv1d"}
-"""The operators that have a CUDA kernel, and the package that it comes from."""
+"""The operators that have a CUDA kernel, and the package that the first choice comes from."""
+KERNELS = {"ssd": ("mamba_ssm",), "causal_conv1d": ("causal_conv1d", "triton_convolution")}
+"""The kernels of each operator, best first: `triton_convolution` is ours and needs Triton alone."""
+OLDEST = (7, 0)
+"""Compute capability that Triton's compiler asks for."""
 
 
 @cache
 def kernel_problem(operator: str) -> str:
-    """Why an operator's CUDA kernel cannot be used, or "" when its package imports.
+    """Why the first choice of an operator's kernels cannot be used, or "" when its package imports.
 
     A package that was built for another torch is found and does not import, so it is imported, once.
     """
-    try:
-        import_module("mlmamba.ops.cuda").LOADERS[operator]()
-    except Exception as error:  # an extension of another torch fails in more ways than ImportError
-        return f"{OPERATORS[operator]} does not import: {type(error).__name__}: {str(error).strip()[:300]}"
-    return ""
+    problem = import_module("mlmamba.ops.cuda").loads(OPERATORS[operator])
+    return problem and f"{OPERATORS[operator]} does not import: {problem}"
+
+
+def kernel(operator: str) -> str:
+    """Name of the kernel, of KERNELS, that an operator has on a CUDA device; "" where it runs on the torch path."""
+    loads = import_module("mlmamba.ops.cuda").loads
+    return next((name for name in KERNELS[operator] if not loads(name)), "")
 
 
 def has_kernels() -> bool:
-    """Whether mamba_ssm and causal_conv1d can be used (not whether there is a GPU)."""
-    return not any(map(kernel_problem, OPERATORS))
+    """Whether every operator has a kernel (not whether there is a GPU)."""
+    return all(map(kernel, OPERATORS))
+
+
+def device_problem(index: int = 0) -> str:
+    """Why no kernel can run on a CUDA device, or "" when they can."""
+    if not torch.cuda.is_available():
+        return ""
+    found = torch.cuda.get_device_capability(index)
+    if found >= OLDEST:
+        return ""
+    name, (major, minor) = torch.cuda.get_device_name(index), OLDEST
+    return f"{name} has compute capability {found[0]}.{found[1]}; Triton asks for {major}.{minor} or newer"
 
 
 def path_for(x: Tensor, operator: str = "ssd") -> str:
@@ -77,15 +101,23 @@ def path_for(x: Tensor, operator: str = "ssd") -> str:
     forced = _forced.get() or os.environ.get("MLMAMBA_OPS")
     if forced:
         return _known(forced)
-    return "cuda" if x.is_cuda and not _told(operator) else "torch"
+    return "cuda" if x.is_cuda and _told(operator, x.device.index or 0) else "torch"
 
 
 @cache
-def _told(operator: str) -> str:
-    """`kernel_problem`, logged once for each process that computes on a GPU without the kernel."""
-    if problem := kernel_problem(operator):
-        logging.getLogger(__name__).warning("%s runs on the slower torch path: %s", operator, problem)
-    return problem
+def _told(operator: str, device: int) -> bool:
+    """Whether an operator has a kernel on a device. What runs in place of the first choice, and why, is logged once."""
+    runs, problem = kernel(operator), kernel_problem(operator)
+    if old := device_problem(device):
+        runs, problem = "", old
+    log = logging.getLogger(__name__)
+    if not runs:
+        log.warning("%s runs on the slower torch path: %s", operator, problem)
+    elif problem:
+        # Not to have installed a package is a choice; one that is there and broken is not.
+        broken = find_spec(OPERATORS[operator]) is not None
+        log.log(logging.WARNING if broken else logging.INFO, "%s runs on %s: %s", operator, runs, problem)
+    return bool(runs)
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, chunk_size: int = 64, **kwargs):

@@ -22,11 +22,18 @@ def causal_conv1d(
     history = x.new_zeros(b, w - 1, d) if initial_state is None else initial_state.to(x.dtype)
     bias = x.new_zeros(d) if bias is None else bias.to(x.dtype)
     y = _ConvSiLU.apply(x, history, weight.to(x.dtype).t(), bias, seq_idx)
-    tail = torch.cat([history, x[:, 1 - w :]], dim=1)[:, 1 - w :]
+    return y, last_inputs(x, history, seq_idx)
+
+
+def last_inputs(x: Tensor, history: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """The last w-1 inputs, those of an earlier sequence zeroed: x (b, l, d), history (b, w-1, d) -> (b, w-1, d)."""
+    b, held, _ = history.shape
+    first = max(0, x.shape[1] - held)
+    tail = torch.cat([history, x[:, first:]], dim=1)[:, -held:] if held else history
     if seq_idx is not None:
-        owner = torch.cat([seq_idx[:, :1].expand(b, w - 1), seq_idx[:, 1 - w :]], dim=1)[:, 1 - w :]
+        owner = torch.cat([seq_idx[:, :1].expand(b, held), seq_idx[:, first:]], dim=1)[:, -held:]
         tail = tail * (owner == seq_idx[:, -1:])[..., None]
-    return y, tail
+    return tail
 
 
 class _ConvSiLU(torch.autograd.Function):

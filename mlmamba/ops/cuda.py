@@ -1,6 +1,7 @@
-"""The CUDA path: the Triton kernels of mamba_ssm and the CUDA kernel of causal_conv1d, under the contract of naive.py.
+"""The CUDA path: the Triton kernels of mamba_ssm, and for the convolution the CUDA kernel of causal_conv1d or Triton
+kernels of our own (triton_convolution.py), under the contract of naive.py.
 
-The packages are imported when a kernel is first asked for: `import mamba_ssm` loads Triton.
+A package is imported when a kernel of it is first asked for: `import mamba_ssm` loads Triton.
 """
 
 import sys
@@ -37,7 +38,30 @@ def load_convolution() -> Callable:
     return causal_conv1d_fn
 
 
-LOADERS = {"ssd": load_scan, "causal_conv1d": load_convolution}
+@cache
+def load_triton_convolution() -> Callable:
+    """Our own convolution. Raises ImportError where torch came without Triton."""
+    from mlmamba.ops.triton_convolution import causal_conv1d
+
+    return causal_conv1d
+
+
+LOADERS = {
+    "mamba_ssm": load_scan,
+    "causal_conv1d": load_convolution,
+    "triton_convolution": load_triton_convolution,
+}
+"""What loads a kernel, by the names of `mlmamba.ops.KERNELS`."""
+
+
+@cache
+def loads(kernel: str) -> str:
+    """Why a kernel of LOADERS does not load, or "" when it does: tried once."""
+    try:
+        LOADERS[kernel]()
+    except Exception as error:  # an extension of another torch fails in more ways than ImportError
+        return f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return ""
 
 
 def ssd(
@@ -75,11 +99,15 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `naive.causal_conv1d`.
 
-    The kernel takes either boundaries or an initial state, up to four taps and channels in multiples of 8; the torch
-    path serves the other cases.
+    causal_conv1d takes either boundaries or an initial state, and channels in multiples of 8; our own kernels take the
+    other cases up to four taps, and the torch path what is left.
     """
-    if (seq_idx is not None and initial_state is not None) or x.shape[2] % 8 or weight.shape[1] > 4:
-        return convolution.causal_conv1d(x, weight, bias, initial_state, seq_idx)
+    w = weight.shape[1]
+    fits = w <= 4 and not x.shape[2] % 8 and (seq_idx is None or initial_state is None)
+    if not (fits and not loads("causal_conv1d")):
+        own = 2 <= w <= 4 and x.dtype != torch.float64 and not loads("triton_convolution")
+        convolve = load_triton_convolution() if own else convolution.causal_conv1d
+        return convolve(x, weight, bias, initial_state, seq_idx)
     if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8 or x.storage_offset() % 8:
         # A slice of a projection need not be aligned as the kernel wants it. `contiguous` would keep the odd strides of
         # a single row or token.
@@ -92,10 +120,5 @@ def causal_conv1d(
         initial_states=None if initial_state is None else initial_state.to(x.dtype).transpose(1, 2),
         activation="silu",
     )
-    w = weight.shape[1]
     history = x.new_zeros(x.shape[0], w - 1, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-    tail = torch.cat([history, x[:, -(w - 1) :]], dim=1)[:, -(w - 1) :]
-    if seq_idx is not None:
-        owner = torch.cat([seq_idx[:, :1].expand(-1, w - 1), seq_idx[:, -(w - 1) :]], dim=1)[:, -(w - 1) :]
-        tail = tail * (owner == seq_idx[:, -1:])[..., None]
-    return y.transpose(1, 2), tail
+    return y.transpose(1, 2), convolution.last_inputs(x, history, seq_idx)

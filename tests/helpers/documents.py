@@ -102,6 +102,7 @@ STORY = ("docs/tutorial.md", "README.md", "docs/how-to/resume.md", "docs/how-to/
 NOT_RUN = {
     "make quickstart": "makes an environment of 7 GB; the story runs its last line, `mlmamba run quickstart`",
     "make": "what runs these tests, and the lines of the Makefile that make their environment",
+    "export MAMBA_FORCE_BUILD": "the line after it is run by `make kernels`, into a folder of its own",
     "pip install": "tests/integration/test_cluster_install.py installs the package in an environment of its own",
     "pytest": "these tests",
     "python -m tests.benchmarks": "figures for people, minutes long; tests run their parts small",

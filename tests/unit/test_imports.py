@@ -20,7 +20,7 @@ FORBIDDEN = {
     "pipelines": {"workflows", "deepspeed", "mlflow"},
 }
 ABSENT = ("ray", "deepspeed", "mlflow", "mamba_ssm", "causal_conv1d")
-KERNELS = "mlmamba.ops.cuda"  # imported only when its packages are there
+KERNELS = "mlmamba.ops.triton_convolution"  # imported only when a kernel is asked for: torch may come without Triton
 
 
 def imported(file: Path) -> set[str]:

@@ -91,7 +91,7 @@ def _device() -> list[Finding]:
     try:
         import torch
 
-        from mlmamba.ops import OPERATORS, kernel_problem
+        from mlmamba.ops import OPERATORS, device_problem
     except ImportError as error:
         return [Finding("operators", "missing", str(error), "make install")]
     if not torch.cuda.is_available():
@@ -102,14 +102,25 @@ def _device() -> list[Finding]:
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     findings = [Finding("device", "ok", f"{names} (CUDA {torch.version.cuda})")]
     findings += [_package(name, "note", "") for name in KERNELS]
-    advice = (
-        "build it for this torch and its CUDA: cluster/kernels.sh, or pip install --no-build-isolation mlmamba[gpu]"
-    )
-    for operator, package in OPERATORS.items():
-        problem = kernel_problem(operator)
-        path = f"torch path: {problem}" if problem else f"cuda path ({package})"
-        findings.append(Finding(f"operator {operator}", "note" if problem else "ok", path, advice if problem else ""))
-    return findings
+    old = next(filter(None, map(device_problem, range(torch.cuda.device_count()))), "")
+    return findings + [operator_finding(operator, old) for operator in OPERATORS]
+
+
+def operator_finding(operator: str, old: str = "") -> Finding:
+    """What an operator runs on where there is a GPU, and why it is not the first choice.
+
+    Args:
+        old: why no kernel can run on the GPU, or "".
+    """
+    from mlmamba.ops import kernel, kernel_problem
+
+    name, runs, problem = f"operator {operator}", kernel(operator), kernel_problem(operator)
+    if old:
+        return Finding(name, "note", f"torch path: {old}")
+    if not problem:
+        return Finding(name, "ok", f"cuda path ({runs})")
+    advice = "build it for this torch and its CUDA: docs/how-to/install-on-gpu.md"
+    return Finding(name, "note", f"{f'cuda path ({runs})' if runs else 'torch path'}: {problem}", advice)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

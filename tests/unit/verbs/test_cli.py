@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import ray
 
 from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import VERBS, main
+from workflows.verbs.tools import operator_finding
 
 
 @dataclass
@@ -120,6 +122,18 @@ def test_doctor_says_what_is_installed_and_which_path_runs(mlmamba):
     findings = {item["name"]: item for item in json.loads(result.stdout)["findings"]}
     assert findings["torch"]["state"] == "ok"
     assert "path" in findings["operators"]["detail"]
+
+
+@pytest.mark.skipif(bool(find_spec("mamba_ssm") or find_spec("causal_conv1d")), reason="the kernels are installed here")
+def test_doctor_names_the_kernel_that_runs_in_place_of_one_that_does_not_import():
+    finding = operator_finding("causal_conv1d")
+    assert finding.state == "note"
+    assert finding.detail.startswith("cuda path (triton_convolution): causal_conv1d does not import: ")
+    assert "install-on-gpu.md" in finding.advice
+    assert operator_finding("ssd").detail.startswith("torch path: mamba_ssm does not import: ModuleNotFoundError")
+    assert (
+        operator_finding("ssd", "OLD has compute capability 6.1").detail == "torch path: OLD has compute capability 6.1"
+    )
 
 
 def test_an_empty_registry_is_said_plainly(tmp_path, mlmamba):
