@@ -15,7 +15,11 @@ def describe(value: Tensor) -> str:
 
 
 def check_text(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, per_token: dict[str, Tensor | None], config
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    per_token: dict[str, Tensor | None],
+    config,
+    values: bool = True,
 ) -> tuple[int, int]:
     """Check the sequence inputs of a forward pass.
 
@@ -24,6 +28,7 @@ def check_text(
         inputs_embeds: (b, l, d) floats, or None. Exactly one of the two is given.
         per_token: by name, what has one integer per token (labels, seq_idx) or is a mask; None where not given.
         config: MLMambaConfig.
+        values: whether to look at the ids too, which reads them from their device.
 
     Returns:
         b and l.
@@ -53,13 +58,47 @@ def check_text(
             )
         if other != "attention_mask" and not _whole(value):
             raise ValueError(f"{other} is {describe(value)}; expected integers")
-    if input_ids is not None and length > 1 and input_ids.device.type != "meta":
-        low, high = (int(bound) for bound in input_ids.aminmax())
-        if low < 0 or high >= config.text_config.vocab_size:
-            raise ValueError(
-                f"input_ids holds ids from {low} to {high}; the vocabulary is 0 to {config.text_config.vocab_size - 1}"
-            )
+    if values and input_ids is not None and length > 1 and input_ids.device.type != "meta":
+        check_ids(input_ids, config.text_config.vocab_size)
     return rows, length
+
+
+def check_ids(input_ids: Tensor, vocabulary: int) -> None:
+    """Check that all ids are in the vocabulary; reads them from their device. Raises ValueError."""
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"input_ids holds ids from {low} to {high}; the vocabulary is 0 to {vocabulary - 1}")
+
+
+def check_places(found: list[int], features: tuple[int, ...] | None) -> None:
+    """Check that images fill the placeholders of a batch exactly.
+
+    Args:
+        found: placeholders in each row.
+        features: (n, N), images and tokens of each; (k,), single vectors; None for no images.
+
+    Raises:
+        ValueError: there are more or fewer, or an image would be split over two rows.
+    """
+    if features is None:
+        expected, given = 0, "no images were given"
+    elif len(features) == 1:
+        expected, given = features[0], f"{features[0]} feature vectors were given"
+    else:
+        expected = features[0] * features[1]
+        given = f"{features[0]} images of {features[1]} tokens were given ({expected} expected)"
+    if sum(found) != expected:
+        raise ValueError(
+            f"the prompt has {sum(found)} image placeholders but {given}; expand each <image> with "
+            "MLMambaProcessor and pass every image"
+        )
+    if features is not None and len(features) == 2:
+        for row, count in enumerate(found):
+            if count % features[1]:
+                raise ValueError(
+                    f"row {row} has {count} image placeholders, no multiple of the {features[1]} tokens of "
+                    "an image; an image does not go on in the next row"
+                )
 
 
 def check_images(input_ids: Tensor | None, pixel_values: Tensor | None, image_features: Tensor | None, config) -> None:

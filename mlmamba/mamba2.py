@@ -46,10 +46,10 @@ class Mamba2Mixer(SelectiveScan):
         self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
         self.dt_limit = tuple(config.time_step_limit)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None):
-        """(b, l, d) -> (b, l, d) and the layer's state afterwards."""
+    def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None, keep_state: bool = True):
+        """(b, l, d) -> (b, l, d) and the layer's state afterwards, or None."""
         z, xBC, dt = self.in_proj(x).split([self.inner, self.conv_dim, self.heads], dim=-1)
-        y, state = self.scan(xBC, dt, state, mask, seq_idx)
+        y, state = self.scan(xBC, dt, state, mask, seq_idx, keep_state)
         return self.out_proj(self.norm(y, z)), state
 
 
@@ -62,8 +62,8 @@ class Mamba2Block(nn.Module):
         self.mixer = Mamba2Mixer(config)
         self.residual_in_fp32 = config.residual_in_fp32
 
-    def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None):
-        y, state = self.mixer(self.norm(x).to(self.mixer.in_proj.weight.dtype), state, mask, seq_idx)
+    def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None, keep_state: bool = True):
+        y, state = self.mixer(self.norm(x).to(self.mixer.in_proj.weight.dtype), state, mask, seq_idx, keep_state)
         return (x.float() if self.residual_in_fp32 else x) + y, state
 
 
@@ -108,15 +108,17 @@ class Mamba2Backbone(nn.Module):
         state: MambaState | None = None,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
-    ) -> tuple[Tensor, MambaState]:
+        keep_state: bool = True,
+    ) -> tuple[Tensor, MambaState | None]:
         """Run embeddings (b, l, d) on from `state` (None for the start).
 
         Args:
             mask: (b, l) bool, False at padding, or None when there is none.
             seq_idx: (b, l) integers marking the sequences of a packed row, or None.
+            keep_state: False in training, where no state is wanted: those of all blocks are 168 MB a row at 2.7b.
 
         Returns:
-            Hidden states (b, l, d) after the final norm, and the new state.
+            Hidden states (b, l, d) after the final norm, and the new state, or None.
         """
         x, after = embeds, []
         if mask is not None:
@@ -134,12 +136,13 @@ class Mamba2Backbone(nn.Module):
         for i, layer in enumerate(self.layers):
             before = state.layers[i] if known else None
             if self.gradient_checkpointing and self.training:
-                x, layer_state = checkpoint(layer, x, before, mask, seq_idx, use_reentrant=False)
+                x, layer_state = checkpoint(layer, x, before, mask, seq_idx, keep_state, use_reentrant=False)
             else:
-                x, layer_state = layer(x, before, mask, seq_idx)
+                x, layer_state = layer(x, before, mask, seq_idx, keep_state)
             after.append(layer_state)
         x = self.norm_f(x).to(self.embeddings.weight.dtype)
-        return x if mask is None else _reorder(x, torch.argsort(order, dim=1)), MambaState(after)
+        x = x if mask is None else _reorder(x, torch.argsort(order, dim=1))
+        return x, MambaState(after) if keep_state else None
 
     def _decode(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """`forward` for one token (b, 1, d), compiled."""

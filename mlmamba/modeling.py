@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mlmamba.checks import check_device, check_images, check_state, check_text
+from mlmamba.checks import check_device, check_images, check_places, check_state, check_text
 from mlmamba.configuration import MLMambaConfig
 from mlmamba.connector import build_connector
-from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.generation import MLMambaGenerationMixin
 from mlmamba.mamba2 import Mamba2LanguageModel
+from mlmamba.positions import Positions, label_mask
 from mlmamba.state import MambaState
 from mlmamba.vision import VisionEncoder
 
@@ -148,7 +148,14 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             return super().is_gradient_checkpointing
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images uint8 (n, 3, s, s) -> language embeddings (n, N, d). Raises ValueError on other images."""
+        """Images uint8 (n, 3, s, s) -> language embeddings (n, N, d). Raises ValueError on other images.
+
+        Without an image a black one goes through and is dropped: not every encoder takes none, and under ZeRO-3 the
+        other workers wait until this one has gathered the same weights.
+        """
+        if not len(pixel_values) and pixel_values.ndim == 4:
+            blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+            return self.get_image_features(blank)[:0]
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features = self.vision(pixel_values)
@@ -162,6 +169,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         labels: Tensor | None = None,
+        positions: Positions | None = None,
         inputs_embeds: Tensor | None = None,
         cache_params: MambaState | None = None,
         use_cache: bool | None = None,
@@ -181,6 +189,8 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             attention_mask: (b, l), 0 at padding on either side.
             seq_idx: (b, l) integers marking the sequences of packed rows; state and loss do not cross them.
             labels: (b, l) like input_ids, IGNORE_INDEX where there is no loss. Shifted inside.
+            positions: of the batch's labels and placeholders (mlmamba/positions.py), in place of `labels`. The batch is
+                then taken as checked, and nothing is read back from the device. Not with `attention_mask`.
             inputs_embeds: (b, l, d), in place of input_ids.
             cache_params: state to go on from.
             use_cache: return the state; True by default outside training.
@@ -196,28 +206,37 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         """
         if output_attentions or output_hidden_states:
             raise ValueError("ML-Mamba has no attentions and returns no hidden states of its blocks")
+        if positions is not None and (labels is not None or attention_mask is not None or input_ids is None):
+            raise ValueError("positions go with input_ids, in place of labels, and without an attention_mask")
         per_token = {"attention_mask": attention_mask, "seq_idx": seq_idx, "labels": labels}
-        rows, _ = check_text(input_ids, inputs_embeds, per_token, self.config)
+        rows, _ = check_text(input_ids, inputs_embeds, per_token, self.config, values=positions is None)
         check_images(input_ids, pixel_values, image_features, self.config)
         check_state(cache_params, rows, self.config)
         if not self._weights_are_managed():
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
+            inputs["positions"] = None if positions is None else positions.targets
             check_device(self.device, cache_params, {**inputs, "image_features": image_features, **per_token})
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
-            inputs_embeds = self._place_images(input_ids, inputs_embeds, image_features)
+            if positions is None:
+                inputs_embeds = self._place_images(input_ids, inputs_embeds, image_features)
+            else:
+                inputs_embeds = self._place_at(inputs_embeds, image_features, positions.images)
         mask = None if attention_mask is None else attention_mask.bool()
         if mask is not None and bool(mask.all()):
             mask = None
-        hidden, state = self.language_model.backbone(inputs_embeds, cache_params, mask, seq_idx)
+        keep_state = use_cache if use_cache is not None else not self.training
+        hidden, state = self.language_model.backbone(inputs_embeds, cache_params, mask, seq_idx, keep_state)
         loss = None
         if labels is not None:
             loss = self._loss(hidden, labels, seq_idx, num_items_in_batch)
+        elif positions is not None:
+            picked = hidden.flatten(0, 1).index_select(0, positions.labelled)
+            loss = self._cross_entropy(picked, positions.targets, num_items_in_batch)
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:]).float()
-        keep_state = use_cache if use_cache is not None else not self.training
-        output = MLMambaOutput(loss=loss, logits=logits, cache_params=state if keep_state else None)
+        output = MLMambaOutput(loss=loss, logits=logits, cache_params=state)
         return output if return_dict is not False else output.to_tuple()
 
     def _weights_are_managed(self) -> bool:
@@ -240,37 +259,28 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             ValueError: the features do not fill the placeholders exactly, or an image would be split over two rows.
         """
         places = input_ids == self.config.image_token_id
-        found = places.sum(1).tolist()
-        if features is None:
-            expected, given = 0, "no images were given"
-        elif features.ndim == 2:
-            expected, given = len(features), f"{len(features)} feature vectors were given"
-        else:
-            expected = features.shape[0] * features.shape[1]
-            given = f"{features.shape[0]} images of {features.shape[1]} tokens were given ({expected} expected)"
-        if sum(found) != expected:
-            raise ValueError(
-                f"the prompt has {sum(found)} image placeholders but {given}; expand each <image> with "
-                "MLMambaProcessor and pass every image"
-            )
-        if features is not None and features.ndim == 3:
-            for row, count in enumerate(found):
-                if count % features.shape[1]:
-                    raise ValueError(
-                        f"row {row} has {count} image placeholders, no multiple of the {features.shape[1]} tokens of "
-                        "an image; an image does not go on in the next row"
-                    )
+        check_places(places.sum(1).tolist(), None if features is None else tuple(features.shape[:-1]))
         return places
+
+    def _place_at(self, embeds: Tensor, features: Tensor | None, places: Tensor) -> Tensor:
+        """`_place_images` at positions (k,) that whoever found them has checked: the device is not waited for."""
+        given = 0 if features is None else features.shape[:-1].numel()
+        if given != len(places):
+            raise ValueError(f"the positions are of {len(places)} image placeholders, {given} embeddings were given")
+        if not given:
+            return embeds
+        return embeds.flatten(0, 1).index_copy(0, places, features.to(embeds).flatten(0, -2)).view_as(embeds)
 
     def _loss(self, hidden: Tensor, labels: Tensor, seq_idx: Tensor | None, count: Tensor | int | None) -> Tensor:
         """Cross entropy of the next token. Only positions with a label reach the vocabulary projection."""
-        targets = labels[:, 1:]
-        keep = targets != IGNORE_INDEX
-        if seq_idx is not None:
-            keep = keep & (seq_idx[:, 1:] == seq_idx[:, :-1])
-        logits = self.language_model.lm_head(hidden[:, :-1][keep]).float()
-        total = F.cross_entropy(logits, targets[keep], reduction="sum")
-        return total / (keep.sum().clamp(min=1) if count is None else count)
+        keep = label_mask(labels, seq_idx)
+        return self._cross_entropy(hidden[:, :-1][keep], labels[:, 1:][keep], count)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
+        """Summed over targets (m,) given hidden states (m, d), and divided by `count`, or by m."""
+        logits = self.language_model.lm_head(hidden).float()
+        total = F.cross_entropy(logits, targets, reduction="sum")
+        return total / (max(1, len(targets)) if count is None else count)
 
 
 @contextmanager

@@ -79,11 +79,13 @@ class SelectiveScan(nn.Module):
         state: LayerState | None = None,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
-    ) -> tuple[Tensor, LayerState]:
+        keep_state: bool = True,
+    ) -> tuple[Tensor, LayerState | None]:
         """Run xBC (b, l, e + 2gn) and raw dt (b, l, h) through convolution and recurrence.
 
         Given a state, padding stands at the end of a row (`Mamba2Backbone` sees to it): the convolution looks straight
-        back into the state. Returns y (b, l, e) and the state after the last unmasked position of each row.
+        back into the state. Returns y (b, l, e) and the state after the last unmasked position of each row;
+        None in its place without `keep_state`.
         """
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         A, D = -torch.exp(self.A_log.float()), self.D.float()
@@ -102,7 +104,7 @@ class SelectiveScan(nn.Module):
         out, conv = ops.causal_conv1d(
             xBC, weight, bias, initial_state=None if state is None else state.conv, seq_idx=seq_idx
         )
-        if mask is not None:
+        if mask is not None and keep_state:
             conv = self._last_inputs(xBC, state, mask, seq_idx)
         x, B, C = self._split(out)
         y, ssm = ops.ssd(
@@ -115,8 +117,9 @@ class SelectiveScan(nn.Module):
             initial_state=None if state is None else state.ssm,
             seq_idx=seq_idx,
             chunk_size=self.chunk,
+            final_state=keep_state,
         )
-        return y.flatten(2), LayerState(conv, ssm)
+        return y.flatten(2), LayerState(conv, ssm) if keep_state else None
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, B, C = xBC.split([self.inner, self.groups * self.state_size, self.groups * self.state_size], dim=-1)

@@ -55,6 +55,6 @@ class VisualScanMixer(nn.Module):
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
         scanned = []
         for scan, permutation in zip(self.scans, order, strict=True):
-            y, _ = scan.scan(xBC.index_select(1, permutation), dt.index_select(1, permutation))
+            y, _ = scan.scan(xBC.index_select(1, permutation), dt.index_select(1, permutation), keep_state=False)
             scanned.append(self.norm(y, z.index_select(1, permutation)))
         return self.out_proj(merge(scanned, order, self.merge_name))

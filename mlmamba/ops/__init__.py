@@ -120,13 +120,24 @@ def _told(operator: str, device: int) -> bool:
     return bool(runs)
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, chunk_size: int = 64, **kwargs):
-    """State-space recurrence on the chosen path; arguments and results as in `naive.ssd`."""
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, chunk_size: int = 64, final_state: bool = True, **kwargs
+) -> tuple[Tensor, Tensor | None]:
+    """State-space recurrence on the chosen path; arguments and results as in `naive.ssd`.
+
+    Args:
+        final_state: False for None in place of the final state, which spares the kernel writing it.
+    """
     path = path_for(x, "ssd")
-    if path == "naive":
-        return naive.ssd(x, dt, A, B, C, **kwargs)
-    module = import_module("mlmamba.ops.cuda") if path == "cuda" else chunked
-    return module.ssd(x, dt, A, B, C, chunk_size=chunk_size, **kwargs)
+    if path == "cuda":
+        cuda = import_module("mlmamba.ops.cuda")
+        return cuda.ssd(x, dt, A, B, C, chunk_size=chunk_size, final_state=final_state, **kwargs)
+    y, state = (
+        naive.ssd(x, dt, A, B, C, **kwargs)
+        if path == "naive"
+        else chunked.ssd(x, dt, A, B, C, chunk_size=chunk_size, **kwargs)
+    )
+    return y, state if final_state else None
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs):

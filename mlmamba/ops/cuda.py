@@ -74,9 +74,10 @@ def ssd(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     chunk_size: int = 256,
-) -> tuple[Tensor, Tensor]:
-    """Same contract as `naive.ssd`. The kernel gives the initial state to sequence 0, so each row counts from 0."""
-    return load_scan()(
+    final_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Same contract as `mlmamba.ops.ssd`. The kernel gives the initial state to sequence 0: each row counts from 0."""
+    out = load_scan()(
         x,
         dt,
         A,
@@ -86,8 +87,9 @@ def ssd(
         D=D,
         initial_states=initial_state,
         seq_idx=None if seq_idx is None else (seq_idx - seq_idx[:, :1]).to(torch.int32),
-        return_final_states=True,
+        return_final_states=final_state,
     )
+    return out if final_state else (out, None)
 
 
 def causal_conv1d(

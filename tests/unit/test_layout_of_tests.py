@@ -113,7 +113,6 @@ NOT_ALONE = {
     "workflows.train.export": "integration/test_train_stages.py: in training workers",
     "workflows.train.job": "integration/test_train_exact.py: in training workers",
     "workflows.train.loop": "integration/test_train_exact.py: in training workers",
-    "workflows.train.step": "unit/train/test_checks.py: imports it",
     "workflows.train.optim": "unit/train/test_stage.py: imports it",
     "workflows.train.restore": "integration/test_train_exact.py: in training workers",
     "workflows.train.saver": "integration/test_train_exact.py: in training workers",

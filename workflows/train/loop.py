@@ -76,14 +76,15 @@ class Worker:
         attempt = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(attempt)
         self.saver = Saver(self.store, attempt[0], rank, world, self.config.keep_checkpoints, self._saved)
-        pad, size = model.config.text_config.pad_token_id, model.config.vision_config.image_size
-        self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, pad, size)
+        pin = self.engine.device.type == "cuda"
+        self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, model, pin)
         if self.config.validate_every:
             rows = self.config.validate_rows
-            self.validation = ValidationLoss(job.data, rows, self.stage.micro_batch_rows, pad, size)
+            self.validation = ValidationLoss(job.data, rows, self.stage.micro_batch_rows, model, pin)
         if self.config.sample_every:
             count, tokens = self.config.samples, self.config.sample_tokens
-            self.samples = Samples(job.data, str(self.start_from), count, tokens, model.config.image_token_id, size)
+            image, size = model.config.image_token_id, model.config.vision_config.image_size
+            self.samples = Samples(job.data, str(self.start_from), count, tokens, image, size)
         made_by = found.workers if found and restore.must_reshard(found, world) else None
         text = describe(self.stage, sizes)
         self.tell({"event": "start", "text": text, "step": self.done, "steps": self.steps, "resharded_from": made_by})

@@ -99,7 +99,8 @@ def load_moments(found: Checkpoint, engine) -> None:
     places = {}
     for flat, members in groups:
         moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
-        optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+        place = flat.device if optimizer.optimizer.defaults["fused"] else None  # the fused kernel counts on its device
+        optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step), device=place), **moments}
         states |= dict.fromkeys(members, moments)
         places |= members
     for key in MOMENTS:

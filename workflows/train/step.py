@@ -5,53 +5,88 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from mlmamba.conversation import IGNORE_INDEX
+from mlmamba.positions import Positions, find_positions
 from pipelines.reader import PackedDataset, collate
 
 
-def batch_maker(dataset: PackedDataset, micro_batch_rows: int, pad_id: int, image_size: int) -> Callable:
-    """Return a function that turns row indices into a step's micro batches, as `collate` makes them."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one worker runs at once, and what their values decide: nothing of it is asked of the device later."""
 
-    def make(rows) -> list[dict]:
-        parts = [rows[i : i + micro_batch_rows] for i in range(0, len(rows), micro_batch_rows)]
-        return [collate(dataset.rows(part), dataset.manifest.max_tokens, pad_id, image_size) for part in parts]
+    inputs: dict[str, torch.Tensor | Positions]
+    """What the model's forward takes by these names. Without an attention mask: padding is a sequence of its own."""
+    tokens: int
+    """Without padding."""
+    labels: int
+    """Tokens with a label, also those at the start of a sequence."""
+
+    @property
+    def predicted(self) -> int:
+        """Labels that a token before them predicts, the terms of the loss."""
+        return len(self.inputs["positions"].targets)
+
+    def to(self, device: torch.device) -> dict:
+        """The inputs on a device; from pinned memory, without waiting for it."""
+        return {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+
+
+def batch_maker(dataset: PackedDataset, micro_batch_rows: int, model, pin: bool = False) -> Callable:
+    """Return a function that turns row indices into a step's micro batches.
+
+    Args:
+        model: the MLMambaForConditionalGeneration that will read them.
+        pin: put them into pinned memory, from which a GPU copies them while the host goes on.
+    """
+    config, tokens = model.config, model.connector.tokens(model.vision.grid)
+    pad, size = config.text_config.pad_token_id, config.vision_config.image_size
+
+    def make(rows, counts: list[bool] | None = None) -> list[MicroBatch]:
+        """`counts` says for each row whether its labels do; all, unless it is given."""
+        made = []
+        for first in range(0, len(rows), micro_batch_rows):
+            part = slice(first, first + micro_batch_rows)
+            batch = collate(dataset.rows(rows[part]), dataset.manifest.max_tokens, pad, size)
+            if counts is not None:
+                batch["labels"][~torch.tensor(counts[part])] = IGNORE_INDEX
+            made.append(_micro_batch(batch, tokens, config, pin))
+        return made
 
     return make
 
 
-def to_device(batch: dict, device: torch.device) -> tuple[dict, int]:
-    """Move a micro batch to the device. Returns the model's inputs, and the number of tokens without padding.
+def _micro_batch(batch: dict[str, torch.Tensor], tokens_per_image: int, config, pin: bool) -> MicroBatch:
+    """What `collate` made, with the labels as positions."""
+    labels, seen, images = batch.pop("labels"), batch.pop("attention_mask"), len(batch["pixel_values"])
+    found = find_positions(batch["input_ids"], labels, batch["seq_idx"], (images, tokens_per_image), config)
+    inputs = {**batch, "positions": found}
+    if pin:
+        inputs = {name: value.pin_memory() for name, value in inputs.items()}
+    return MicroBatch(inputs, int(seen.sum()), int((labels != IGNORE_INDEX).sum()))
 
-    The attention mask is left out, because padding is a sequence of its own in seq_idx.
-    """
-    tokens = int(batch["attention_mask"].sum())
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "attention_mask"}
-    return moved, tokens
 
-
-def take_step(engine, micro_batches: list[dict], world: int) -> tuple[torch.Tensor, int]:
+def take_step(engine, micro_batches: list[MicroBatch], world: int) -> tuple[torch.Tensor, int]:
     """Take one optimizer step. Returns this rank's share of the step's mean loss, and its tokens without padding.
 
     Every loss token of the step weighs the same, whatever rank and micro batch it is in: each micro loss is a sum
     divided by the mean number of loss tokens per micro batch, and DeepSpeed averages over ranks and accumulation.
     """
-    labels = torch.tensor(float(sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)))
-    labels = labels.to(engine.device)
+    labels = torch.tensor(float(sum(batch.labels for batch in micro_batches)), device=engine.device)
     dist.all_reduce(labels)
     mean_count = (labels / (world * len(micro_batches))).clamp(min=1e-9)  # a step without a loss token is worth 0
-    total, tokens = torch.zeros((), device=engine.device), 0
+    total = torch.zeros((), device=engine.device)
     for batch in micro_batches:
-        inputs, count = to_device(batch, engine.device)
+        inputs = batch.to(engine.device)
         loss = engine(**inputs, num_items_in_batch=mean_count, logits_to_keep=1, use_cache=False).loss
         engine.backward(loss)
         engine.step()
         total += loss.detach() / (world * len(micro_batches))
-        tokens += count
-    return total, tokens
+    return total, sum(batch.tokens for batch in micro_batches)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

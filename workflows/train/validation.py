@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.images import load_pixels
 from pipelines.reader import PackedDataset, PackedRow
-from workflows.train.step import batch_maker, to_device
+from workflows.train.step import batch_maker
 
 
 class ValidationLoss:
@@ -20,13 +20,14 @@ class ValidationLoss:
         data: folder of the data set.
         rows: how many rows at most.
         micro_batch_rows: rows that one worker runs at once.
+        model, pin: as `batch_maker` takes them.
     """
 
-    def __init__(self, data: str, rows: int, micro_batch_rows: int, pad_id: int, image_size: int):
+    def __init__(self, data: str, rows: int, micro_batch_rows: int, model, pin: bool = False):
         dataset = PackedDataset(data, "validation")
         self._rows = min(rows, len(dataset))
         self._micro = micro_batch_rows
-        self._make = batch_maker(dataset, micro_batch_rows, pad_id, image_size)
+        self._make = batch_maker(dataset, micro_batch_rows, model, pin)
 
     def loss(self, engine, rank: int, world: int) -> float:
         """Return the mean loss per loss token, over all ranks.
@@ -39,17 +40,13 @@ class ValidationLoss:
         with torch.no_grad():
             for first in range(0, self._rows, per_pass):
                 mine = range(first + rank * self._micro, first + (rank + 1) * self._micro)
-                (batch,) = self._make([min(row, self._rows - 1) for row in mine])
-                inputs, _ = to_device(batch, engine.device)
-                for place, row in enumerate(mine):
-                    if row >= self._rows:  # past the end: the last row is repeated in its place, and does not count
-                        inputs["labels"][place] = IGNORE_INDEX
-                # A label at the start of a sequence has no token before it that could predict it.
-                labels, sequences = inputs["labels"], inputs["seq_idx"]
-                counted = (labels[:, 1:] != IGNORE_INDEX) & (sequences[:, 1:] == sequences[:, :-1])
-                one = torch.ones((), device=engine.device)
-                total = engine(**inputs, num_items_in_batch=one, logits_to_keep=1, use_cache=False).loss
-                sums += torch.stack([total.double(), counted.sum().double()])
+                # Past the end the last row is repeated in its place, and does not count.
+                rows = [min(row, self._rows - 1) for row in mine]
+                (batch,) = self._make(rows, [row < self._rows for row in mine])
+                inputs = batch.to(engine.device)
+                total = engine(**inputs, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss
+                sums[0] += total.double()
+                sums[1] += batch.predicted
         engine.train()
         dist.all_reduce(sums)
         return (sums[0] / sums[1].clamp(min=1)).item()

@@ -36,7 +36,7 @@ def bare(job: dict) -> list[float]:
     from workflows.recipe.train import StageRecipe
     from workflows.train.optim import parameter_groups, schedule
     from workflows.train.stage import freeze
-    from workflows.train.step import batch_maker, to_device
+    from workflows.train.step import batch_maker
 
     torch.set_num_threads(job["threads"])
     stage = StageRecipe(**job["stage"])
@@ -46,13 +46,12 @@ def bare(job: dict) -> list[float]:
     optimizer = torch.optim.AdamW(parameter_groups(model, stage), betas=(0.9, 0.98), eps=1e-8)
     scheduler = schedule(stage, optimizer, stage.steps)
     dataset = PackedDataset(job["data"])
-    size = model.config.vision_config.image_size
-    make = batch_maker(dataset, stage.micro_batch_rows, model.config.text_config.pad_token_id, size)
+    make = batch_maker(dataset, stage.micro_batch_rows, model)
     stream = prefetch(make, step_indices(dataset, job["seed"], stage.batch_rows, 0, 1), job["threads"])
     windows, start = [], time.perf_counter()
     for step, micro_batches in zip(range(1, stage.steps + 1), stream, strict=False):
         for batch in micro_batches:
-            inputs, _ = to_device(batch, model.device)
+            inputs = batch.to(model.device)
             loss = model(**inputs, logits_to_keep=1, use_cache=False).loss / len(micro_batches)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip)

@@ -36,7 +36,7 @@ from workflows.recipe.train import StageRecipe
 from workflows.train.initial import build_initial, save
 from workflows.train.optim import parameter_groups, schedule
 from workflows.train.stage import freeze
-from workflows.train.step import batch_maker, to_device
+from workflows.train.step import batch_maker
 
 
 def run(series: Series, setting: Setting) -> dict:
@@ -98,12 +98,11 @@ def train_stage(
     model.train()
     optimizer = torch.optim.AdamW(parameter_groups(model, stage), betas=(0.9, 0.98), eps=1e-8)
     scheduler = schedule(stage, optimizer, stage.steps)
-    pad, size = model.config.text_config.pad_token_id, model.config.vision_config.image_size
-    make = batch_maker(dataset, stage.batch_rows, pad, size)
+    make = batch_maker(dataset, stage.batch_rows, model)
     stream = prefetch(make, step_indices(dataset, seed, stage.batch_rows, 0, 1, done), threads=1)
     losses = []
     for _, (batch,) in zip(range(stage.steps), stream, strict=False):
-        inputs, _ = to_device(batch, model.device)
+        inputs = batch.to(model.device)
         loss = model(**inputs, logits_to_keep=1, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), stage.clip)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.helpers.tiny import tiny_model
 from workflows.recipe.train import StageRecipe, TrainRecipe
-from workflows.train.optim import ClippedAdamW, deepspeed_config, parameter_groups, schedule
+from workflows.train.optim import ClippedAdamW, adamw_options, deepspeed_config, parameter_groups, schedule
 from workflows.train.stage import describe, freeze, total_steps
 
 
@@ -98,6 +98,14 @@ def test_steps_come_from_steps_or_epochs(length, expected):
 def test_accumulation_fills_the_batch():
     train = TrainRecipe(workers=2, stages=[stage(batch_rows=12, micro_batch_rows=2)])
     assert deepspeed_config(train.stages[0], train)["gradient_accumulation_steps"] == 3
+
+
+@pytest.mark.parametrize(("gpus", "offload", "fused"), [(0, "none", False), (1, "none", True), (1, "optimizer", False)])
+def test_on_gpus_communication_overlaps_and_the_optimizer_is_one_kernel(gpus, offload, fused):
+    """On a CPU both stay as they were, so that losses and weights do."""
+    train = TrainRecipe(workers=1, gpus_per_worker=gpus, offload=offload, stages=[stage()])
+    assert deepspeed_config(train.stages[0], train)["zero_optimization"]["overlap_comm"] is bool(gpus)
+    assert adamw_options(train.stages[0], train) == {"betas": (0.9, 0.98), "eps": 1e-8, "fused": fused}
 
 
 @pytest.mark.parametrize(("offload", "zero_stage"), [("optimizer", 0), ("parameters", 2)])

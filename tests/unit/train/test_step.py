@@ -1,0 +1,104 @@
+"""What a micro batch is made of, and that running one makes the host wait for the device nowhere."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from mlmamba.conversation import IGNORE_INDEX
+from pipelines.packed import PackedRow
+from tests.helpers.fake_gpu import FakeGPU, gradients
+from tests.helpers.host_reads import HostRead, no_host_reads
+from tests.helpers.images import encoded
+from tests.helpers.tiny import IMAGE_ID, PER_IMAGE, prompt, tiny_model
+from workflows.train.step import MicroBatch, batch_maker
+
+LENGTH = 24
+
+
+def row(seed: int) -> PackedRow:
+    ids = torch.cat([prompt(9, 1, seed=seed), prompt(7, seed=seed + 1)], 1)[0].numpy().astype(np.int32)
+    labels = np.where(ids == IMAGE_ID, IGNORE_INDEX, ids)
+    seq_idx = np.array([0] * 9 + [1] * 7, dtype=np.int32)
+    return PackedRow(["a", "b"], ids, labels, seq_idx, [encoded(seed)], np.array([0], dtype=np.int32), ["s", "s"])
+
+
+def rows() -> SimpleNamespace:
+    """Only what `batch_maker` takes of a data set."""
+    return SimpleNamespace(
+        rows=lambda indices: [row(int(i)) for i in indices], manifest=SimpleNamespace(max_tokens=LENGTH)
+    )
+
+
+@pytest.fixture
+def micro_batches(model) -> list[MicroBatch]:
+    return batch_maker(rows(), 2, model)(np.arange(4))
+
+
+def test_a_micro_batch_holds_what_its_values_decide(micro_batches):
+    assert len(micro_batches) == 2
+    batch = micro_batches[1]
+    assert set(batch.inputs) == {"input_ids", "seq_idx", "pixel_values", "positions"}
+    assert (batch.tokens, batch.labels) == (2 * 16, 2 * 12)
+    positions = batch.inputs["positions"]
+    assert positions.images.tolist() == [*range(PER_IMAGE), *range(LENGTH, LENGTH + PER_IMAGE)]
+    assert batch.predicted == 2 * (5 + 6)  # the label at the start of the second sequence is predicted by nothing
+    assert torch.equal(batch.inputs["input_ids"].flatten()[positions.labelled + 1], positions.targets)
+
+
+def test_rows_that_do_not_count_have_no_labels(model, micro_batches):
+    (first, second) = batch_maker(rows(), 2, model)(np.arange(4), [True, True, True, False])
+    assert torch.equal(first.inputs["positions"].labelled, micro_batches[0].inputs["positions"].labelled)
+    assert second.predicted == 11
+    assert second.inputs["positions"].labelled.max() < LENGTH
+    assert second.tokens == 2 * 16
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_forward_and_backward_read_nothing_on_the_host(micro_batches, checkpointing):
+    model = tiny_model().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    count = torch.tensor(20.0)
+    for batch in micro_batches:
+        with no_host_reads():
+            out = model(**batch.inputs, num_items_in_batch=count, logits_to_keep=1, use_cache=False)
+            out.loss.backward()
+        assert out.loss.isfinite()
+        assert out.cache_params is None
+
+
+def test_a_host_read_would_be_found(micro_batches):
+    """With labels in place of positions the model looks for them itself."""
+    model, inputs = tiny_model().train(), dict(micro_batches[0].inputs)
+    inputs.pop("positions")
+    with pytest.raises(HostRead), no_host_reads():
+        model(**inputs, labels=inputs["input_ids"])
+
+
+@pytest.mark.parametrize("path", ["torch", ""])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_on_a_faked_gpu_no_tensor_is_left_behind_and_none_is_float64(micro_batches, precision, path, monkeypatch):
+    """The whole step on torch's fake CUDA tensors: mixed devices and reads of values fail there. Without a forced path
+    the convolution is our Triton kernels, of which all but the launch is traced."""
+    monkeypatch.setenv("MLMAMBA_OPS", path)
+    if not path:
+        kernels = pytest.importorskip("mlmamba.ops.triton_convolution", exc_type=ImportError)
+        monkeypatch.setattr(kernels, "_launch", lambda *arguments: None)
+    model, gpu = tiny_model(), FakeGPU()
+    model.vision.requires_grad_(False)  # as in most stages; its last block, which is not read, has no gradient
+    model.train()
+    weights, inputs = gpu.weights(model), dict(micro_batches[0].inputs)
+    inputs["positions"] = inputs["positions"]._each(gpu.move)
+    inputs = gpu.move(inputs)
+    with gpu():
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+            out = functional_call(model, weights, kwargs={**inputs, "logits_to_keep": 1, "use_cache": False})
+        found = gradients(out.loss)
+    assert (out.loss.device.type, out.loss.dtype) == ("cuda", torch.float32)
+    assert gpu.float64 == set()
+    trained = {name: found.get(id(weight)) for name, weight in weights.items() if weight.requires_grad}
+    assert [name for name, gradient in trained.items() if gradient is None] == []
+    assert {(g.device.type, g.dtype) for g in trained.values()} == {("cuda", torch.float32)}
