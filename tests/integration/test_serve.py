@@ -178,7 +178,9 @@ def test_every_response_says_which_version_gave_it(url, registered):
     ok, refused = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}, {"messages": []}
     for path, body in ((CHAT, ok), (CHAT, refused), ("/v1/models", None), ("/readyz", None), ("/nowhere", None)):
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-        connection.request("POST" if body else "GET", path, json.dumps(body) if body else None)
+        connection.request(
+            "POST" if body else "GET", path, json.dumps(body) if body else None, {"Content-Type": "application/json"}
+        )
         reply = connection.getresponse()
         assert (reply.headers["x-model-version"], reply.headers["x-model-run-id"]) == ("shapes/1", registered[1])
         connection.close()

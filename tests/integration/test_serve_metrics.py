@@ -93,7 +93,7 @@ def test_a_client_that_leaves_frees_its_slot_behind_rays_proxy(ports, stream):
     """The answer would take hours."""
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 100_000, "stream": stream}
     connection = http.client.HTTPConnection("127.0.0.1", ports[0], timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     if stream:
         reply = connection.getresponse()
         assert reply.headers["x-model-version"] == "endless"

@@ -243,7 +243,7 @@ def test_a_client_that_leaves_frees_its_slot(url, service, endless, stream):
     engine = service.served.engine
     body = json.dumps({"messages": HELLO, "max_tokens": 100_000, "stream": stream, "n": 2})
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
-    connection.request("POST", "/v1/chat/completions", body)
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     wait_for(lambda: engine.load == (0, 2))
     if stream:
         connection.getresponse().read(50)

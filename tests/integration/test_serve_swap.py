@@ -47,7 +47,9 @@ def url(storage):
 
 def ask(url) -> tuple[str, str, str]:
     """Version in the header, version in the body, answer."""
-    call = urllib.request.Request(url + "/v1/chat/completions", json.dumps(BODY).encode())
+    call = urllib.request.Request(
+        url + "/v1/chat/completions", json.dumps(BODY).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(call, timeout=60) as reply:
         content = json.load(reply)
         answer = content["choices"][0]["message"]["content"]

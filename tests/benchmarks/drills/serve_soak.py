@@ -70,7 +70,9 @@ def client(address: str, seed: int, end: float, counts: Counter) -> None:
     while time.monotonic() < end:
         connection = http.client.HTTPConnection(address, timeout=120)
         try:
-            connection.request("POST", "/v1/chat/completions", json.dumps(body(chance)))
+            connection.request(
+                "POST", "/v1/chat/completions", json.dumps(body(chance)), {"Content-Type": "application/json"}
+            )
             if chance.random() < 0.1:
                 counts["given up"] += 1
                 time.sleep(chance.random() * 0.1)

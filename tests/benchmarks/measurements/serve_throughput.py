@@ -91,7 +91,9 @@ def stream(url: str, question: tuple[str, bytes | None], tokens: int) -> tuple[s
     body = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}
     body |= {"stream": True, "max_tokens": tokens}
     begun, first, pieces = time.perf_counter(), 0.0, []
-    call = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode())
+    call = urllib.request.Request(
+        url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(call, timeout=600) as reply:
         for line in reply:
             if not line.startswith(b"data: {"):
