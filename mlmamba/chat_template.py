@@ -2,7 +2,7 @@
 
 It renders a chat as `render` renders its turns, so that training and every server see the same tokens
 (tests/unit/mlmamba/test_chat_template.py). What the format has no place for is an error, as in `check_turns`: roles out
-of order, empty messages, images of the assistant, tools. As in the HTTP server, system messages become the first
+of order, empty questions, images of the assistant, tools. As in the HTTP server, system messages become the first
 paragraphs of the first question, and a message of several texts has one line for each.
 
 The template marks answers as `generation`, so `return_assistant_tokens_mask=True` gives the positions that have labels.
@@ -60,7 +60,7 @@ CHAT_TEMPLATE = r"""
         'turn ' ~ chat.turn ~ ' has role ' ~ role ~ ', expected ' ~ expected ~ ': user and assistant alternate'
       ) -}}
     {%- endif -%}
-    {%- if not clean(content.text) -%}
+    {%- if role == 'user' and not content.images and not clean(content.text) -%}
       {{- raise_exception('turn ' ~ chat.turn ~ ' (' ~ role ~ ') is empty') -}}
     {%- endif -%}
     {%- if role == 'user' -%}

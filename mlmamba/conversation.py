@@ -80,15 +80,20 @@ def render(turns: Sequence[Turn], eos: str, tokens_per_image: int = 1) -> str:
     return "".join(render_turn(turn, i == 0, eos, tokens_per_image) for i, turn in enumerate(turns))
 
 
-def check_turns(turns: Sequence[Turn]) -> None:
-    """Raise ValueError unless turns are non-empty and alternate user, assistant, user, ..."""
+def check_turns(turns: Sequence[Turn], asking: bool = False) -> None:
+    """Raise ValueError unless turns have text and alternate user, assistant, user, ...
+
+    Args:
+        asking: they are a prompt and not a training sample: an image alone is a question, and an answer that was empty
+            may stand in the history.
+    """
     if not turns:
         raise ValueError("the conversation has no turns")
     for i, turn in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
         if turn.role != expected:
             raise ValueError(f"turn {i} has role {turn.role!r}, expected {expected!r}: user and assistant alternate")
-        if not clean(turn.text):
+        if not clean(turn.text) and not (asking and (turn.images or turn.role == "assistant")):
             raise ValueError(f"turn {i} ({turn.role}) is empty")
         if turn.images and turn.role != "user":
             raise ValueError(f"turn {i} is the assistant's but has {turn.images} images; only users show images")

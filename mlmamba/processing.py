@@ -9,6 +9,10 @@ from mlmamba.conversation import IMAGE_TOKEN, Turn, check_turns, render
 from mlmamba.image_processing import MLMambaImageProcessor
 
 
+class PromptTooLong(ValueError):
+    """A prompt is over the processor's `max_length`."""
+
+
 class MLMambaProcessor(ProcessorMixin):
     """Turns chats with images into `input_ids`, `attention_mask` and `pixel_values`.
 
@@ -51,7 +55,7 @@ class MLMambaProcessor(ProcessorMixin):
 
     def prompt(self, turns: list[Turn]) -> str:
         """The prompt text for these turns, ready for the assistant's answer. Raises ValueError on bad turns."""
-        check_turns(turns)
+        check_turns(turns, asking=True)
         if turns[-1].role != "user":
             raise ValueError("the last turn is the assistant's; a prompt ends with a user turn")
         return render(turns, self.tokenizer.eos_token)
@@ -113,7 +117,8 @@ class MLMambaProcessor(ProcessorMixin):
         """`input_ids` and `attention_mask` (b, l) of prompts, each `<image>` expanded to its run of placeholders.
 
         Raises:
-            ValueError: a prompt is empty or over `max_length`, or there is none.
+            ValueError: a prompt is empty, or there is none.
+            PromptTooLong: one is over `max_length`.
         """
         if not texts:
             raise ValueError("no prompt was given")
@@ -126,7 +131,7 @@ class MLMambaProcessor(ProcessorMixin):
         if not min(lengths):
             raise ValueError(f"prompt {lengths.index(0)} is empty")
         if longest > self.max_length:
-            raise ValueError(f"a prompt is {longest} tokens long, over the limit of {self.max_length}; shorten it")
+            raise PromptTooLong(f"a prompt is {longest} tokens long, over the limit of {self.max_length}; shorten it")
         if not padding and min(lengths) != longest:
             raise ValueError(
                 f"prompts of {min(lengths)} to {longest} tokens do not fit one tensor without padding=True"

@@ -78,6 +78,8 @@ def build_app(service: Service) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> JSONResponse:
         """The served model by name, or by name/version."""
+        if not name:
+            return await models()
         served = service.loaded()
         if not served.is_called(name):
             raise ApiError(404, f"that model is not served here; ask for {served.id!r}", "model", "model_not_found")

@@ -41,10 +41,13 @@ class Bodies:
             most: largest size in bytes; `body_bytes` of the limits by default.
 
         Raises:
-            ApiError: it does not arrive in time or stands still while others wait (408), there is no room (429), or it
-                is too large (413).
+            ApiError: it is compressed (415) or too large (413), does not arrive in time or stands still while others wait
+                (408), or there is no room (429).
             ClientDisconnect: the client left before its end.
         """
+        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+            message = f"bodies with Content-Encoding: {encoding[:40]} are not read; send it as it is"
+            raise ApiError(415, message, code="content_encoding")
         most = most or self._limits.body_bytes
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > most:

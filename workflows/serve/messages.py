@@ -102,8 +102,8 @@ def _turns(messages: list[Message]) -> list[Turn]:
                 "role_order",
             )
         text = _text(message)
-        if not text:
-            raise bad_request(f"messages[{i}] has no text", f"messages[{i}].content", "empty_message")
+        if not text and not shown and message.role == "user":
+            raise bad_request(f"messages[{i}] has neither text nor image", f"messages[{i}].content", "empty_message")
         turns.append(Turn(message.role, text if turns else "\n\n".join([*filter(None, preface), text]), images=shown))
     if not turns or turns[-1].role != "user":
         raise bad_request("the last message must be the user's", "messages", "role_order")

@@ -140,6 +140,8 @@ class Part(_Form):
 def _as_parts(content: Any) -> Any:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
+    if content is None:  # as in an answer that was empty
+        return []
     if not isinstance(content, list):
         raise PydanticCustomError("content_type", "content must be a string or a list of parts")
     return content
@@ -150,7 +152,7 @@ def _as_list(stop: Any) -> Any:
 
 
 class Message(_Form):
-    """One message; text alone is one text part."""
+    """One message; text alone is one text part. Only the assistant's may be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], FailFast(), BeforeValidator(_as_parts)]

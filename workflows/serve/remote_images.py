@@ -19,6 +19,8 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 PORTS = {"http": 80, "https": 443}
 _REDIRECTS = 3
+# The standard library of Python 3.11 counts these as global: relays of 6to4, site-local and documentation addresses.
+_NOT_GLOBAL = [ipaddress.ip_network(n) for n in ("192.88.99.0/24", "fec0::/10", "3fff::/20", "5f00::/16")]
 _NAT64, _LOCAL_NAT64 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48")
 
 
@@ -75,6 +77,8 @@ def is_public(address: str) -> bool:
             return False
         if ip.ipv4_mapped or ip in _NAT64 or int(ip) >> 32 == 0:
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    if any(ip in network for network in _NOT_GLOBAL):
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from mlmamba.processing import PromptTooLong
 from workflows.registry import ResolvedModel
 from workflows.serve.auth import Access, Gate
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
@@ -69,6 +70,8 @@ class Served:
             return self.engine.prepare(turns, images)
         except ControlText as error:
             raise bad_request(str(error), "messages", "control_text") from error
+        except PromptTooLong as error:
+            raise bad_request(str(error), "messages", "context_length_exceeded") from error
         except ValueError as error:
             raise bad_request(str(error), "messages") from error
 

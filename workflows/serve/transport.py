@@ -97,6 +97,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 class Envelope:
     """ASGI middleware: headers on every response, errors included; access; and a call when the response has ended.
+    HEAD is answered as GET.
 
     Args:
         app: what answers.
@@ -138,7 +139,9 @@ class Envelope:
             except ApiError as error:
                 await error_response(error)(scope, receive, send_with_headers)
                 return
-            await self._app(scope, receive, send_with_headers)
+            # Whoever serves this leaves out the body of an answer to HEAD.
+            routed = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(routed, receive, send_with_headers)
         finally:
             self._ended(scope, status, time.monotonic() - start)
 

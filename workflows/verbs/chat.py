@@ -30,7 +30,7 @@ def talk(reference: str, storage: Path, image: str | None) -> None:
     while question := _ask():
         turns.append(Turn("user", question, images=int(bool(opened) and not turns)))
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        turns.append(Turn("assistant", _generate(model, processor, turns, opened, 256, streamer) or "-"))
+        turns.append(Turn("assistant", _generate(model, processor, turns, opened, 256, streamer)))
 
 
 def _ask() -> str:

@@ -112,6 +112,13 @@ def test_images_stand_before_their_turn_wherever_they_are_shown(processor):
             {"role": "user", "content": "more"},
         ],
         [{"role": "system", "content": ""}, {"role": "user", "content": "q"}],
+        [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None},
+            {"role": "user", "content": "r"},
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": "s"},
+        ],
     ],
 )
 def test_system_messages_and_several_texts_are_read_as_the_server_reads_them(processor, chat):
@@ -142,7 +149,7 @@ def test_without_the_generation_prompt_a_question_ends_where_an_answer_would_beg
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "turn 1 has role system"),
         ([{"role": "system", "content": "a"}], "has no turn of the user"),
         ([{"role": "user", "content": " <image>"}], r"turn 0 \(user\) is empty"),
-        ([{"role": "user", "content": [IMAGE]}], r"turn 0 \(user\) is empty"),
+        ([{"role": "user", "content": []}], r"turn 0 \(user\) is empty"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": [IMAGE]}], "only users show images"),
         ([{"role": "system", "content": [IMAGE]}, {"role": "user", "content": "a"}], "only users show images"),
         ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "part of type video, expected text or image"),

@@ -171,3 +171,11 @@ def test_bad_turns_are_refused(tokenizer, turns, message):
         check_turns(turns)
     with pytest.raises(ValueError, match=message):
         encode(tokenizer, turns, 4)
+
+
+def test_a_prompt_may_hold_an_image_alone_and_an_empty_answer():
+    turns = [Turn("user", "", images=1), Turn("assistant", ""), Turn("user", "q")]
+    check_turns(turns, asking=True)
+    assert render(turns, "<e>") == "<image><|user|>\n<e>\n<|assistant|>\n<e>\n<|user|>\nq<e>\n<|assistant|>\n"
+    with pytest.raises(ValueError, match="turn 0"):
+        check_turns([Turn("user", "")], asking=True)

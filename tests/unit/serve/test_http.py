@@ -2,6 +2,7 @@
 held back. tests/integration/test_serve.py has the same on Ray Serve, with the answers themselves."""
 
 import asyncio
+import gzip
 import http.client
 import json
 import re
@@ -187,7 +188,7 @@ def test_the_client(url, tmp_path):
         == ask(url, "what?", file.read_bytes(), max_tokens=8)
     )
     assert isinstance(ask(url, "what?", max_tokens=8), str)
-    with pytest.raises(ServiceError, match="no text") as caught:
+    with pytest.raises(ServiceError, match="neither text nor image") as caught:
         ask(url, " ")
     assert (caught.value.status, caught.value.code) == (400, "empty_message")
     with pytest.raises(ServiceError, match="Not Found"):
@@ -276,3 +277,29 @@ def test_a_question_of_text_does_not_wait_for_images(url, service):
     assert raw(url, "/v1/chat/completions", HELLO)[0] == 200
     opened.set()
     blocker.join()
+
+
+def test_head_is_answered_as_get(url):
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    for path, status in (("/healthz", 200), ("/v1/models", 200), ("/nowhere", 404)):
+        connection.request("HEAD", path)
+        reply = connection.getresponse()
+        assert (reply.status, reply.read()) == (status, b"")
+        assert reply.headers["x-model-version"] == "shapes/3"
+    connection.close()
+
+
+def test_the_list_of_models_may_end_in_a_slash(url):
+    assert raw(url, "/v1/models/")[2] == raw(url, "/v1/models")[2]
+
+
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(url):
+    body = {**HELLO, "messages": [{"role": "user", "content": "long " * 300}]}
+    assert raw(url, "/v1/chat/completions", body)[2]["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_compressed_body_is_named(url):
+    status, _, content = raw(
+        url, "/v1/chat/completions", gzip.compress(json.dumps(HELLO).encode()), headers={"Content-Encoding": "gzip"}
+    )
+    assert (status, content["error"]["code"]) == (415, "content_encoding")

@@ -84,9 +84,22 @@ def test_roles_out_of_order(roles, message):
         raise error
 
 
-@pytest.mark.parametrize("content", ["", " \n", [], [text("")], [image_part(data_uri(encoded()))]])
-def test_a_message_without_text(content):
+@pytest.mark.parametrize("content", ["", " \n", [], [text("")], None])
+def test_a_question_without_text_and_image(content):
     assert refused(("user", content)).code == "empty_message"
+
+
+def test_an_image_alone_is_a_question():
+    turns, images = read(("user", [image_part(data_uri(encoded()))]))
+    assert turns == [Turn("user", "", images=1)]
+    assert len(list(images)) == 1
+
+
+@pytest.mark.parametrize("content", ["", " ", None, []])
+def test_an_answer_that_was_empty_may_stand_in_the_history(content):
+    """A stop string first makes one, and clients send it back as they got it."""
+    turns, _ = read(("user", "a"), ("assistant", content), ("user", "b"))
+    assert turns == [Turn("user", "a"), Turn("assistant", ""), Turn("user", "b")]
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])

@@ -84,7 +84,7 @@ def test_null_asks_for_nothing():
         ({"messages": "hello"}, "messages", "valid array"),
         ({"messages": [7]}, "messages[0]", "object"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string or a list"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string or a list"),
         ({"messages": [{"role": "user", "content": {"text": "x"}}]}, "messages[0].content", "string or a list"),
         ({"messages": [{"role": "user", "content": [3]}]}, "messages[0].content[0]", "object"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user' or 'assistant'"),

@@ -161,6 +161,16 @@ def test_private_addresses_are_never_connected_to(site):
             "2002:7f00:1::",
         ),
         *("64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "2001:0:1:2:3:4:5:6", "2001:db8::1"),
+        *(
+            "fec0::1",
+            "feff::1",
+            "3fff:0:0::1",
+            "192.88.99.1",
+            "::ffff:192.88.99.1",
+            "5f00::1",
+            "100.64.0.1",
+            "198.18.0.1",
+        ),
     ],
 )
 def test_addresses_that_are_not_public(address):
