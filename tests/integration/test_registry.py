@@ -257,6 +257,45 @@ def test_errors_name_what_there_is(client, storage, capsys, arguments, code, mes
     assert re.search(message, error), error
 
 
+NOT_OURS = [
+    "",
+    "{",
+    "null",
+    "5",
+    "[]",
+    '{"overall": "high"}',
+    "\x1b[31mred",
+    "[" * 3000,
+    '{"alias": 1}',
+    "\ud83d".encode("utf-8", "replace").decode(),
+]
+
+
+@pytest.mark.parametrize("value", NOT_OURS, ids=range(len(NOT_OURS)))
+def test_whatever_one_tag_says_listing_showing_and_rolling_back_work(client, storage, capsys, value):
+    """The emergency brake must hold: a tag can be anybody's."""
+    for version in ("1", "2"):
+        promote(client, NAME, version)
+    for tag in ("scores", "gate", "forced.champion", "refused"):
+        client.set_model_version_tag(NAME, "2", f"mlmamba.{tag}", value)
+    client.set_registered_model_tag(NAME, "mlmamba.move.champion.99999999999999999999", value)
+    client.set_registered_model_tag(NAME, "mlmamba.claim.champion.x", value)
+    for arguments in (["list"], ["show", NAME], ["show", f"{NAME}/2"]):
+        assert main(["models", *arguments, "--storage", str(storage)]) == 0
+        out = capsys.readouterr().out
+        assert (
+            "unreadable: mlmamba.gate" in out
+            or "mlmamba.gate cannot be read" in out
+            or "unreadable: mlmamba.scores" in out
+        )
+        assert "\x1b" not in out
+    code, done, _ = cli(storage, capsys, "promote", f"{NAME}/2", "--alias", "candidate")
+    assert (code, done["moved"]) == (1, False)
+    assert "the tag mlmamba." in done["gate_failures"][0]
+    code, done, _ = cli(storage, capsys, "rollback", NAME)
+    assert (code, done["version"], holder(client, NAME, "champion")) == (0, "1", "1")
+
+
 def test_a_version_whose_files_are_gone_or_not_ours_says_so(client, storage):
     with pytest.raises(WorkflowError, match="not a model that mlmamba registered"):
         resolve_model(f"models:/{NAME}/1", storage)

@@ -34,6 +34,7 @@ from workflows.evaluate.report import write_report
 from workflows.evaluate.results import SCORES, read_answers, read_image, read_scores, write_scores
 from workflows.evaluate.scoring import Incomplete, missing_items, row_of, write_result
 from workflows.recipe.schema import Recipe
+from workflows.registry.history import read_tag
 from workflows.registry.register import Example
 from workflows.tracking.tracker import Tracker
 
@@ -273,7 +274,7 @@ def log_to_version(client: MlflowClient, name: str, version: str, benchmark: str
     log_evaluation(client, found.run_id, benchmark, folder, result)
     if result.get("complete", True):
         kept = result["scores"] | result.get("intervals", {})
-        known = json.loads(found.tags.get(_KEPT, "{}"))
+        known = read_tag(found.tags, _KEPT, dict[str, float], {})
         known |= {f"{benchmark}/{key}": value for key, value in kept.items()}
         client.set_model_version_tag(name, version, _KEPT, json.dumps(known))
 

@@ -52,11 +52,11 @@ class Claim:
         found = []
         for key, value in self._client.get_registered_model(self._name).tags.items():
             if key.startswith(self._prefix) and key != self._key:
-                age = time.time() - int(key.removeprefix(self._prefix).split("-")[0]) / 1e9
-                if age > EXPIRES:
+                stamp = key.removeprefix(self._prefix).split("-")[0]
+                if not stamp.isdecimal() or time.time() - int(stamp) / 1e9 > EXPIRES:  # or nobody's
                     self._delete(key)
                 else:
-                    found.append((json.loads(value).get("who", "another"), False))
+                    found.append((_owner(value), False))
         return found
 
     def withdraw(self) -> None:
@@ -66,6 +66,13 @@ class Claim:
     def _delete(self, key: str) -> None:
         with suppress(MlflowException):  # it expires
             self._client.delete_registered_model_tag(self._name, key)
+
+
+def _owner(value: str) -> str:
+    try:
+        return str(json.loads(value)["who"])
+    except (ValueError, KeyError, TypeError):
+        return "another"
 
 
 @contextmanager

@@ -7,11 +7,18 @@ shows whether the earlier one was made, and whether someone moved the alias by o
 
 import getpass
 import json
+import logging
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from workflows.errors import WorkflowError
+
+logger = logging.getLogger(__name__)
 _PREFIX = "mlmamba.move."
 _REASON = 2000  # characters
 
@@ -45,9 +52,40 @@ class Move:
         return asdict(self)
 
 
-def history(tags: dict[str, str], alias: str | None = None) -> list[Move]:
-    """Read the moves from a registered model's tags, of one alias or of all, oldest first."""
-    moves = [Move(**json.loads(value)) for key, value in tags.items() if key.startswith(_PREFIX)]
+class UnreadableTag(WorkflowError):
+    """A tag of the registry does not hold what mlmamba writes there: somebody else wrote it, or it was cut off."""
+
+
+def read_tag(tags: Mapping[str, str], key: str, kind: Any, absent: Any = None) -> Any:
+    """The value of a tag that holds JSON.
+
+    Args:
+        kind: its type, for pydantic.
+        absent: the value where there is no such tag.
+
+    Raises:
+        UnreadableTag: naming the tag.
+    """
+    if key not in tags:
+        return absent
+    try:
+        return TypeAdapter(kind).validate_json(tags[key])
+    except (ValidationError, RecursionError) as error:
+        raise UnreadableTag(f"the tag {key} cannot be read: {tags[key][:60]!r}") from error
+
+
+def history(tags: Mapping[str, str], alias: str | None = None) -> list[Move]:
+    """Read the moves from a registered model's tags, of one alias or of all, oldest first.
+
+    A rollback must work whatever one tag says, so one that cannot be read is left out, with a warning.
+    """
+    moves = []
+    for key in tags:
+        if key.startswith(_PREFIX):
+            try:
+                moves.append(read_tag(tags, key, Move))
+            except UnreadableTag as error:
+                logger.warning("a move of an alias is left out: %s", error)
     return sorted((move for move in moves if alias in (None, move.alias)), key=lambda move: move.stamp)
 
 

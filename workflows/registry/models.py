@@ -1,7 +1,6 @@
 """Finding versions: references, the version behind an alias, listings. Errors say what there is instead."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired  # pydantic reads no other before Python 3.12
 from urllib.parse import unquote, urlparse
 
 import mlflow
@@ -17,10 +17,11 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.tracking import MlflowClient
+from typing_extensions import TypedDict
 
 from pipelines.storage import shown
 from workflows.errors import UsageError, WorkflowError
-from workflows.registry.history import history
+from workflows.registry.history import UnreadableTag, history, read_tag
 from workflows.storage.folder import Folder
 from workflows.storage.remote import is_remote, machine_lock
 from workflows.tracking.tracker import connect
@@ -182,27 +183,47 @@ def rows_of(client: MlflowClient, name: str) -> list[dict]:
 
 def row(version: ModelVersion, aliases: list[str]) -> dict:
     """One version as plain data."""
-    tags = version.tags
+    tags, unreadable = version.tags, []
+
+    def read(name: str, kind, absent=None):
+        try:
+            return read_tag(tags, f"mlmamba.{name}", kind, absent)
+        except UnreadableTag:
+            unreadable.append(f"mlmamba.{name}")
+            return absent
+
     content = {
         "name": version.name,
         "version": str(version.version),
         "aliases": sorted(aliases),
-        "scores": _json(tags, "scores", {}),
-        "gate": _json(tags, "gate", None),
+        "scores": read("scores", dict[str, float], {}),
+        "gate": read("gate", dict[str, dict[str, float]]),
         "data_digest": tags.get("mlmamba.data_digest"),
         "recipe": tags.get("mlmamba.recipe"),
         "git": tags.get("mlmamba.git"),
         "run_id": version.run_id,
         "registered": version.creation_timestamp,
     }
-    forced = {key.removeprefix("mlmamba.forced."): json.loads(tags[key]) for key in tags if ".forced." in key}
-    refused = _json(tags, "refused", None)
-    return content | ({"forced": forced} if forced else {}) | ({"refused": refused} if refused else {})
+    names = [key.removeprefix("mlmamba.") for key in tags if key.startswith("mlmamba.forced.")]
+    forced = {name.removeprefix("forced."): record for name in names if (record := read(name, Forced))}
+    refused = read("refused", Refused)
+    found = {"forced": forced, "refused": refused, "unreadable": unreadable}
+    return content | {name: value for name, value in found.items() if value}
 
 
-def _json(tags: dict[str, str], name: str, absent_value):
-    text = tags.get(f"mlmamba.{name}")
-    return absent_value if text is None else json.loads(text)
+class Refused(TypedDict):
+    """Why serving did not take a version."""
+
+    when: str
+    who: str
+    why: str
+    tries: NotRequired[int]
+
+
+class Forced(Refused):
+    """Why an alias was moved although the gate failed."""
+
+    gate_failures: list[str]
 
 
 def _pages(fetch_page: Callable) -> list:

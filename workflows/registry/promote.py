@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from workflows.errors import UsageError, WorkflowError
 from workflows.recipe.evaluate import Gate
 from workflows.registry.claim import Claim, claim
-from workflows.registry.history import Move, history, holders, who_runs_this
+from workflows.registry.history import Move, UnreadableTag, history, holders, read_tag, who_runs_this
 from workflows.registry.models import Reference, absent, get_model, get_version, reachable
 
 
@@ -136,18 +136,24 @@ def _failures(client: MlflowClient, version: ModelVersion, now: str | None) -> l
     stored = version.tags.get("mlmamba.gate")
     if stored is None:
         return ["the version carries no gate: mlmamba did not register it, or an older one did"]
-    mine, present = _scores(version), None
-    same = True
-    if now is not None:
-        other = client.get_model_version(version.name, now)
-        present = _scores(other)
-        questions = [v.tags.get("mlmamba.evaluation") for v in (version, other)]
-        same = None in questions or questions[0] == questions[1]
-    return gate_failures(Gate.model_validate_json(stored), mine, present, same)
+    present, same = None, True
+    try:
+        gate, mine = read_tag(version.tags, "mlmamba.gate", Gate), _scores(version)
+        if now is not None:
+            other = client.get_model_version(version.name, now)
+            present = _scores(other)
+            questions = [v.tags.get("mlmamba.evaluation") for v in (version, other)]
+            same = None in questions or questions[0] == questions[1]
+    except UnreadableTag as error:
+        return [str(error)]
+    return gate_failures(gate, mine, present, same)
 
 
 def _scores(version: ModelVersion) -> dict[str, float]:
-    return json.loads(version.tags.get("mlmamba.scores", "{}"))
+    try:
+        return read_tag(version.tags, "mlmamba.scores", dict[str, float], {})
+    except UnreadableTag as error:
+        raise UnreadableTag(f"version {version.version}: {error}") from error
 
 
 def _exists(client: MlflowClient, name: str, version: str) -> bool:

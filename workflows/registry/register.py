@@ -15,6 +15,7 @@ from pipelines.identity import digest
 from pipelines.manifest import Manifest
 from workflows.errors import WorkflowError
 from workflows.recipe.schema import Recipe
+from workflows.registry.history import UnreadableTag, read_tag
 from workflows.registry.models import versions_of
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
@@ -86,7 +87,10 @@ def register(
     client.log_text(tracker.run_id, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), RECIPE_FILE)
     for version in versions_of(client, name):
         if version.tags.get("mlmamba.model") == key:
-            known = json.loads(version.tags.get("mlmamba.scores", "{}"))  # `mlmamba evaluate` may have added some
+            try:  # `mlmamba evaluate` may have added some
+                known = read_tag(version.tags, "mlmamba.scores", dict[str, float], {})
+            except UnreadableTag:
+                known = {}
             for tag, value in {**judged, "mlmamba.scores": json.dumps(known | scores)}.items():
                 client.set_model_version_tag(name, str(version.version), tag, value)
             return str(version.version)

@@ -1,12 +1,12 @@
 """What the registry holds, for a person."""
 
-import json
 import time
 
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipelines.manifest import Manifest
+from workflows.registry.history import read_tag
 from workflows.registry.models import Reference, get_model, get_version, reachable, row
 from workflows.registry.promote import Promotion
 
@@ -17,6 +17,7 @@ def version_lines(rows: list[dict]) -> list[str]:
     for version in rows:
         aliases = ",".join(version["aliases"]) or "-"
         marks = [text for key, text in (("forced", " forced"), ("refused", " refused by serving")) if key in version]
+        marks += [f" unreadable: {tag}" for tag in version.get("unreadable", ())]
         lines.append(
             f"{version['name']}/{version['version']:<4} {aliases:<12} {_scores(version['scores'])}{''.join(marks)}"
         )
@@ -49,6 +50,7 @@ def version_text(row: dict) -> str:
     if "refused" in row:
         refused = row["refused"]
         lines.append(f"refused  {refused['when']} by {refused['who']}: {refused['why']}")
+    lines += [f"tag      {tag} cannot be read" for tag in row.get("unreadable", ())]
     return "\n".join(lines)
 
 
@@ -135,7 +137,7 @@ def lineage(client: MlflowClient, reference: str | Reference) -> dict:
     aliases = [
         a for a, number in get_model(client, version.name).aliases.items() if str(number) == str(version.version)
     ]
-    data = [{**entry, "state": _state(entry)} for entry in json.loads(version.tags.get("mlmamba.data", "[]"))]
+    data = [{**entry, "state": _state(entry)} for entry in read_tag(version.tags, "mlmamba.data", list[dict], [])]
     model = row(version, aliases) | {"key": version.tags.get("mlmamba.model"), "source": version.source}
     return {"data": data, "run": _run(client, version.run_id), "model": model}
 

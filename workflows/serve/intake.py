@@ -41,8 +41,8 @@ class Bodies:
             most: largest size in bytes; `body_bytes` of the limits by default.
 
         Raises:
-            ApiError: it is compressed (415) or too large (413), does not arrive in time or stands still while others wait
-                (408), or there is no room (429).
+            ApiError: it is compressed (415) or too large (413), it does not arrive in time or stands still while others
+                wait (408), or there is no room (429).
             ClientDisconnect: the client left before its end.
         """
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
