@@ -272,6 +272,8 @@ def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
             tracker.set_tag(f"mlmamba.stage.{stage}", event["text"])
             if made_by := event["resharded_from"]:
                 console.note(f"the checkpoint of {made_by} workers is resharded for this number of them")
+        elif kind == "damaged":
+            console.note(event["text"])
         elif kind == "validation":
             tracker.log_metrics({"validation/loss": event["loss"]}, offset + event["step"])
             console.note(f"step {event['step']}: validation loss {event['loss']:.3f}")

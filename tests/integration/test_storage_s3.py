@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines import storage as files
 from tests.helpers.s3 import running_s3
@@ -273,7 +274,7 @@ def write(store: CheckpointStore, step: int, attempt: str = "a", keep: int = 9, 
     for rank in range(workers):
         names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] + (["mp_rank_00_model_states.pt"] * (rank == 0))
         for name in names:
-            (staging / name).write_bytes(b"state" * step)
+            torch.save({"step": step}, staging / name)
         store.publish(staging, rank, names)
     assert store.all_listed(staging, workers)
     store.complete(staging, Checkpoint(staging, step, workers, 2, "model", 1.5, {}), keep)

@@ -73,6 +73,23 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(toy, workers, undi
     assert not unfinished.exists()
 
 
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over_and_said(toy, workers, undisturbed, tmp_path, damaged):
+    """One rank's file alone: all ranks take the older one, or begin anew where that is damaged, too."""
+    job = toy.job(tmp_path, save_every=2)
+    workers.train(job, stop_after=6)
+    for checkpoint in CheckpointStore(Folder(tmp_path / "checkpoints")).whole()[-damaged:]:
+        file = max(checkpoint.folder.glob("*rank_1*optim_states.pt"), key=lambda path: path.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0x40
+        file.write_bytes(content)
+    resumed = workers.train(job)
+    assert len(resumed.of("damaged")) == damaged
+    assert "is damaged and passed over: " in resumed.of("damaged")[0]["text"]
+    assert resumed.of("start")[0]["step"] == (4 if damaged == 1 else 0)
+    assert same(resumed.weights, undisturbed(2).weights)
+
+
 def test_a_checkpoint_of_version_0_1_is_gone_on_from(toy, workers, undisturbed, tmp_path):
     """It has no attempt in its name; beside it lies what was half written then."""
     job, root = toy.job(tmp_path, save_every=2), tmp_path / "checkpoints"

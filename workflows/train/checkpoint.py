@@ -3,13 +3,17 @@
     <checkpoints>/step-00000100.<attempt>/    a file or two and a listing by every rank, then complete.json
 
 `complete.json` names every file with its size. Rank 0 writes it when every rank has listed its files, so a folder with
-it is whole; that the files still have their sizes is checked all the same before it is used. Every start of the workers
-is an attempt with a name of its own, so that what a process believed dead still writes meets nobody. Versions up to 0.1
-wrote into `.step-00000100.<attempt>` and renamed it to `step-00000100`: those are found, and swept up, too.
+it is whole; that the files still have their sizes and checksums is checked all the same before it is used. Every start
+of the workers is an attempt with a name of its own, so that what a process believed dead still writes meets nobody.
+Versions up to 0.1 wrote into `.step-00000100.<attempt>` and renamed it to `step-00000100`: those are found, and swept
+up, too.
 """
 
+import errno
 import json
 import shutil
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -134,14 +138,27 @@ class CheckpointStore:
         if self._folder.remote:
             shutil.rmtree(self.disk, ignore_errors=True)
 
-    def fetch(self, found: Checkpoint, rank: int, everything: bool) -> None:
-        """Download the files that a rank needs, or all, to the checkpoint's folder on this machine."""
-        if not self._folder.remote:
-            return
+    def fetch(self, found: Checkpoint, rank: int, everything: bool) -> str:
+        """Bring the files that a rank needs, or all, to the checkpoint's folder on this machine, and read them once.
+
+        torch writes a checksum (CRC-32) beside each tensor and does not look at it when it loads.
+
+        Returns:
+            What is wrong with one of them; "" when all are as they were written.
+        """
         there = self._folder / found.folder.name
         for name, size in found.files.items():
             if everything or "pp_rank_" not in name or f"pp_rank_{rank}_" in name:  # DeepSpeed's names of shards
-                download_once((there / name).uri, found.folder / name, size)
+                if self._folder.remote:
+                    download_once((there / name).uri, found.folder / name, size)
+                if damage := _damage(found.folder / name):
+                    return f"{name}: {damage}"
+        return ""
+
+    def reject(self, found: Checkpoint) -> None:
+        """Delete a damaged checkpoint, so that an older one is the newest. Rank 0 calls it."""
+        (self._folder / found.folder.name).delete()
+        self.release(found)
 
     def release(self, found: Checkpoint) -> None:
         """Delete the copy that `fetch` made; its files are not needed any more."""
@@ -158,6 +175,18 @@ class CheckpointStore:
         except (FileNotFoundError, ValueError, TypeError, AttributeError):
             return None
         return checkpoint if sizes == checkpoint.files else None
+
+
+def _damage(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            record = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:
+        # A flipped offset leads before the beginning of the file, a flipped flag says that it is encrypted.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        return f"it is no file of torch's any more ({error})"
+    return f"its record {record} is not what was written" if record else ""
 
 
 def _listing(rank: int) -> str:

@@ -62,10 +62,8 @@ class Worker:
         self.dataset = PackedDataset(job.data)
         self.steps = total_steps(self.stage, len(self.dataset))
         self.store = CheckpointStore(Folder(job.checkpoints))
-        found = restore.find(self.store, rank)
+        found = restore.find(self.store, rank, world, self.config.zero_stage, self.digest, self._damaged)
         if found:
-            restore.check(found, self.config.zero_stage, self.digest)
-            self.store.fetch(found, rank, everything=restore.must_reshard(found, world))
             restore.load_into_model(found, model, world)
         self.engine = start_engine(model, self.stage, self.config, self.steps)
         if found:
@@ -171,6 +169,9 @@ class Worker:
             problem = [f"stage {self.stage.name}: its model could not be written to {out}: {error}"]
         dist.broadcast_object_list(problem)
         return problem[0]
+
+    def _damaged(self, text: str) -> None:
+        self.tell({"event": "damaged", "text": text})
 
     def _saved(self, step: int, seconds: float) -> None:
         self.tell({"event": "checkpoint", "step": step, "seconds": seconds})

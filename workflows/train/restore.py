@@ -5,7 +5,7 @@ weights and Adam's moments are put together from all shards and resharded, the w
 model, the moments after.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,16 +22,39 @@ def model_digest(model: nn.Module) -> str:
     return digest([(name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad])
 
 
-def find(store: CheckpointStore, rank: int) -> Checkpoint | None:
-    """The checkpoint to go on from, chosen by rank 0 for all; a collective call. Sweeps up what cannot be used."""
-    chosen: list[Checkpoint | None] = [None]
+def find(
+    store: CheckpointStore, rank: int, workers: int, zero_stage: int, model: str, on_damage: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint to go on from, fetched; a collective call. Rank 0 chooses it, and sweeps up what cannot be used.
+
+    Args:
+        zero_stage, model: as `check` wants them.
+        on_damage: told, on every rank, about a checkpoint whose files are not what was written. It is deleted, and an
+            older one is taken; without any the stage begins anew.
+
+    Raises:
+        StageError: the checkpoint is of another model or kind.
+    """
     store.sweep_copies()
     if rank == 0:
         store.sweep()
-        chosen = [store.newest()]
-    dist.broadcast_object_list(chosen)
-    dist.barrier()  # no rank fetches, where it keeps copies, while another of its machine still sweeps
-    return chosen[0]
+    while True:
+        chosen = [store.newest() if rank == 0 else None]
+        dist.broadcast_object_list(chosen)
+        dist.barrier()  # no rank fetches, where it keeps copies, while another of its machine still sweeps
+        found = chosen[0]
+        if found is None:
+            return None
+        check(found, zero_stage, model)
+        damage = [""] * workers
+        dist.all_gather_object(damage, store.fetch(found, rank, everything=must_reshard(found, workers)))
+        if not any(damage):
+            return found
+        on_damage(f"the checkpoint {found} is damaged and passed over: {next(filter(None, damage))}")
+        if rank == 0:
+            store.reject(found)
+        else:
+            store.release(found)
 
 
 def check(found: Checkpoint, zero_stage: int, model: str) -> None:

@@ -1,8 +1,10 @@
 """Checkpoints in a folder: whole or ignored, dropped only when a newer one is whole. test_storage_s3.py has stores."""
 
 import json
+import random
 
 import pytest
+import torch
 
 from workflows.storage.folder import WHOLE, Folder
 from workflows.train.checkpoint import Checkpoint, CheckpointStore
@@ -71,6 +73,43 @@ def test_a_marker_that_is_half_written_or_of_another_version_is_ignored(store):
     for step, text in ((10, '{"step": 1'), (20, json.dumps({"step": 20})), (30, "[]")):
         (write(store, step) / WHOLE).write_text(text)
     assert steps(store) == []
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(store, tmp_path):
+    """Of a thousand places in a file of torch's; those that change nothing lie between its records."""
+    state = {"module": {"a": torch.randn(300), "b": torch.arange(50)}, "step": 7}
+    torch.save(state, tmp_path / "whole.pt")
+    whole, chance, silent = bytearray((tmp_path / "whole.pt").read_bytes()), random.Random(0), 0
+    staging = store.staging(10, "a")
+    staging.mkdir()
+    (staging / "state.pt").write_bytes(whole)
+    store.publish(staging, 0, ["state.pt"])
+    store.complete(staging, Checkpoint(staging, 10, 1, 2, "model", None, {}), 2)
+    found = store.newest()
+    assert store.fetch(found, 0, everything=True) == ""
+    for _ in range(1000):
+        flipped = bytearray(whole)
+        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        (staging / "state.pt").write_bytes(flipped)
+        if said := store.fetch(found, 0, everything=True):
+            assert said.startswith("state.pt: ")
+            continue
+        silent += 1
+        try:
+            loaded = torch.load(staging / "state.pt", weights_only=True)
+        except (RuntimeError, UnicodeDecodeError):  # a record's name, which is no content
+            continue
+        assert torch.equal(loaded["module"]["a"], state["module"]["a"])
+        assert torch.equal(loaded["module"]["b"], state["module"]["b"])
+    assert silent < 700
+    store.reject(found)
+    assert store.newest() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"state", b"PK\x03\x04" + b"\x00" * 100, b"PK\x05\x06" + b"\xff" * 18])
+def test_what_is_no_file_of_torch_is_named(store, content):
+    write(store, 10, content=content)
+    assert "rank0.pt: it is no file of torch's any more" in store.fetch(store.newest(), 0, everything=True)
 
 
 def test_two_attempts_at_one_step_do_not_meet(store):
