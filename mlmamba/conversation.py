@@ -8,13 +8,15 @@ and every later user turn starts with one more newline. There is no system promp
 stand before its text: a recurrent model has to see the context before the question (reference: Cobra table 7, where
 context after the question costs 15 points). The first turn's images therefore open the sequence, as in the paper.
 
-Training tokenizes turn by turn. Inference tokenizes the rendered string as one. Both give the same ids because every
-user segment ends in special text and messages are stripped (tests/unit/mlmamba/test_conversation.py, on the real
-GPT-NeoX tokenizer).
+Inference tokenizes the rendered string as one. Training tokenizes turn by turn (`encode`), which gives the same ids
+where every user segment ends in special text and messages are stripped (tests/unit/mlmamba/test_conversation.py, on the
+real GPT-NeoX tokenizer). Tokenizers that mark the beginning of every text, as SentencePiece's do, give others: for them
+training tokenizes the rendered string as well (`encode_whole`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 IMAGE_TOKEN = "<image>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
@@ -128,4 +130,35 @@ def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedCo
         labels += piece if turn.role == "assistant" else [IGNORE_INDEX] * len(piece)
         if turn.role == "assistant":
             ends.append(len(ids))
+    return EncodedConversation(ids, labels, positions, ends)
+
+
+def encode_whole(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedConversation:
+    """Tokenize a conversation for training as inference tokenizes it: the rendered text in one, turns by offsets.
+
+    Args:
+        tokenizer: as for `encode`, with `with_offsets(text)`, which gives each token's id and first character.
+        turns: alternating user and assistant turns.
+        tokens_per_image: length of one image's placeholder run.
+
+    Raises:
+        ValueError: the turns break the rules of `check_turns`.
+    """
+    check_turns(turns)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    pieces = [render_turn(turn, i == 0, tokenizer.eos_token) for i, turn in enumerate(turns)]
+    stops = list(accumulate(map(len, pieces)))  # where each turn's text ends
+    ids, labels, positions, ends, turn = [], [], [], [], 0
+    for token, start in tokenizer.with_offsets("".join(pieces)):
+        while start >= stops[turn]:
+            if turns[turn].role == "assistant":
+                ends.append(len(ids))
+            turn += 1
+        if token == image_id:
+            positions.append(len(ids))
+        run = tokens_per_image if token == image_id else 1
+        ids += [token] * run
+        labels += [token if turns[turn].role == "assistant" else IGNORE_INDEX] * run
+    if turns[-1].role == "assistant":
+        ends.append(len(ids))
     return EncodedConversation(ids, labels, positions, ends)

@@ -10,6 +10,7 @@ A second call with the same recipe touches nothing of a finished data set.
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 from pipelines import storage, tokenizer
 from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
@@ -23,6 +24,9 @@ from pipelines.progress import Progress, ProgressMeter
 from pipelines.quarantine import Tally, allowed, none_left, over_limit, write_quarantine
 from pipelines.records import Partition, cut, list_records
 from pipelines.tokenize import TokenizeSettings, tokenize
+from pipelines.tokenizer import TOKENIZER_FILE
+from pipelines.tokenizer_check import CONVERSATIONS, needs_whole_text
+from pipelines.validate import check_record
 
 OnProgress = Callable[[Progress], None]
 
@@ -127,7 +131,13 @@ def _make_tokenizer(config: DataConfig, out: str, tokens_per_image: int, on_prog
     chosen = tokenizer.load_or_train(config.tokenizer, texts)
     folder = storage.join(out, "tokenizer")
     digest = tokenizer.save(chosen, folder)
-    return TokenizeSettings(folder, digest, chosen.eos_token, config.max_tokens, tokens_per_image, config.too_long)
+    worker = tokenizer.WorkerTokenizer(storage.read_bytes(storage.join(folder, TOKENIZER_FILE)), chosen.eos_token)
+    usable = (record.turns for record in list_records(config.train) if check_record(record) is None)
+    named = config.tokenizer.name
+    sample = islice(usable, CONVERSATIONS) if named else ()
+    whole = needs_whole_text(worker, sample, named or "trained here")
+    sizes = config.max_tokens, tokens_per_image
+    return TokenizeSettings(folder, digest, chosen.eos_token, *sizes, config.too_long, whole, worker.special_tokens)
 
 
 def _cut(config: DataConfig, work: str, settings: str, on_progress: OnProgress) -> tuple[list[Partition], Losses]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 # Of the columns of PACKED. A reader of one version does not read another.
 PACKED_VERSION = 1
 # Of what pass 1 writes. Another one makes a killed run of an older version start over.
-WORK_VERSION = 3
+WORK_VERSION = 4
 
 _INTS = pa.list_(pa.int32())
 _BYTES = pa.list_(pa.binary())

@@ -7,7 +7,7 @@ outcomes file carries the right digest is not done again, which is what makes a 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pydantic import TypeAdapter
 
 from mlmamba import __version__
-from mlmamba.conversation import EncodedConversation, encode
+from mlmamba.conversation import EncodedConversation, encode, encode_whole
 from pipelines import storage
 from pipelines.config import SourceConfig
 from pipelines.execution import run_tasks
@@ -46,6 +46,10 @@ class TokenizeSettings:
     tokens_per_image: int
     too_long: str
     """As in DataConfig."""
+    whole_text: bool = False
+    """Whether a conversation is tokenized as one text (pipelines/tokenizer_check.py)."""
+    special_tokens: Sequence[str] = ()
+    """The tokenizer's, which must not stand in a message."""
 
     def digest(self) -> str:
         """Changes when the same records would give other tokens. The place of the tokenizer does not matter."""
@@ -57,7 +61,7 @@ class TokenizeSettings:
             self.max_tokens,
             self.tokens_per_image,
         ]
-        return hashlib.sha256(repr([*parts, self.too_long]).encode()).hexdigest()
+        return hashlib.sha256(repr([*parts, self.too_long, self.whole_text]).encode()).hexdigest()
 
 
 def tokenize(
@@ -140,10 +144,11 @@ def encode_record(
     The sample ends with the last answer that fits into `max_tokens`; a question after the last answer is dropped
     (it has no loss). Images that only dropped turns show are dropped with them.
     """
-    problem = check_record(record, settings.eos_token)
+    problem = check_record(record, settings.eos_token, settings.special_tokens)
     if problem:
         return problem
-    encoded = encode(tokenizer, record.turns, settings.tokens_per_image)
+    tokens = encode_whole if settings.whole_text else encode
+    encoded = tokens(tokenizer, record.turns, settings.tokens_per_image)
     length = encoded.turn_ends[-1]
     if length > settings.max_tokens:
         fitting = [end for end in encoded.turn_ends if end <= settings.max_tokens]

@@ -8,6 +8,7 @@ checkpoints pad their embedding to 50,288 rows, so it fits without resizing.
 import hashlib
 import tempfile
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,17 @@ class WorkerTokenizer:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """`{"input_ids": [...]}` of one text."""
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+
+    def with_offsets(self, text: str) -> list[tuple[int, int]]:
+        """Id and first character of every token of a text."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [(token, start) for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """Every special token but the placeholder of images, which may stand in a message."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return sorted({token.content for token in added if token.special} - {IMAGE_TOKEN})
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
         """The id of a token, None when there is no such token."""

@@ -8,6 +8,7 @@ training run. A JPEG is decoded at an eighth of its size: its data is still read
 import io
 import time
 import warnings
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -24,7 +25,7 @@ REASONS = {
     "contaminated": "an image is, to the byte, one of an evaluation set's",
     "role_order": "the turns do not alternate user, assistant, or there is no answer",
     "empty_turn": "a turn has no text, or there are no turns",
-    "control_text": "a message holds a text that the prompt format uses as a mark, such as the end token",
+    "control_text": "a message holds a special token of the tokenizer or a mark of the prompt format",
     "placeholder_mismatch": "a placeholder is missing or extra: the turns do not show each image once",
     "too_long": "not even the first answer fits, or the recipe does not cut",
     "image_missing": "there is no such file",
@@ -44,12 +45,15 @@ _READ_TRIES = 3
 _RETRY_SECONDS = 0.5
 
 
-def check_record(record: Record, end_token: str = "<|endoftext|>") -> Problem | None:
+def check_record(
+    record: Record, end_token: str = "<|endoftext|>", special_tokens: Sequence[str] = ()
+) -> Problem | None:
     """The first thing wrong with a record's description and turns, or None. Reads no images.
 
     Args:
         record: to check.
         end_token: the tokenizer's, which must not stand in a message: it would end the turn there.
+        special_tokens: the tokenizer's others, each of which would become one id that is no text.
     """
     if record.problem:
         return record.problem
@@ -63,7 +67,7 @@ def check_record(record: Record, end_token: str = "<|endoftext|>") -> Problem | 
     if len(record.turns) < 2:
         return Problem("role_order", "there is a question and no answer")
     for i, turn in enumerate(record.turns):
-        for mark in (end_token, USER, ASSISTANT):
+        for mark in (end_token, USER, ASSISTANT, *special_tokens):
             if mark in turn.text:
                 return Problem("control_text", f"turn {i} ({turn.role}) holds {mark}")
     return None
