@@ -143,10 +143,14 @@ def test_a_repeated_duplicate_is_removed_as_often_as_it_is_repeated(root, tmp_pa
 
 
 def test_an_evaluation_set_that_cannot_be_read_stops_the_run(root, tmp_path):
-    write_files(tmp_path, {"gone.json": [{"image_id": "none", "question": "?", "answer": "!"}]})
+    gone = {"image_id": "none", "question": "?", "answer": "!"}
+    write_files(tmp_path, {"gone.json": [gone], "bad.json": [gone | {"image_id": "8", "question": None}, gone]})
     for test, message in (
         (questions(root, "test") | {"annotations": str(tmp_path / "gone.json")}, r"test/test: record none: none\.png"),
-        (questions(root, "test") | {"question": "q"}, r"test/test: record 8: malformed: question is not a string"),
+        (
+            questions(root, "test") | {"annotations": str(tmp_path / "bad.json")},
+            r"test/test: record 8: malformed: quest",
+        ),
     ):
         with pytest.raises(PrepareError, match=message + ".*repair it, or leave the set out"):
             prepare(config(root, [llava(root, "a")], test=[test]), str(tmp_path / "set"), TOKENS_PER_IMAGE, SEED)
