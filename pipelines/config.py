@@ -61,7 +61,8 @@ class TextFields(StrictModel):
     answer: str | None = None
     """Field with its answer."""
     caption: str | None = None
-    """Field with a description of the image, the answer to one of the `prompts`."""
+    """Field with a description of the image, the answer to one of the `prompts`. Of a list of descriptions each makes a
+    record, id/1, id/2 and so on."""
     prompts: list[str] = Field(default=["Describe the image."], min_length=1)
     """What the user asks for a caption. Of several, the record's id decides which."""
     no_placeholders: Literal["quarantine", "first_turn"] = "quarantine"
@@ -106,9 +107,9 @@ class LlavaSource(SourceBase):
     annotations: str
     """Path or URI of the JSON (one list) or JSONL file, also gzipped (.gz). Messages stand under `conversations` or
     `messages`; an entry without an `id` gets its number."""
-    images: str
+    images: str | None = None
     """Folder or .zip file, path or URI, that the records' `image` (or `images`) paths are relative to. A zip is not
-    unpacked."""
+    unpacked. Not needed where the messages hold their images as data: URIs."""
     no_placeholders: Literal["quarantine", "first_turn"] = "quarantine"
     """What happens to a record with images and no `<image>` in its text: it is set aside, or its first turn shows all
     of them."""
@@ -145,6 +146,48 @@ class QuestionsSource(SourceBase):
     """Field with the record's id. Default: the image's name."""
     text_only: Annotated[bool, Decides.WHEN_SET] = False
     """Entries without an image are wanted, as text."""
+
+
+class CocoCaptionsSource(SourceBase):
+    """COCO's captions: a JSON object with the lists `images` and `annotations`. Each caption is a record."""
+
+    PATHS = ("annotations", "images")
+
+    type: Literal["coco_captions"]
+    """Kind of source."""
+    annotations: str
+    """Path or URI of the file, for example captions_train2017.json, also gzipped (.gz)."""
+    images: str
+    """Folder or .zip file, path or URI, that holds the `file_name` of each image."""
+    prompts: list[str] = Field(default=["Describe the image."], min_length=1)
+    """What the user asks. Of several, the record's id decides which."""
+
+
+class Vqav2Source(SourceBase):
+    """VQAv2: questions and, in another file, their annotations. The most frequent answer is learned."""
+
+    PATHS = ("questions", "annotations", "images")
+
+    type: Literal["vqav2"]
+    """Kind of source."""
+    questions: str
+    """Path or URI of the file of questions, also gzipped (.gz)."""
+    annotations: str
+    """Path or URI of the file of annotations, also gzipped (.gz)."""
+    images: str
+    """Folder or .zip file, path or URI."""
+    image_name: str = "COCO_train2014_{image_id:012d}.jpg"
+    """Name of an image, as a Python format of its number."""
+
+    @model_validator(mode="after")
+    def _a_format(self):
+        try:
+            self.image_name.format(image_id=1)
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"image_name is {self.image_name!r}, expected a name with {{image_id}} in it, as {{image_id:012d}}.jpg"
+            ) from error
+        return self
 
 
 class CaptionsSource(SourceBase):
@@ -202,7 +245,14 @@ class ParquetSource(SourceBase, TextFields):
 
 
 SourceConfig = Annotated[
-    EasyVQASource | LlavaSource | QuestionsSource | CaptionsSource | WebDatasetSource | ParquetSource,
+    EasyVQASource
+    | LlavaSource
+    | QuestionsSource
+    | CaptionsSource
+    | CocoCaptionsSource
+    | Vqav2Source
+    | WebDatasetSource
+    | ParquetSource,
     Field(discriminator="type"),
 ]
 
@@ -286,7 +336,9 @@ def data_identity(config: DataConfig, tokens_per_image: int, seed: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _absolute(path: str | list[str]) -> str | list[str]:
+def _absolute(path: str | list[str] | None) -> str | list[str] | None:
+    if path is None:
+        return None
     if isinstance(path, list):
         return [_absolute(one) for one in path]
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))

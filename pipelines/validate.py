@@ -14,7 +14,7 @@ from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, USER, check_turns, clean
 from mlmamba.images import MAX_PIXELS, ImageError, open_image, upright
-from pipelines.sources.source import ImageMissing, Problem, Record, Source
+from pipelines.sources.source import ImageMissing, Problem, Record, Source, shown_location
 from pipelines.storage import TooLarge
 
 REASONS = {
@@ -105,16 +105,16 @@ def read_images(record: Record, source: Source) -> tuple[list[bytes], Problem | 
         try:
             data = _read(source, location)
         except ImageMissing as error:
-            return images, Problem("image_missing", f"{location}: {error}")
+            return images, Problem("image_missing", f"{shown_location(location)}: {error}")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return images, Problem("image_missing", f"no file {location}")
+            return images, Problem("image_missing", f"no file {shown_location(location)}")
         except TooLarge as error:
-            return images, Problem("image_bomb", f"{location}: {error}")
+            return images, Problem("image_bomb", f"{shown_location(location)}: {error}")
         except (OSError, ValueError) as error:
-            return images, Problem("image_unreadable", f"{location}: {error}")
+            return images, Problem("image_unreadable", f"{shown_location(location)}: {error}")
         problem = check_image(data)
         if problem:
-            return images, Problem(problem.reason, f"{location}: {problem.detail}")
+            return images, Problem(problem.reason, f"{shown_location(location)}: {problem.detail}")
         images.append(data)
     return images, None
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.sources.entries import EntryError, check_path, question_and_answer, shown
-from pipelines.sources.images import open_images
+from pipelines.sources.images import DATA_URI, decode_data_uri, open_images
 from pipelines.sources.json_stream import BrokenLine, one_object, read_entries
 from pipelines.sources.source import Record
 from pipelines.sources.unread import unread_key
@@ -29,10 +29,12 @@ class AnnotatedImages:
 
     def __init__(self, config):
         self.config = config
-        self._images = open_images(config.images)
+        self._images = open_images(config.images) if config.images else None
 
     def read_image(self, location: str) -> bytes:
         """The image's file, untouched."""
+        if location.startswith(DATA_URI):
+            return decode_data_uri(location)
         return self._images.read(location)
 
     def fingerprint(self) -> str:
@@ -41,12 +43,12 @@ class AnnotatedImages:
         with self.open_text() as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
-        digest.update(self._images.fingerprint().encode())
+        digest.update(self._images.fingerprint().encode() if self._images else b"")
         return digest.hexdigest()
 
     def relative(self, path: object) -> object:
         """A path below the config's `images` relative to it, where the entry has it in full; others as they are."""
-        root = self.config.images.rstrip("/") + "/"
+        root = (self.config.images or "").rstrip("/") + "/"
         if isinstance(path, str) and path.startswith("file://"):
             path = path.removeprefix("file://")
         if isinstance(path, str) and path.startswith("/") and "://" not in root:
@@ -56,6 +58,12 @@ class AnnotatedImages:
 
     def locate(self, path: str) -> str:
         """Return the location of an image. Raises EntryError when a zip's directory does not list it."""
+        if path.startswith(DATA_URI):
+            return path
+        if self._images is None:
+            raise EntryError(
+                f"the entry names {shown(path)} and the source has no `images` to find it in", "image_missing"
+            )
         location = self._images.locate(path)
         if location is None:
             raise EntryError(f"{storage.shown(self.config.images)} has no member {path}", "image_missing")

@@ -8,10 +8,11 @@ the record's next image in that turn.
 import hashlib
 import math
 import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mlmamba.conversation import IMAGE_TOKEN, Turn, clean
-from pipelines.sources.source import Problem
+from pipelines.sources.source import Problem, Record
 from pipelines.sources.unread import unread_tag
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
@@ -117,10 +118,25 @@ def question_and_answer(question: object, answer: object, images: int) -> list[T
 
 
 def captioned(caption: object, prompts: list[str], record_id: str, images: int) -> list[Turn]:
-    """The turns of a caption: one of the prompts, always the same for an id, and the caption. Raises EntryError."""
+    """The turns of a caption: one of the prompts, always the same for an id, and the caption. Raises EntryError.
+
+    Of a list of captions, a pair of turns for each, which `one_each` takes apart.
+    """
+    if isinstance(caption, list) and caption:
+        each = [captioned(text, prompts, f"{record_id}/{i}", images) for i, text in enumerate(caption, 1)]
+        return [turn for turns in each for turn in turns]
     text = as_text("caption", caption)
     choice = int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little") % len(prompts)
     return question_and_answer(prompts[choice], text, images)
+
+
+def one_each(record: Record, config) -> Iterator[Record]:
+    """A record of several captions as one record of each, id/1, id/2 and so on; another as it is."""
+    if config.caption is None or len(record.turns) <= 2:
+        yield record
+        return
+    for i in range(0, len(record.turns), 2):
+        yield replace(record, id=f"{record.id}/{i // 2 + 1}", turns=record.turns[i : i + 2])
 
 
 def text_turns(text, read, record_id: str, images: int) -> list[Turn]:
@@ -164,6 +180,12 @@ def check_path(name: str, path: object) -> None:
         raise EntryError(f"{name} is {shown(path)}, expected a path", "image_missing")
     if not isinstance(path, str) or not is_text(path) or "\0" in path:
         raise EntryError(f"{name} is {shown(path)}, expected a path")
+    if path.startswith("data:"):
+        return
+    if "://" in path:
+        raise EntryError(
+            f"{name} {shown(path)} is an address; images are not fetched: store them in files", "image_missing"
+        )
     # Annotations come from elsewhere: they must not name files outside the images' folder.
     if path.startswith("/") or ".." in path.split("/"):
         raise EntryError(f"{name} {shown(path)} leaves the images folder; give a path relative to it")

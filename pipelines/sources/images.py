@@ -1,5 +1,6 @@
 """Where the images of a source lie that has them in files of their own: a folder, or a zip of it."""
 
+import base64
 import posixpath
 from functools import cached_property
 from typing import Protocol
@@ -26,6 +27,19 @@ def open_images(uri: str) -> Images:
     """The images in a folder or in a file that ends in .zip."""
     filesystem, path = storage.open_fs(uri)
     return Archive(filesystem, path, uri) if path.endswith(".zip") else Folder(filesystem, path)
+
+
+DATA_URI = "data:"
+
+
+def decode_data_uri(uri: str) -> bytes:
+    """The content of a data: URI (RFC 2397). Raises ValueError, TooLarge."""
+    head, comma, content = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValueError("the data: URI is not in base64")
+    if len(content) > MAX_FILE_BYTES:
+        raise storage.TooLarge(f"the data: URI has {len(content)} characters, over the limit of {MAX_FILE_BYTES}")
+    return base64.b64decode(content, validate=True)
 
 
 class Folder:

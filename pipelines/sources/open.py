@@ -15,10 +15,12 @@ from pipelines.sources.source import Record, Source
 _BLOCK = 1024  # records among which a share is chosen at a time
 _READERS = {
     "captions": ("pipelines.sources.captions", "Captions"),
+    "coco_captions": ("pipelines.sources.coco", "CocoCaptions"),
     "easy_vqa": ("pipelines.sources.easy_vqa", "EasyVQA"),
     "llava": ("pipelines.sources.llava", "Llava"),
     "parquet": ("pipelines.sources.parquet", "Parquet"),
     "questions": ("pipelines.sources.annotations", "Questions"),
+    "vqav2": ("pipelines.sources.coco", "Vqav2"),
     "webdataset": ("pipelines.sources.webdataset", "WebDataset"),
 }
 """Module and class of each type of source. Imported on use: only users of a source need its packages."""

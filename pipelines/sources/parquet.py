@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import ParquetSource
-from pipelines.sources.entries import EntryError, check_text, text_turns
+from pipelines.sources.entries import EntryError, check_text, one_each, text_turns
 from pipelines.sources.files import FileSet, location, parse_location
 from pipelines.sources.json_stream import parse_json
 from pipelines.sources.parquet_bounds import (
@@ -90,7 +90,7 @@ class Parquet:
                             unfolded += characters(values)
                             if unfolded > most_text(size):
                                 raise ValueError(f"its text is over {UNFOLDS:,} times as long as the file")
-                            yield self._record(name, group, row, values)
+                            yield from one_each(self._record(name, group, row, values), self.config)
                             row += 1
                 except (pa.ArrowInvalid, OSError, ValueError) as error:
                     facts = file.metadata.row_group(group)

@@ -19,6 +19,11 @@ class Problem:
     """Bytes that the source's files should have; with `lost`, the share that is lost."""
 
 
+def shown_location(location: str) -> str:
+    """A location for a message: of an image that is in the text itself, its beginning."""
+    return location if not location.startswith("data:") else f"{location[:40]}..."
+
+
 class ImageMissing(FileNotFoundError):
     """There is no image; the message says why."""
 

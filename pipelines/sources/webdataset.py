@@ -16,7 +16,7 @@ from itertools import islice
 from pyarrow import fs
 
 from pipelines.config import WebDatasetSource
-from pipelines.sources.entries import EntryError, check_text, text_turns
+from pipelines.sources.entries import EntryError, check_text, one_each, text_turns
 from pipelines.sources.files import FileSet, RangeReader, location, parse_location
 from pipelines.sources.json_stream import parse_json
 from pipelines.sources.source import Problem, Record
@@ -113,7 +113,7 @@ class WebDataset:
                         continue
                     if posixpath.join(folder, stem) != key:
                         if files:
-                            yield self._record(name, key, files)
+                            yield from one_each(self._record(name, key, files), self.config)
                         key, files = posixpath.join(folder, stem), {}
                     if len(files) == _MOST_FILES:
                         raise TarDamage(f"a sample of more than {_MOST_FILES} files", member.offset)
@@ -124,7 +124,7 @@ class WebDataset:
             except TarDamage as error:
                 damage = self._damage(name, error)
         if files:
-            yield self._record(name, key, files)
+            yield from one_each(self._record(name, key, files), self.config)
         if damage:
             yield Record(f"{name}[damaged]", self.config.label, problem=damage)
 

@@ -5,14 +5,17 @@ from pydantic import ValidationError
 
 from pipelines.config import (
     CaptionsSource,
+    CocoCaptionsSource,
     DataConfig,
     EasyVQASource,
     LlavaSource,
     ParquetSource,
     QuestionsSource,
+    Vqav2Source,
     WebDatasetSource,
 )
 
+VQA = {"type": "vqav2", "questions": "q", "annotations": "a", "images": "i"}
 EASY = {"type": "easy_vqa", "split": "train"}
 
 
@@ -47,6 +50,7 @@ def test_defaults():
         ({"train": [{"type": "parquet", "files": "x"}]}, r"give conversation, or question and answer.*\(now none\)"),
         ({"train": [{"type": "parquet", "files": "x", "question": "q"}]}, r"\(now question\)"),
         ({"train": [{"type": "webdataset", "shards": "x", "caption": "c", "conversation": "d"}]}, "give conversation"),
+        ({"train": [VQA | {"image_name": "{image:012d}.jpg"}]}, "expected a name with {image_id} in it"),
         ({"exclude_images_of": [{"type": "unheard_of"}]}, "easy_vqa"),
     ],
 )
@@ -57,6 +61,7 @@ def test_bad_configs_are_refused(changes, message):
 
 def test_fields_are_documented():
     sources = (EasyVQASource, LlavaSource, QuestionsSource, CaptionsSource, WebDatasetSource, ParquetSource)
+    sources += (CocoCaptionsSource, Vqav2Source)
     for model in (DataConfig, type(make().tokenizer), *sources):
         assert all(field.description for field in model.model_fields.values()), model
 

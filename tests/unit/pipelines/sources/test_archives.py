@@ -439,6 +439,25 @@ class TestParquet:
         assert reasons(parquet(tmp_path / "a.parquet", caption="caption", text_only=True).records()) == [None] * 3
         assert reasons(parquet(tmp_path / "a.parquet", caption="caption", image=None).records()) == [None] * 3
 
+    def test_several_captions_of_an_image_are_a_record_each(self, tmp_path):
+        columns = {
+            "image": [encoded(1), encoded(2)],
+            "captions": [["A dog.", "A brown dog."], ["A cat."]],
+            "id": ["d", "c"],
+        }
+        write_parquet(tmp_path / "a.parquet", columns)
+        records = list(parquet(tmp_path / "a.parquet", caption="captions", id="id").records())
+        assert [(record.id, record.turns[1].text) for record in records] == [
+            ("d/1", "A dog."),
+            ("d/2", "A brown dog."),
+            ("c", "A cat."),
+        ]
+        assert [record.images for record in records[:2]] == [records[0].images] * 2
+        assert [turn.images for turn in records[1].turns] == [1, 0]
+        members = [("a.png", encoded(1)), ("a.json", {"captions": ["A dog.", "A brown dog."]})]
+        one, two = webdataset(write_tar(tmp_path / "s.tar", members), caption="json.captions").records()
+        assert (one.id, two.id, two.turns[1].text) == ("s/a/1", "s/a/2", "A brown dog.")
+
     def test_damaged_files(self, tmp_path):
         columns = {"image": [encoded(i) for i in range(8)], "caption": [f"Number {i}." for i in range(8)]}
         write_parquet(tmp_path / "a.parquet", columns)

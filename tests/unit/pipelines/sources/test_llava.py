@@ -1,5 +1,6 @@
 """Conversations in JSON: where messages and images stand, and what is set aside rather than learned blind."""
 
+import base64
 import json
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from pipelines.config import LlavaSource
 from pipelines.sources import open_source
 from pipelines.sources.llava import Llava
+from pipelines.validate import read_images
 from tests.helpers.corpora import conversation
+from tests.helpers.images import encoded
 
 
 def entry(name="a", **more) -> dict:
@@ -96,7 +99,7 @@ def test_images_without_placeholders_name_the_option(llava):
 def test_a_field_that_no_entry_has_stops_with_those_that_they_have(llava):
     for limit in (None, 1):
         with pytest.raises(
-            ValueError, match="no entry has the field conversations or messages; the entries have id, chat"
+            ValueError, match="no entry has the field conversations or messages or prompt; the entries have id, chat"
         ):
             llava([{"id": "a", "chat": []}, {"id": "b", "chat": [], "image": "1.png"}], limit=limit)
 
@@ -115,6 +118,90 @@ def test_the_system_message_by_option(llava):
     assert first.turns[0].images == 1
     (late,) = llava([entry(image="1.png", conversations=later)], system="drop")
     assert "behind the first turn" in late.problem.detail
+
+
+def data_uri(number: int) -> str:
+    return "data:image/png;base64," + base64.b64encode(encoded(number)).decode()
+
+
+def test_images_in_the_messages_as_openai_has_them(tmp_path):
+    system = {"role": "system", "content": "Be short."}
+    parts = [{"type": "text", "text": "Which is red?"}]
+    parts += [{"type": "image_url", "image_url": {"url": data_uri(i), "detail": "low"}} for i in (1, 2)]
+    answer = {"role": "assistant", "content": "The second."}
+    later = {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": data_uri(3)}, {"type": "text", "text": "And?"}],
+    }
+    lines = [
+        {"messages": [system, {"role": "user", "content": parts}, answer, later, answer]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x.org/1.png"}}]}
+            ]
+        },
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "1.png"}}]}, answer]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}, parts[0]]},
+                answer,
+            ]
+        },
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = LlavaSource(type="llava", annotations=str(tmp_path / "a.jsonl"), system="drop")
+    assert config.absolute().images is None
+    source = open_source(config)
+    talk, text, address, path, broken = source.records()
+    assert [turn.images for turn in talk.turns] == [2, 0, 1, 0]
+    images, problem = read_images(talk, source)
+    assert (images, problem) == ([encoded(i) for i in (1, 2, 3)], None)
+    assert (text.images, text.problem) == ([], None)
+    assert "is an address; images are not fetched" in address.problem.detail
+    assert "the source has no `images`" in path.problem.detail
+    assert read_images(broken, source)[1].reason == "image_unreadable"
+    assert len(read_images(broken, source)[1].detail) < 200
+
+
+def test_images_in_the_messages_as_paths(llava):
+    answer = {"role": "assistant", "content": "This."}
+    own = {"role": "user", "content": [{"type": "image", "image": "1.png"}, {"type": "text", "text": "What?"}]}
+    mixed = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "image", "path": "2.png"}, {"type": "text", "text": "?"}],
+    }
+    one, two, more = llava(
+        [
+            {"messages": [own, answer]},
+            {"messages": [mixed, answer], "images": ["1.png"]},
+            {"messages": [own, answer], "images": ["3.png"]},
+        ]
+    )
+    assert (one.images, two.images) == (["1.png"], ["1.png", "2.png"])
+    assert "1 more images than the messages show" in more.problem.detail
+
+
+def test_prompt_and_completion_as_text_and_as_messages(llava):
+    chat = {
+        "prompt": [{"role": "user", "content": "<image>What?"}],
+        "completion": [{"role": "assistant", "content": "This."}],
+    }
+    one, two = llava(
+        [{"prompt": "<image>What?", "completion": "This.", "images": ["1.png"]}, chat | {"image": "1.png"}]
+    )
+    assert one.turns == two.turns
+    assert [turn.text for turn in one.turns] == ["<image>What?", "This."]
+    (lacking,) = llava([{"prompt": "<image>What?", "image": "1.png"}])
+    assert "prompt and completion[1].content is not a string" in lacking.problem.detail
+
+
+def test_a_system_text_beside_the_messages(llava):
+    told = entry(image="1.png", system="Be short.")
+    assert "system: drop or system: first_turn" in llava([told])[0].problem.detail
+    assert llava([told], system="drop")[0].turns[0].text == "<image>\nWhat?"
+    assert llava([told], system="first_turn")[0].turns[0].text.startswith("Be short.\n\n")
+    assert llava([entry(image="1.png", system="")])[0].problem is None
 
 
 def test_the_reader_is_the_one_of_its_type(tmp_path):
