@@ -81,6 +81,22 @@ def read_member(text: TextIO, name: str, member: str) -> Iterator[object]:
     raise ValueError(f"{name} has no list {member!r}, its keys are {', '.join(keys[:_KEYS])}")
 
 
+def object_keys(text: TextIO, name: str) -> list[str]:
+    """The keys of the JSON object that a file is, [] for a list or an entry per line. Raises ValueError for UTF-16."""
+    buffer = _Buffer(text, name)
+    if buffer.next() != "{":
+        return []
+    keys = []
+    try:
+        for key in _members(buffer):
+            keys.append(key)
+            buffer.skip_value()
+    except ValueError:
+        return []
+    buffer.at += 1
+    return [] if buffer.next() else keys
+
+
 def refuse_utf16(start: str, name: str) -> None:
     """Raise ValueError when the start of a file, read as UTF-8, shows that it is UTF-16 or UTF-32."""
     if start.startswith(_UTF16) or "\0" in start[:4]:

@@ -157,28 +157,55 @@ DOCTOR = Verb(doctor, _no_arguments)
 
 
 def data(a: argparse.Namespace) -> dict:
-    """look into a prepared data set: inspect"""
+    """look into a prepared data set (inspect), or find the source entry that reads a corpus (guess)"""
+    return _guess(a) if a.action == "guess" else _inspect(a)
+
+
+def _inspect(a: argparse.Namespace) -> dict:
     from pipelines.contact_sheet import draw_sheet
     from pipelines.inspect import inspect_data, report
 
     if a.samples < 1:
         raise UsageError(f"--samples {a.samples}: draw at least 1")
+    if len(a.uri) > 1:
+        raise UsageError(f"data inspect looks into one data set, and {len(a.uri)} were given")
+    uri = a.uri[0]
     try:
-        content = inspect_data(a.uri)
+        content = inspect_data(uri)
         text = report(content)
         if a.sheet and not content.get("unfinished"):
-            content |= draw_sheet(a.uri, a.sheet, a.split, a.samples, a.seed)
+            content |= draw_sheet(uri, a.sheet, a.split, a.samples, a.seed)
             text += f"\n\nsamples: {content['sheet']}"
     except (OSError, ValueError) as error:
         raise WorkflowError(f"data inspect: {error}") from error
     return {**content, "text": text}
 
 
+def _guess(a: argparse.Namespace) -> dict:
+    import yaml
+
+    from pipelines.guess import Unknown, guess
+
+    try:
+        found = guess(a.uri)
+    except (OSError, ValueError, Unknown) as error:
+        raise WorkflowError(f"data guess: {error}") from error
+    entry = yaml.safe_dump([found.source], sort_keys=False, allow_unicode=True).rstrip()
+    lines = [entry, "", f"{found.good} of the first {found.listed} records can be used", *found.notes]
+    return {**asdict(found), "text": "\n".join(lines), "failed": not found.good}
+
+
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", choices=["inspect"], help="inspect: counts, lengths, sources, what was set aside and why"
+        "action",
+        choices=["inspect", "guess"],
+        help="inspect: counts, lengths, sources, what was set aside and why; guess: the source entry that reads files",
     )
-    parser.add_argument("uri", help="the data set: a folder or s3://..., as prepare prints it")
+    parser.add_argument(
+        "uri",
+        nargs="+",
+        help="inspect: the data set, a folder or s3://..., as prepare prints it; guess: the corpus's files and folders",
+    )
     parser.add_argument("--sheet", metavar="FILE.png", help="also draw samples: images, conversation, loss")
     parser.add_argument("--split", default="train", help="split of the sheet (default: train)")
     parser.add_argument("--samples", type=int, default=12, help="samples on the sheet (default: 12)")
