@@ -116,6 +116,9 @@ class LlavaSource(SourceBase):
     system: Annotated[Literal["quarantine", "drop", "first_turn"], Decides.WHEN_SET] = "quarantine"
     """What happens to a conversation that begins with a system message: it is set aside, the message is left out, or
     it becomes the first paragraph of the first question, as in serving."""
+    prompts: Annotated[list[str], Decides.WHEN_SET] = Field(default=[])
+    """What the user asks where a message is `<image>` alone; of several, the record's id decides which. Without any,
+    such records are set aside as empty_turn."""
     text_only: Annotated[bool, Decides.WHEN_SET] = False
     """Records that name an image or video under a key that is not read, or have null for one, are wanted as text.
     Otherwise they are set aside as image_missing. Records without any such key are text in either case."""

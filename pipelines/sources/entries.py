@@ -34,6 +34,8 @@ class Rules:
 
     no_placeholders: str = "quarantine"
     system: str = "quarantine"
+    prompt: str | None = None
+    """What is asked where a message shows images and has no text."""
 
     @classmethod
     def of(cls, config) -> "Rules":
@@ -68,9 +70,17 @@ def conversation(messages: object, images: int, rules: Rules = Rules(), name="co
         system.append(text)
         first = i + 1
     turns = [turn for i, message in enumerate(messages[first:], first) for turn in _turns(f"{name}[{i}]", message)]
+    turns = [_asking(turn, rules) for turn in turns]
     if rules.system == "first_turn":
         turns = with_system(turns, "\n\n".join(filter(None, map(str.strip, system))))
     return check_shown(turns, images, rules)
+
+
+def _asking(turn: Turn, rules: Rules) -> Turn:
+    """The turn, with the rules' prompt for a text where it shows images alone."""
+    if not turn.images or rules.prompt is None or clean(turn.text):
+        return turn
+    return replace(turn, text=IMAGE_TOKEN * turn.images + rules.prompt)
 
 
 def with_system(turns: list[Turn], text: str) -> list[Turn]:
@@ -126,8 +136,12 @@ def captioned(caption: object, prompts: list[str], record_id: str, images: int) 
         each = [captioned(text, prompts, f"{record_id}/{i}", images) for i, text in enumerate(caption, 1)]
         return [turn for turns in each for turn in turns]
     text = as_text("caption", caption)
-    choice = int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little") % len(prompts)
-    return question_and_answer(prompts[choice], text, images)
+    return question_and_answer(choose(prompts, record_id), text, images)
+
+
+def choose(prompts: list[str], record_id: str) -> str:
+    """One of the prompts, always the same for an id."""
+    return prompts[int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little") % len(prompts)]
 
 
 def one_each(record: Record, config) -> Iterator[Record]:

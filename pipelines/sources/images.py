@@ -2,6 +2,7 @@
 
 import base64
 import posixpath
+import unicodedata
 from functools import cached_property
 from typing import Protocol
 
@@ -53,8 +54,14 @@ class Folder:
         return path
 
     def read(self, location: str) -> bytes:
-        """The whole file."""
-        return storage.read_path(self._filesystem, posixpath.join(self._folder, location), MAX_FILE_BYTES)
+        """The whole file. Its name may be composed otherwise (NFC, NFD), as those of files from a Mac are."""
+        forms = [location, *(unicodedata.normalize(form, location) for form in ("NFC", "NFD"))]
+        for form in dict.fromkeys(forms[:1] if location.isascii() else forms):
+            try:
+                return storage.read_path(self._filesystem, posixpath.join(self._folder, form), MAX_FILE_BYTES)
+            except FileNotFoundError as error:
+                missing = error
+        raise missing
 
     def fingerprint(self) -> str:
         """The same for every folder."""
@@ -72,7 +79,7 @@ class Archive:
     def locate(self, path: str) -> str | None:
         """Where the member is."""
         found = self._index.find(path)
-        return found and location(self._name, *found, path)
+        return found and location(self._name, *found)
 
     def read(self, location: str) -> bytes:
         """The member, unpacked."""

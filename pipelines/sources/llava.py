@@ -5,8 +5,10 @@ path), `images` (a list) or in the messages themselves, as a path or a data: URI
 `system`.
 """
 
+from dataclasses import replace
+
 from pipelines.sources.annotations import JsonAnnotations
-from pipelines.sources.entries import EntryError, Rules, as_text, check_path, conversation, shown, with_system
+from pipelines.sources.entries import EntryError, Rules, as_text, check_path, choose, conversation, shown, with_system
 from pipelines.sources.source import Record
 from pipelines.sources.unread import unread_key
 
@@ -33,7 +35,10 @@ class Llava(JsonAnnotations):
         unread = unread_key(entry, IMAGES, len(images))
         if unread and not self.config.text_only:
             raise EntryError(unread, "image_missing")
-        turns = conversation(messages, len(images), Rules.of(self.config), name)
+        rules = Rules.of(self.config)
+        if self.config.prompts:
+            rules = replace(rules, prompt=choose(self.config.prompts, record_id))
+        turns = conversation(messages, len(images), rules, name)
         if entry.get("system"):
             turns = self._with_system(turns, entry["system"])
         return Record(record_id, self.config.label, [self.locate(path) for path in images], turns)

@@ -7,6 +7,7 @@ Format: PKWARE's APPNOTE 6.3.10, sections 4.3 and 4.5.3 (zip64).
 
 import hashlib
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ _CHUNK = 1 << 22
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED, _CHECKSUM_BEHIND, _UTF8 = 0x1, 0x8, 0x800
 _ZIP64_FIELD = 1
+_APPLE = "__MACOSX/"  # what macOS puts beside the files
 _SLACK = 64  # what a local header usually says besides the name is less
 _FULL = 0xFFFFFFFF  # the value is in the zip64 field
 
@@ -42,7 +44,11 @@ class ZipIndex:
         start, size = _find_directory(file)
         digest = hashlib.sha256()
         blocks, block = [], []
+        tops: set[str] = set()
         for name, offset, length in _entries(file, start, size, digest):
+            if len(tops) < 2 and not name.startswith(_APPLE):
+                folder, slash, _ = name.partition("/")
+                tops.add(folder if slash else "")
             block.append((_hash(name), offset, _overhead(name) + length))
             if len(block) == 1 << 16:
                 blocks.append(np.array(block, dtype=_FACTS))
@@ -50,14 +56,30 @@ class ZipIndex:
         members = np.concatenate([*blocks, np.array(block, dtype=_FACTS)])
         order = np.argsort(members["name"], kind="stable")
         self._names, self._offsets, self._lengths = (members[field][order] for field in ("name", "offset", "length"))
+        self.top = tops.pop() if len(tops) == 1 else ""
+        """The one folder that all members are in, "" where there is none."""
         self.fingerprint = digest.hexdigest()
         """Changes with the list of members."""
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def find(self, name: str) -> tuple[int, int] | None:
-        """Offset and length of what has to be read for a member, or None. Of several with one name, the last."""
+    def find(self, name: str) -> tuple[int, int, str] | None:
+        """Offset and length of what has to be read for a member, and the name that it has; None where there is none.
+
+        Of several with one name, the last. A name may be composed otherwise (NFC, NFD), and stand within the one folder
+        that all of the archive is in.
+        """
+        forms = [name]
+        if not name.isascii():
+            forms = dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
+        for form in [*forms, *(f"{self.top}/{form}" for form in forms if self.top)]:
+            place = self._place(form)
+            if place:
+                return *place, form
+        return None
+
+    def _place(self, name: str) -> tuple[int, int] | None:
         wanted = _hash(name)
         at = int(np.searchsorted(self._names, wanted, side="right")) - 1
         if at < 0 or self._names[at] != wanted:
@@ -181,7 +203,11 @@ def _overhead(name: str) -> int:
 
 
 def _name(data: bytes, flags: int) -> str:
-    return data.decode("utf-8" if flags & _UTF8 else "cp437", "surrogateescape")
+    """A member's name. Zips made on a Mac have UTF-8 without the flag; text in cp437 is hardly ever valid UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("utf-8" if flags & _UTF8 else "cp437", "surrogateescape")
 
 
 def _hash(name: str) -> np.uint64:

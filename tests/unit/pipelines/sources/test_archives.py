@@ -154,9 +154,40 @@ class TestZip:
     def test_a_member_that_unpacks_without_end(self, tmp_path):
         path = write_zip(tmp_path / "a.zip", {"a": bytes(1_000_000)}, zipfile.ZIP_DEFLATED)
         with pa.OSFile(str(path)) as file:
-            offset, length = ZipIndex(file).find("a")
+            offset, length, _ = ZipIndex(file).find("a")
             with pytest.raises(storage.TooLarge, match="more than 1000 bytes"):
                 read_member(lambda at, size: file.read_at(size, at), offset, length, "a", 1000)
+
+    def test_a_zip_made_on_a_mac(self, tmp_path):
+        """Names in UTF-8 without the flag for it, decomposed, in one folder, with what macOS puts beside them."""
+        name = "pics/u\u0308ber.png"
+        files = {name: encoded(1), "pics/a.png": encoded(2), "__MACOSX/pics/._a.png": b"resource fork"}
+        data = bytearray(write_zip(tmp_path / "a.zip", files).read_bytes())
+        for mark, at in ((b"PK\x03\x04", 7), (b"PK\x01\x02", 9)):  # the flag's byte in local and central headers
+            start = -1
+            while (start := data.find(mark, start + 1)) >= 0:
+                data[start + at] &= ~0x08
+        (tmp_path / "a.zip").write_bytes(data)
+        assert zipfile.ZipFile(tmp_path / "a.zip").namelist()[0] != name  # zipfile takes it for cp437
+        images = open_images(str(tmp_path / "a.zip"))
+        for wanted in (name, "pics/\u00fcber.png", "\u00fcber.png", "u\u0308ber.png"):
+            assert images.read(images.locate(wanted)) == encoded(1)
+        assert images.read(images.locate("a.png")) == images.read(images.locate("pics/a.png")) == encoded(2)
+        assert images.locate("b.png") is None
+
+    def test_a_folder_on_top_counts_only_where_all_is_in_it(self, tmp_path):
+        path = write_zip(tmp_path / "a.zip", {"pics/a.png": encoded(1), "b.png": encoded(2)})
+        images = open_images(str(path))
+        assert images.locate("a.png") is None
+        assert images.read(images.locate("b.png")) == encoded(2)
+
+    def test_a_folder_whose_names_are_composed_otherwise(self, tmp_path):
+        write_files(tmp_path, {"u\u0308.png": encoded(1), "\u00e9.png": encoded(2)})
+        images = open_images(str(tmp_path))
+        assert images.read("\u00fc.png") == images.read("u\u0308.png") == encoded(1)
+        assert images.read("e\u0301.png") == encoded(2)
+        with pytest.raises(FileNotFoundError):
+            images.read("\u00e0.png")
 
     def test_llava_in_a_zip(self, tmp_path):
         entries = [

@@ -8,7 +8,7 @@ import pytest
 from pipelines.config import LlavaSource
 from pipelines.sources import open_source
 from pipelines.sources.llava import Llava
-from pipelines.validate import read_images
+from pipelines.validate import check_record, read_images
 from tests.helpers.corpora import conversation
 from tests.helpers.images import encoded
 
@@ -94,6 +94,17 @@ def test_images_without_placeholders_name_the_option(llava):
     assert record.problem.reason == "placeholder_mismatch"
     assert "no_placeholders: first_turn" in record.problem.detail
     assert llava([talk(images=["1.png"])], no_placeholders="first_turn")[0].turns[0].images == 1
+
+
+def test_an_image_alone_is_asked_about_where_the_source_has_prompts(llava):
+    alone = [entry(str(i), image="1.png", conversations=conversation("<image>\n", "A dog.")) for i in range(40)]
+    record = llava(alone)[0]
+    assert check_record(record).reason == "empty_turn"
+    records = llava([*alone, entry(image="1.png")], prompts=["What is it?", "Describe it."])
+    assert {record.turns[0].text for record in records[:-1]} == {"<image>What is it?", "<image>Describe it."}
+    assert records[-1].turns[0].text == "<image>\nWhat?"
+    assert not any(map(check_record, records))
+    assert records[:-1] == llava(alone, prompts=["What is it?", "Describe it."])
 
 
 def test_a_field_that_no_entry_has_stops_with_those_that_they_have(llava):
