@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, USER
-from mlmamba.images import ImageError, load_pixels
+from mlmamba.image_files import format_of
+from mlmamba.images import WIDEST, ImageError, open_image, to_pixels
 from pipelines import storage
 from pipelines.manifest import TOKENIZER_PATH
 from pipelines.packed import PackedDataset, PackedRow
@@ -236,10 +237,10 @@ def _images(images: list[bytes]) -> tuple[Image.Image, str]:
 
 
 def _tile(data: bytes, side: int) -> tuple[Image.Image, str]:
-    """Decode an image as training does. Returns it with its stored size as text, or a red tile with the error."""
+    """Decode an image as training does. Returns it with its size as text, or a red tile with the error."""
     try:
-        tile = Image.fromarray(load_pixels(data, side).transpose(1, 2, 0))
+        image = open_image(data, WIDEST)
     except ImageError as error:
         return Image.new("RGB", (side, side), "#d0103a"), str(error)
-    with Image.open(io.BytesIO(data)) as stored:
-        return tile, f"{stored.width} x {stored.height} {stored.format}, {len(data) / 1024:,.1f} KiB"
+    tile = Image.fromarray(to_pixels(image, side).transpose(1, 2, 0))
+    return tile, f"{image.width} x {image.height} {format_of(data)}, {len(data) / 1024:,.1f} KiB"

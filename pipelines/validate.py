@@ -1,19 +1,15 @@
 """What a record must be to become a training sample. Each failure has a reason code, listed in `REASONS`.
 
-The image check decodes with the function that training decodes with, so that an image that passes here cannot stop a
-training run. A JPEG is decoded at an eighth of its size: its data is still read to the end, so the verdict is the same
-(tests/unit/pipelines/test_image_check.py), in half the time.
+Images go through the gate that training decodes with (mlmamba/images.py), so that an image that passes here cannot stop
+a training run. A JPEG is decoded at an eighth of its size: its data is still read to the end, so the verdict is the
+same (tests/unit/pipelines/test_image_check.py), in half the time.
 """
 
-import io
 import time
-import warnings
 from collections.abc import Sequence
 
-from PIL import Image
-
 from mlmamba.conversation import ASSISTANT, USER, check_turns, clean
-from mlmamba.images import MAX_PIXELS, ImageError, open_image, upright
+from mlmamba.images import LIMITS, ImageError, ImageLimits, open_image
 from pipelines.sources.source import ImageMissing, Problem, Record, Source, shown_location
 from pipelines.storage import TooLarge
 
@@ -29,9 +25,9 @@ REASONS = {
     "placeholder_mismatch": "a placeholder is missing or extra: the turns do not show each image once",
     "too_long": "not even the first answer fits, or the recipe does not cut",
     "image_missing": "there is no such file",
-    "image_format": "not one of the formats in FORMATS",
-    "image_aspect": "one side is more than MAX_ASPECT times the other",
-    "image_bomb": "more than MAX_PIXELS pixels, or an enormous file",
+    "image_format": "an image, but not of a format that the recipe accepts",
+    "image_aspect": "one side is longer than the recipe's max_aspect times the other",
+    "image_bomb": "more pixels than the recipe's max_pixels, an enormous file, or one made to take much memory",
     "image_truncated": "the file ends before the image does",
     "image_unreadable": "the file cannot be read or decoded",
 }
@@ -39,8 +35,6 @@ REASONS = {
 # What a recipe asks to remove. Nothing is wrong with these records, so they do not count against `max_quarantined`.
 REMOVED = ("duplicate_content", "contaminated")
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")  # MPO: JPEG as some cameras write it; the first frame counts
-MAX_ASPECT = 20.0  # beyond this a square resize leaves stripes
 _READ_TRIES = 3
 _RETRY_SECONDS = 0.5
 
@@ -73,26 +67,10 @@ def check_record(
     return None
 
 
-def check_image(data: bytes) -> Problem | None:
+def check_image(data: bytes, limits: ImageLimits = LIMITS) -> Problem | None:
     """The first thing wrong with an encoded image, or None. Reads it to its end; of an animation, the first frame."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-    except Exception:  # open_image says below what is wrong with it
-        image = None
-    try:
-        if image is None:
-            open_image(data, MAX_PIXELS)
-            return None
-        if image.format not in FORMATS:
-            return Problem("image_format", f"{image.format} is not one of {', '.join(FORMATS)}")
-        width, height = image.size
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            return Problem("image_aspect", f"{width} x {height} pixels, at most {MAX_ASPECT:g}:1 is allowed")
-        if width * height <= MAX_PIXELS:
-            image.draft(None, (1, 1))
-        upright(image, MAX_PIXELS)
+        open_image(data, limits, reduced=True)
     except ImageError as error:
         return Problem(error.reason, str(error))
     return None

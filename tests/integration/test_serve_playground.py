@@ -13,7 +13,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
+from mlmamba.images import as_image
 from tests.helpers.images import encoded
 from tests.helpers.processes import wait_for
 from tests.helpers.serving import load_tiny, running, serve
@@ -192,6 +194,16 @@ def test_a_large_image_is_made_smaller_before_it_is_sent(page, tmp_path):
     size = page.evaluate("(({naturalWidth: w, naturalHeight: h}) => [w, h])(document.querySelector('.thumb img'))")
     assert size == [1536, 384]
     assert ask(page, "what?").strip()
+
+
+@in_browser
+def test_what_is_transparent_in_a_large_image_is_sent_as_white(page, tmp_path):
+    """As the service shows it to the model: a canvas that is not filled would make it black."""
+    Image.new("RGBA", (4000, 1000)).save(tmp_path / "clear.png")
+    page.get_by_label("Choose images").set_input_files(str(tmp_path / "clear.png"))
+    page.wait_for_selector(".thumb img")
+    uri = page.evaluate("document.querySelector('.thumb img').src")
+    assert as_image(uri).getextrema() == ((255, 255),) * 3
 
 
 @in_browser

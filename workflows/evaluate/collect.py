@@ -17,7 +17,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from mlmamba.conversation import Turn, clean
-from mlmamba.images import ImageError, open_image
+from mlmamba.images import WIDEST, ImageError, open_image
 from mlmamba.processing import MLMambaProcessor
 from pipelines.execution import ensure_ray, quiet_ray_data
 from pipelines.storage import write_atomic
@@ -244,7 +244,7 @@ def _is_image(one: dict, data: bytes | None, lines: list[dict]) -> bool:
     """Whether the data decode; if not, that goes to `lines`."""
     try:
         if data is not None:
-            open_image(data)
+            open_image(data, WIDEST)
     except ImageError as error:
         lines += _unread(one, error)
         return False

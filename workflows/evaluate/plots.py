@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from mlmamba.conversation import clean
-from mlmamba.images import open_image
+from mlmamba.images import WIDEST, open_image
 from pipelines.sources import open_source
 from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.calibration import Calibration
@@ -160,7 +160,7 @@ def draw_sheet(
     for axis in axes.flat:
         axis.axis("off")
     for axis, image in zip(axes.flat, chosen, strict=False):
-        axis.imshow(open_image(sources[image.source].read_image(image.location)))
+        axis.imshow(open_image(sources[image.source].read_image(image.location), WIDEST))
         axis.set_title(image.record_id, fontsize=8, color="0.4")
         for line, (question, answer, key) in enumerate(
             list(zip(image.questions, image.answers, image.ids, strict=True))[:4]

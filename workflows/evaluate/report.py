@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from mlmamba.images import open_image
+from mlmamba.images import WIDEST, open_image
 from pipelines.storage import write_atomic
 from workflows.evaluate import plots
 from workflows.evaluate.benchmarks import benchmark_class
@@ -269,7 +269,7 @@ def small_image(scores: dict, row: Answered) -> tuple[str | None, str]:
         data = read_image(scores, row)
         if data is None:
             return None, "text only"
-        image = open_image(data)
+        image = open_image(data, WIDEST)
     except Exception as error:  # whatever a store or a decoder raises: it is told, in the image's place
         return None, f"the image cannot be read: {cut(str(error), 120)}"
     scale = min(1.0, _SIDE / max(image.size)) if min(image.size) > 64 else 128 / max(image.size)

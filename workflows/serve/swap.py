@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 
 from mlmamba.conversation import Turn
-from mlmamba.images import ImageError, open_image
+from mlmamba.images import WIDEST, ImageError, open_image
 from mlmamba.loading import load_model
 from pipelines.config import StrictModel
 from workflows.errors import WorkflowError
@@ -259,7 +259,7 @@ class Smoke:
             return
         try:
             stored = Example.load(example)
-            self._image = open_image(stored.image)
+            self._image = open_image(stored.image, WIDEST)
         except (OSError, ValueError, TypeError, KeyError, ImageError) as error:
             raise SmokeFailed(f"its stored example cannot be read: {type(error).__name__}: {error}") from error
         self._question, self._tokens, self.expected = stored.question, stored.max_tokens, stored.answer

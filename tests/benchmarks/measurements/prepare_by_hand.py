@@ -20,9 +20,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import Turn, encode
-from mlmamba.images import MAX_PIXELS
+from mlmamba.images import FORMATS, MAX_ASPECT, MAX_PIXELS
 from pipelines.schema import PACKED, one_row
-from pipelines.validate import FORMATS, MAX_ASPECT, check_image
+from pipelines.validate import check_image
 
 TOKENS_PER_IMAGE, MAX_TOKENS, CHUNK = 729, 4096, 250
 _ROLES = {"human": "user", "gpt": "assistant"}

@@ -280,8 +280,8 @@ CALLS = {
         ImageError,
         "no image at /no/such/imag",
     ),
-    "bytes of no image": ({"text": "<image>", "images": b"no"}, ImageError, "not an image that Pillow can read"),
-    "an empty image": ({"text": "<image>", "images": Image.new("RGB", (0, 4))}, ImageError, "is empty: 0x4 pixels"),
+    "bytes of no image": ({"text": "<image>", "images": b"no"}, ImageError, "not an image but text: 'no'"),
+    "an empty image": ({"text": "<image>", "images": Image.new("RGB", (0, 4))}, ImageError, "is empty: 0 x 4 pixels"),
 }
 
 

@@ -2,14 +2,17 @@
 
 import base64
 import io
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlmamba.images import ImageError, as_image, load_pixels, open_image, to_pixels
+from mlmamba.images import KNOWN_FORMATS, ImageError, ImageLimits, as_image, load_pixels, open_image, to_pixels
 
-RED, BLUE = (255, 0, 0), (0, 0, 255)
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -25,9 +28,9 @@ def two_halves(width: int = 8, height: int = 4) -> Image.Image:
     return image
 
 
-def reason_of(data: bytes, **options) -> str:
+def reason_of(data: bytes, **limits) -> str:
     with pytest.raises(ImageError) as caught:
-        open_image(data, **options)
+        open_image(data, ImageLimits(**limits))
     return caught.value.reason
 
 
@@ -52,7 +55,7 @@ def test_a_truncated_image_is_an_error(form):
 
 def test_too_many_pixels_are_refused_before_decoding():
     data = encode(Image.new("RGB", (100, 50)))
-    assert open_image(data, max_pixels=5000).size == (100, 50)
+    assert open_image(data, ImageLimits(max_pixels=5000)).size == (100, 50)
     assert reason_of(data, max_pixels=4999) == "image_bomb"
     truncated = data[:60]
     assert reason_of(truncated, max_pixels=4999) == "image_bomb"
@@ -81,7 +84,9 @@ def test_the_exif_orientation_is_applied(orientation, first_row):
 @pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1", "CMYK"])
 def test_every_mode_becomes_rgb(mode):
     form = "TIFF" if mode == "CMYK" else "PNG"
-    image = open_image(encode(Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode), form))
+    image = open_image(
+        encode(Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode), form), ImageLimits(KNOWN_FORMATS)
+    )
     assert image.mode == "RGB"
     assert (np.asarray(image) == 255).all()
 
@@ -144,3 +149,80 @@ def test_what_is_neither_file_nor_base64_is_missing(source):
         as_image(source)
     assert caught.value.reason in ("image_missing", "image_unreadable")
     assert len(str(caught.value)) < 200
+
+
+def webp_canvas(side: int) -> bytes:
+    """A WebP of a hundred bytes: an animation whose one frame is 2 x 2 on a canvas of side x side pixels."""
+    frames = [Image.new("RGB", (2, 2), RED), Image.new("RGB", (2, 2), BLUE)]
+    data = bytearray(encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
+    data[24:30] = (side - 1).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
+def gif_canvas(side: int) -> bytes:
+    data = bytearray(encode(Image.new("P", (2, 2)), "GIF"))
+    data[6:10] = side.to_bytes(2, "little") * 2
+    return bytes(data)
+
+
+def png_canvas(side: int) -> bytes:
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize("make", [webp_canvas, gif_canvas, png_canvas])
+@pytest.mark.parametrize("side", [8000, 16_383, 65_535])
+def test_a_small_file_with_an_enormous_canvas_is_a_bomb(make, side):
+    """8000 x 8000 pixels are within the limit, but not in a hundred bytes. Nothing is decoded to find it out."""
+    data = make(side)
+    assert len(data) < 200
+    assert reason_of(data) == "image_bomb"
+
+
+def test_a_large_image_of_one_colour_is_none():
+    assert open_image(encode(Image.new("1", (5000, 5000)))).size == (5000, 5000)
+
+
+def test_a_jpeg_of_a_thousand_passes_is_a_bomb():
+    data = encode(two_halves(64, 64), "JPEG", progressive=True)
+    scan = data.rindex(b"\xff\xda")
+    assert open_image(data[:-2] + data[scan:-2] * 20 + data[-2:]).size == (64, 64)
+    assert reason_of(data[:-2] + data[scan:-2] * 1000 + data[-2:]) == "image_bomb"
+
+
+def test_a_stripe_is_refused_by_its_aspect():
+    assert reason_of(encode(Image.new("RGB", (210, 10)))) == "image_aspect"
+    with pytest.raises(ImageError, match="210 x 10 pixels, at most 20:1 is allowed"):
+        as_image(Image.new("RGB", (210, 10)))
+    assert load_pixels(encode(Image.new("RGB", (210, 10))), 4).shape == (3, 4, 4)  # of a set that somebody has made
+
+
+def test_a_turned_image_that_comes_through_twice_is_turned_once():
+    image = two_halves()
+    exif = image.getexif()
+    exif[0x0112] = 3
+    once = open_image(encode(image, exif=exif))
+    assert as_image(once).getpixel((0, 0)) == once.getpixel((0, 0)) == BLUE
+
+
+def test_formats_are_a_limit():
+    data = encode(two_halves(), "GIF")
+    assert reason_of(data, formats=("PNG", "JPEG")) == "image_format"
+    assert open_image(data, ImageLimits(("GIF",))).size == (8, 4)
+
+
+def test_many_threads_at_once():
+    """What one thread decodes does not change what Pillow's global switches say to another."""
+    cases = [encode(two_halves(), "PNG"), b"nothing", png_canvas(9000), encode(two_halves())[:60]]
+
+    def outcome(data: bytes) -> str:
+        try:
+            return str(np.asarray(open_image(data)).sum())
+        except ImageError as error:
+            return str(error)
+
+    expected = [outcome(data) for data in cases]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(outcome, cases * 100)) == expected * 100

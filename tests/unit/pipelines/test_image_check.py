@@ -5,8 +5,7 @@ import random
 import pytest
 from PIL import Image
 
-from mlmamba.images import ImageError, open_image
-from pipelines import validate
+from mlmamba.images import ImageError, ImageLimits, open_image
 from pipelines.validate import check_image
 from tests.helpers.images import encoded
 
@@ -57,10 +56,10 @@ def test_the_verdict_is_that_of_decoding_in_full(options):
     assert {"", "image_truncated", "image_unreadable"} <= seen
 
 
-def test_the_limit_counts_the_pixels_of_the_file_not_of_the_eighth(monkeypatch):
-    monkeypatch.setattr(validate, "MAX_PIXELS", 5000)
-    assert check_image(encoded(0, "JPEG", (90, 60))).reason == "image_bomb"
-    assert check_image(encoded(0, "JPEG", (70, 60))) is None
+def test_the_limit_counts_the_pixels_of_the_file_not_of_the_eighth():
+    limits = ImageLimits(max_pixels=5000)
+    assert check_image(encoded(0, "JPEG", (90, 60)), limits).reason == "image_bomb"
+    assert check_image(encoded(0, "JPEG", (70, 60)), limits) is None
 
 
 def test_a_turned_image_is_good():

@@ -63,11 +63,11 @@ def test_an_image_at_the_aspect_limit_passes():
 
 
 def test_bombs(monkeypatch):
-    monkeypatch.setattr(validate, "MAX_PIXELS", 1000)
-    problem = check_image(encoded())
-    assert problem == Problem("image_bomb", "40x30 pixels, over the limit of 1000")
+    limits = images.ImageLimits(max_pixels=1000)
+    problem = check_image(encoded(), limits)
+    assert problem == Problem("image_bomb", "40 x 30 pixels, over the limit of 1000")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit refuses at twice this
-    assert check_image(encoded()).reason == "image_bomb"
+    assert check_image(encoded(), limits) == problem
 
 
 USER, ASSISTANT = Turn("user", "What?"), Turn("assistant", "A dog.")

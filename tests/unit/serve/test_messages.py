@@ -12,11 +12,14 @@ import pytest
 from PIL import Image
 
 from mlmamba.conversation import Turn
+from mlmamba.images import as_image, load_pixels, to_pixels
+from pipelines.validate import check_image
 from tests.helpers.images import encoded, image
 from tests.helpers.serve_client import data_uri
 from workflows.serve.messages import read_messages
 from workflows.serve.openai import ApiError, parse_request
 from workflows.serve.options import Limits
+from workflows.verbs import chat
 
 
 def text(value):
@@ -131,7 +134,7 @@ def damaged():
         ("data:image/png;base64,", "image_unreadable"),
         (data_uri(b"no image at all"), "image_unreadable"),
         (data_uri(encoded()[:40]), "image_unreadable"),
-        (data_uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "image_unreadable"),
+        (data_uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "image_format"),
         (data_uri(damaged()), "image_truncated"),
     ],
 )
@@ -159,3 +162,64 @@ def test_a_bomb_is_refused_before_it_is_decoded():
 def test_base64_with_line_breaks():
     lines = "\n".join(textwrap.wrap(base64.b64encode(encoded()).decode(), 20))
     assert len(read(("user", [text("what?"), image_part(f"data:image/png;base64,{lines}")]))[1]) == 1
+
+
+def drawing(mode: str) -> Image.Image:
+    """A black square on a transparent ground, in any mode with alpha."""
+    made = Image.new("RGBA", (20, 20))
+    made.paste((0, 0, 0, 255), (5, 5, 12, 12))
+    return made.convert(mode)
+
+
+def file_of(made: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    made.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(kind="PNG"),
+        encoded(kind="JPEG"),
+        file_of(image(1), "MPO", save_all=True, append_images=[image(2)]),
+        encoded(kind="WEBP"),
+        encoded(kind="GIF"),
+        encoded(kind="BMP"),
+        file_of(drawing("RGBA"), "PNG"),
+        file_of(drawing("LA"), "PNG"),
+        file_of(drawing("RGBA"), "WEBP", lossless=True),
+        file_of(Image.fromarray(np.linspace(0, 4095, 400, dtype=np.uint16).reshape(20, 20)), "PNG"),
+    ],
+    ids=["png", "jpeg", "mpo", "webp", "gif", "bmp", "rgba", "la", "webp with alpha", "12 bits"],
+)
+def test_everyone_sees_the_same_pixels(data, tmp_path):
+    """What preparation accepts, serving, chat and the processor show the model as training does."""
+    assert check_image(data) is None
+    trained_on = load_pixels(data, 16)
+    _, (served,) = read(("user", [text("what?"), image_part(data_uri(data))]))
+    (tmp_path / "image").write_bytes(data)
+    seen = {
+        "serving": to_pixels(served, 16),
+        "chat": to_pixels(chat._open(str(tmp_path / "image")), 16),
+        "a path": to_pixels(as_image(tmp_path / "image"), 16),
+        "base64": to_pixels(as_image(base64.b64encode(data).decode()), 16),
+        "Pillow": to_pixels(as_image(Image.open(io.BytesIO(data))), 16),
+        "chat, through the processor": to_pixels(as_image(chat._open(str(tmp_path / "image"))), 16),
+    }
+    assert [name for name, pixels in seen.items() if not np.array_equal(pixels, trained_on)] == []
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (encoded(kind="TIFF"), "image_format"),
+        (encoded(size=(410, 10)), "image_aspect"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "image_unreadable"),
+        (b"<html>Sign in</html>", "image_unreadable"),
+    ],
+)
+def test_what_preparation_sets_aside_serving_refuses_for_the_same_reason(data, code):
+    error = refused(("user", [text("what?"), image_part(data_uri(data))]))
+    assert error.code == check_image(data).reason == code
+    assert str(error).endswith(check_image(data).detail)
