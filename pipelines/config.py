@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from mlmamba.images import FORMATS, MAX_ASPECT, MAX_PIXELS, MOST_PIXELS, ImageLimits
 from pipelines.identity import Decides, StrictModel, identity
 
 SPLITS_TO_PACK = ("train", "validation")
@@ -278,6 +279,23 @@ class TokenizerConfig(StrictModel):
         return self
 
 
+class ImageRules(StrictModel):
+    """Which images are accepted. A record that shows another one is set aside."""
+
+    formats: list[Literal["PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF"]] = Field(
+        default=list(FORMATS), min_length=1
+    )
+    """Formats. Others are `image_format`. MPO is JPEG with several images; the first one counts."""
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
+    """Most pixels, by the size that the file declares. More are `image_bomb`. Decoding takes some 8 bytes a pixel."""
+    max_aspect: float = Field(default=MAX_ASPECT, ge=1)
+    """The longer side over the shorter one, at most: models see a square. More is `image_aspect`."""
+
+    def limits(self) -> ImageLimits:
+        """The same for the gate that images go through."""
+        return ImageLimits(tuple(self.formats), self.max_pixels, self.max_aspect)
+
+
 class DataConfig(StrictModel):
     """One data set."""
 
@@ -310,6 +328,8 @@ class DataConfig(StrictModel):
     evaluation set do not count: nothing is wrong with them."""
     too_long: Literal["cut", "quarantine"] = "cut"
     """What happens to a conversation over `max_tokens`: cut after the last answer that fits, or set aside."""
+    images: Annotated[ImageRules, Decides.WHEN_SET] = ImageRules()
+    """Which images are accepted for training. Evaluation asks about every image that can be decoded."""
 
     @model_validator(mode="after")
     def _distinct_names(self):

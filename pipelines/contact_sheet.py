@@ -51,6 +51,8 @@ class Sample:
     """(text, kind) in reading order. Kinds: LOSS where the model learns to write the text, PLAIN where it only reads
     it, IMAGE for an image's tokens, and WRONG for what should not be: a label that differs from its token, or an
     image with too many or too few tokens."""
+    pixels: int
+    """Version of the rules by which training shows the images."""
 
 
 def draw_sheet(uri: str, out: str, split: str = "train", count: int = 12, seed: int = 0) -> dict:
@@ -136,6 +138,7 @@ def sample_of(row: PackedRow, index: int, place: int, tokenizer: Tokenizer, toke
         int((labels != IGNORE_INDEX).sum()),
         [row.images[i] for i in own],
         pieces,
+        row.pixels,
     )
 
 
@@ -179,7 +182,7 @@ def _card(sample: Sample, text: Typesetter) -> Image.Image:
     facts = f"{sample.source}, row {sample.row}, {sample.tokens:,} tokens, {sample.loss_tokens:,} with loss"
     heading = small.lines([(sample.id, Style(_INK)), (f"   {facts}", Style(_QUIET))], _CARD - 2 * pad)
     body = _shortened(text.lines(_pieces(sample), _CARD - left - pad), text)
-    images, captions = _images(sample.images)
+    images, captions = _images(sample.images, sample.pixels)
     notes = small.lines([(captions, Style(_QUIET))], _IMAGES) if captions else []
     top = pad + len(heading) * small.line_height + 8
     bottom = top + max(len(body) * text.line_height, images.height + 4 + len(notes) * small.line_height)
@@ -212,7 +215,7 @@ def _shortened(lines: list, text: Typesetter) -> list:
     return lines[:head] + note + lines[-_TAIL:]
 
 
-def _images(images: list[bytes]) -> tuple[Image.Image, str]:
+def _images(images: list[bytes], pixels: int) -> tuple[Image.Image, str]:
     """Return a sample's images in a square grid, numbered when there are several, and their sizes as text."""
     if not images:
         return Image.new("RGB", (1, 1), "white"), ""
@@ -224,7 +227,7 @@ def _images(images: list[bytes]) -> tuple[Image.Image, str]:
     sizes = []
     for i, data in enumerate(shown):
         x, y = (i % across) * (side + 4), (i // across) * (side + 4)
-        tile, size = _tile(data, side)
+        tile, size = _tile(data, side, pixels)
         grid.paste(tile, (x, y))
         if len(images) > 1:
             number = Typesetter(12)
@@ -236,10 +239,10 @@ def _images(images: list[bytes]) -> tuple[Image.Image, str]:
     return grid, "\n".join(sizes)
 
 
-def _tile(data: bytes, side: int) -> tuple[Image.Image, str]:
+def _tile(data: bytes, side: int, pixels: int) -> tuple[Image.Image, str]:
     """Decode an image as training does. Returns it with its size as text, or a red tile with the error."""
     try:
-        image = open_image(data, WIDEST)
+        image = open_image(data, WIDEST, pixels)
     except ImageError as error:
         return Image.new("RGB", (side, side), "#d0103a"), str(error)
     tile = Image.fromarray(to_pixels(image, side).transpose(1, 2, 0))

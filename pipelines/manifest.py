@@ -85,6 +85,9 @@ class Manifest(StrictModel):
     """Images that training records must not show, by evaluation set."""
     max_tokens: int
     tokens_per_image: int
+    pixels: int = 1
+    """Version of the rules by which its images become RGB (mlmamba/image_colours.py). Training reads them by these.
+    Sets that were prepared before there was such a field are of version 1."""
     splits: dict[str, SplitInfo]
     """The train split, and the validation split where the recipe has one."""
 
@@ -104,6 +107,13 @@ class Manifest(StrictModel):
     def rows(self) -> int:
         """Rows of all splits."""
         return sum(split.rows for split in self.splits.values())
+
+    @property
+    def training_digest(self) -> str:
+        """The digest of what a model sees: another one where the same files are read by other rules of colour."""
+        if self.pixels == 1:
+            return self.digest
+        return hashlib.sha256(f"{self.digest}\npixels {self.pixels}".encode()).hexdigest()
 
     def content_digest(self) -> str:
         """Compute the digest from the shards and the tokenizer; `digest` has to equal it."""

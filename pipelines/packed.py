@@ -15,6 +15,7 @@ from threading import Lock
 import numpy as np
 import pyarrow as pa
 
+from mlmamba.image_colours import PIXELS
 from pipelines import storage
 from pipelines.manifest import Manifest
 from pipelines.schema import values
@@ -41,6 +42,8 @@ class PackedRow:
     """int32 (P,), index of the first token of each image."""
     source: list[str]
     """(S,)"""
+    pixels: int = PIXELS
+    """Version of the rules by which the images become RGB."""
 
 
 class PackedDataset:
@@ -86,7 +89,7 @@ class PackedDataset:
         arrays = {
             name: values(batch, name).to_numpy() for name in ("input_ids", "labels", "seq_idx", "image_positions")
         }
-        return PackedRow(**lists, **arrays)
+        return PackedRow(**lists, **arrays, pixels=self.manifest.pixels)
 
     def rows(self, indices: np.ndarray) -> list[PackedRow]:
         """Several rows."""

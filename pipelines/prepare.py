@@ -12,6 +12,7 @@ A second call with the same recipe touches nothing of a finished data set.
 from collections.abc import Callable
 from itertools import islice
 
+from mlmamba.image_colours import PIXELS
 from pipelines import storage, tokenizer
 from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
 from pipelines.dedup import Removals, find_removals
@@ -89,6 +90,7 @@ def prepare(
         excluded=excluded,
         max_tokens=config.max_tokens,
         tokens_per_image=tokens_per_image,
+        pixels=PIXELS,
         splits={
             split: split_info(
                 shards[split],
@@ -136,8 +138,10 @@ def _make_tokenizer(config: DataConfig, out: str, tokens_per_image: int, on_prog
     named = config.tokenizer.name
     sample = islice(usable, CONVERSATIONS) if named else ()
     whole = needs_whole_text(worker, sample, named or "trained here")
-    sizes = config.max_tokens, tokens_per_image
-    return TokenizeSettings(folder, digest, chosen.eos_token, *sizes, config.too_long, whole, worker.special_tokens)
+    sizes, limits = (config.max_tokens, tokens_per_image), config.images.limits()
+    return TokenizeSettings(
+        folder, digest, chosen.eos_token, *sizes, config.too_long, limits, whole, worker.special_tokens
+    )
 
 
 def _cut(config: DataConfig, work: str, settings: str, on_progress: OnProgress) -> tuple[list[Partition], Losses]:

@@ -53,7 +53,7 @@ def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int
             raise ValueError(f"a row has {n} tokens, over max_tokens = {max_tokens}: use the data set's max_tokens")
         input_ids[i, :n], labels[i, :n], mask[i, :n] = row.input_ids, row.labels, True
         seq_idx[i, :n], seq_idx[i, n:] = row.seq_idx, row.seq_idx[-1] + 1
-    pixels = [load_pixels(data, image_size) for row in rows for data in row.images]
+    pixels = [load_pixels(data, image_size, row.pixels) for row in rows for data in row.images]
     stacked = np.stack(pixels) if pixels else np.zeros((0, 3, image_size, image_size), dtype=np.uint8)
     return {
         "input_ids": torch.from_numpy(input_ids),

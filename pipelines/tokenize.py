@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from mlmamba import __version__
 from mlmamba.conversation import EncodedConversation, encode, encode_whole
+from mlmamba.images import LIMITS, ImageLimits
 from pipelines import storage
 from pipelines.config import SourceConfig
 from pipelines.execution import run_tasks
@@ -46,10 +47,17 @@ class TokenizeSettings:
     tokens_per_image: int
     too_long: str
     """As in DataConfig."""
+    images: ImageLimits = LIMITS
+    """Which images are accepted."""
     whole_text: bool = False
     """Whether a conversation is tokenized as one text (pipelines/tokenizer_check.py)."""
     special_tokens: Sequence[str] = ()
     """The tokenizer's, which must not stand in a message."""
+
+    def __post_init__(self):
+        if isinstance(self.images, dict):  # as it comes out of JSON
+            formats = tuple(self.images["formats"])
+            object.__setattr__(self, "images", ImageLimits(**self.images | {"formats": formats}))
 
     def digest(self) -> str:
         """Changes when the same records would give other tokens. The place of the tokenizer does not matter."""
@@ -61,7 +69,8 @@ class TokenizeSettings:
             self.max_tokens,
             self.tokens_per_image,
         ]
-        return hashlib.sha256(repr([*parts, self.too_long, self.whole_text]).encode()).hexdigest()
+        parts += [self.too_long, self.whole_text, *([] if self.images == LIMITS else [self.images])]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def tokenize(
@@ -158,7 +167,7 @@ def encode_record(
             return Problem("too_long", f"{what} has {size} tokens, a row has {settings.max_tokens}")
         length = fitting[-1]
     positions = [position for position in encoded.image_positions if position < length]
-    images, problem = read_images(record, source)
+    images, problem = read_images(record, source, settings.images)
     if problem:
         return problem
     encoded = EncodedConversation(
@@ -184,8 +193,9 @@ def _finished(task: dict) -> pa.Table | None:
     outcomes = reader.read_all()
     bad_image = [(reason or "").startswith("image_") for reason in outcomes["reason"].to_pylist()]
     if any(bad_image):
+        limits = TokenizeSettings(**task["settings"]).images
         for record, bad in zip(read_records(task["records"]), bad_image, strict=True):
-            if bad and not record.problem and read_images(record, _source(task, record))[1] is None:
+            if bad and not record.problem and read_images(record, _source(task, record), limits)[1] is None:
                 return None
     return outcomes
 

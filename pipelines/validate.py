@@ -76,7 +76,7 @@ def check_image(data: bytes, limits: ImageLimits = LIMITS) -> Problem | None:
     return None
 
 
-def read_images(record: Record, source: Source) -> tuple[list[bytes], Problem | None]:
+def read_images(record: Record, source: Source, limits: ImageLimits = LIMITS) -> tuple[list[bytes], Problem | None]:
     """A record's encoded images and the first problem with them. The list is complete only without a problem."""
     images = []
     for location in record.images:
@@ -90,7 +90,7 @@ def read_images(record: Record, source: Source) -> tuple[list[bytes], Problem | 
             return images, Problem("image_bomb", f"{shown_location(location)}: {error}")
         except (OSError, ValueError) as error:
             return images, Problem("image_unreadable", f"{shown_location(location)}: {error}")
-        problem = check_image(data)
+        problem = check_image(data, limits)
         if problem:
             return images, Problem(problem.reason, f"{shown_location(location)}: {problem.detail}")
         images.append(data)

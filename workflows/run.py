@@ -236,7 +236,7 @@ def train_stages(
         with layout.initial.writing() as folder:
             shutil.rmtree(folder, ignore_errors=True)  # a copy that did not reach the object store
             build_initial(recipe, layout.data[recipe.train.stages[0].name].local, folder)
-    digests = {name: manifest.digest for name, manifest in manifests.items()}
+    digests = {name: manifest.training_digest for name, manifest in manifests.items()}
     offset, model = 0, layout.initial
     for index, stage in enumerate(recipe.train.stages):
         done = finished(layout.stage(stage.name), stage_digest(recipe, index, digests))

@@ -59,6 +59,8 @@ class Question:
     prompt: list[int]
     answer: list[int]
     images: list[bytes]
+    pixels: int
+    """Version of the rules of colour of its data set."""
 
 
 class Samples:
@@ -99,7 +101,7 @@ class Samples:
         ids = torch.tensor([question.prompt], device=engine.device)
         inputs = {}
         if question.images:
-            pixels = np.stack([load_pixels(image, self._image_size) for image in question.images])
+            pixels = np.stack([load_pixels(image, self._image_size, question.pixels) for image in question.images])
             inputs["pixel_values"] = torch.from_numpy(pixels).to(engine.device)
         for _ in range(self._tokens):  # a fixed number, so that no rank waits for another in a gather
             scores = engine(input_ids=ids, **inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
@@ -138,4 +140,5 @@ def _question(row: PackedRow, sample: int) -> Question | None:
     last = first + (int((~run).argmax()) if not run.all() else len(run))
     start, end = places[0], places[first]
     images = [image for image, at in zip(row.images, row.image_positions, strict=True) if start <= at < end]
-    return Question(row.input_ids[places[:first]].tolist(), row.input_ids[places[first:last]].tolist(), images)
+    prompt, answer = row.input_ids[places[:first]].tolist(), row.input_ids[places[first:last]].tolist()
+    return Question(prompt, answer, images, row.pixels)

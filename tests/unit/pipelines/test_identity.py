@@ -48,9 +48,24 @@ def test_what_changes_no_shard_keeps_the_data_sets_identity(change):
     assert data_identity(data(**change), 9, 7) == data_identity(data(), 9, 7)
 
 
-@pytest.mark.parametrize("change", [{"max_tokens": 128}, {"deduplicate": False}, {"exclude_images_of": [SOURCE]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_tokens": 128},
+        {"deduplicate": False},
+        {"exclude_images_of": [SOURCE]},
+        {"images": {"formats": ["PNG", "TIFF"]}},
+        {"images": {"max_pixels": 1_000_000}},
+        {"images": {"max_aspect": 4}},
+    ],
+)
 def test_what_changes_shards_makes_another_data_set(change):
     assert data_identity(data(**change), 9, 7) != data_identity(data(), 9, 7)
+
+
+def test_limits_of_images_that_are_the_defaults_leave_the_identity_as_it_was():
+    written_out = {"formats": ["PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF"], "max_pixels": 64_000_000, "max_aspect": 20}
+    assert data_identity(data(images=written_out), 9, 7) == data_identity(data(), 9, 7)
 
 
 def test_test_sources_decide_as_far_as_their_images_are_kept_out():

@@ -1,6 +1,8 @@
 """A finished data set: its manifest, the order of its rows, resuming, and the tensors of a step."""
 
+import io
 import itertools
+import shutil
 import threading
 import time
 
@@ -8,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from mlmamba.conversation import IGNORE_INDEX
+from mlmamba.image_colours import PIXELS
 from mlmamba.images import load_pixels
 from pipelines import storage
 from pipelines.manifest import SCHEMA_VERSION, Manifest, ShardInfo, split_info
@@ -91,6 +95,14 @@ class TestManifest:
         Manifest.load(folder).model_copy(update={"schema_version": SCHEMA_VERSION + 1}).save(str(tmp_path))
         with pytest.raises(ValueError, match=f"has schema version {SCHEMA_VERSION + 1}, expected {SCHEMA_VERSION}"):
             Manifest.load(str(tmp_path))
+
+    def test_what_a_model_sees_depends_on_the_rules_of_colour(self, folder):
+        before = Manifest.load(folder)
+        assert before.pixels == 1  # it does not say, as sets of earlier versions
+        assert before.training_digest == before.digest
+        later = before.model_copy(update={"pixels": PIXELS})
+        assert later.content_digest() == before.digest
+        assert later.training_digest != later.digest
 
 
 class TestDataset:
@@ -179,6 +191,17 @@ class TestCollate:
         assert batch["seq_idx"][0].tolist() == [0] * 4 + [1] * 2 + [2] * 6
         expected = np.stack([load_pixels(encoded(i), 5) for i in (0, 4)])
         assert np.array_equal(batch["pixel_values"].numpy(), expected)
+
+    def test_images_are_read_by_the_rules_that_the_set_was_prepared_under(self, folder, tmp_path):
+        clear = Image.new("RGBA", (5, 5), (255, 0, 0, 0))  # red, and nothing of it is to be seen
+        buffer = io.BytesIO()
+        clear.save(buffer, "PNG")
+        for version, colour in ((1, [255, 0, 0]), (PIXELS, [255, 255, 255])):
+            uri = shutil.copytree(folder, tmp_path / str(version))
+            Manifest.load(folder).model_copy(update={"pixels": version}).save(str(uri))
+            row = PackedDataset(str(uri))[0]
+            row.images[:] = [buffer.getvalue()]
+            assert collate([row], MAX_TOKENS, 0, 5)["pixel_values"][0, :, 0, 0].tolist() == colour
 
     def test_no_images(self, folder):
         row = PackedDataset(folder)[0]

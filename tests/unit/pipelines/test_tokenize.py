@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mlmamba.conversation import IGNORE_INDEX, Turn, encode
+from mlmamba.images import ImageLimits
 from pipelines import storage, tokenize
 from pipelines.config import LlavaSource, TokenizerConfig
 from pipelines.records import cut, read_records
@@ -151,6 +153,12 @@ class TestPartition:
         Image.new("RGB", (8, 8)).save(tmp_path / "none.png")
         again = tokenize_partition(task)
         assert (again["skipped"], again["quarantined"]) == (False, {})
+
+    def test_the_limits_of_images_reach_the_task(self, corpus):
+        first, _ = corpus(images=asdict(ImageLimits(max_pixels=10)))
+        assert tokenize_partition(json.loads(json.dumps(first)))["quarantined"] == {"image_bomb": 2, "image_missing": 1}
+        usual = corpus()[0]
+        assert usual["digest"] == corpus(images=asdict(ImageLimits()))[0]["digest"] != first["digest"]
 
     def test_whatever_a_record_does_its_neighbours_go_on(self, corpus, monkeypatch):
         encode_good = tokenize.encode_record

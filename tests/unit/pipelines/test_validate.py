@@ -10,6 +10,7 @@ from PIL import Image
 from mlmamba import images
 from mlmamba.conversation import Turn
 from pipelines import validate
+from pipelines.config import ImageRules
 from pipelines.sources import Problem, Record
 from pipelines.storage import TooLarge
 from pipelines.validate import REASONS, REMOVED, check_image, check_record, read_images
@@ -143,6 +144,15 @@ def test_reading_images(monkeypatch):
     assert read_images(Record("r", "s", ["a"]), Folder({"a": b"text"}))[1].detail.startswith("a: not an image")
     enormous = Folder({"a": TooLarge("9 bytes, over the limit of 8")})
     assert read_images(Record("r", "s", ["a"]), enormous)[1].reason == "image_bomb"
+
+
+def test_the_recipe_says_which_images_are_accepted():
+    folder = Folder({"scan": encoded(kind="TIFF"), "long": encoded(size=(400, 10)), "photo": encoded(kind="JPEG")})
+    rules = ImageRules(formats=["PNG", "TIFF"], max_aspect=50, max_pixels=5000)
+    assert read_images(Record("r", "s", ["scan", "long"]), folder, rules.limits())[1] is None
+    assert read_images(Record("r", "s", ["photo"]), folder, rules.limits())[1].reason == "image_format"
+    assert read_images(Record("r", "s", ["scan"]), folder)[1].reason == "image_format"
+    assert read_images(Record("r", "s", ["long"]), folder)[1].reason == "image_aspect"
 
 
 def test_every_reason_in_the_code_is_explained():
