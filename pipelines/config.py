@@ -37,6 +37,9 @@ class SourceBase(StrictModel):
     repeated_ids: Literal["quarantine", "number"] = "quarantine"
     """`number` keeps a record whose id came before and calls it id#2, id#3, ...: LLaVA's files use the image's id for
     several conversations. Otherwise the later ones are set aside as duplicate_id."""
+    links: Annotated[Literal["inside", "anywhere"], Decides.WHEN_SET] = "inside"
+    """Where symbolic links in a folder of images may lead. Those that leave the folder set their record aside; with
+    `anywhere` they are followed, which a cache of downloads or a folder put together of links needs."""
 
     @property
     def label(self) -> str:

@@ -4,10 +4,12 @@ On a local disk a file is written beside its place, flushed, and renamed over it
 written to a local temporary file and then uploaded by one stream: the store shows an object only when it is complete.
 """
 
+import errno
 import hashlib
 import os
 import posixpath
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -81,19 +83,68 @@ def size(uri: str) -> int | None:
 def read_bytes(uri: str) -> bytes:
     """The whole file. Raises FileNotFoundError when it is not there."""
     filesystem, path = open_fs(uri)
-    return read_path(filesystem, path)
+    with filesystem.open_input_file(path) as file:
+        return file.read()
 
 
 class TooLarge(ValueError):
     """A file or member that is larger than its reader allows."""
 
 
-def read_path(filesystem: fs.FileSystem, path: str, limit: int | None = None) -> bytes:
-    """The whole file, for callers that read many files of one file system. Raises TooLarge over `limit` bytes."""
+class NotReadable(ValueError):
+    """What stands where a file is expected is none that may be read: a pipe, a device, a link to somewhere else."""
+
+
+def read_path(filesystem: fs.FileSystem, path: str, limit: int | None = None, inside: str | None = None) -> bytes:
+    """The whole file, for callers that read many files of one file system.
+
+    Args:
+        filesystem: of the file.
+        path: within it.
+        limit: bytes at most.
+        inside: folder on a local disk that symbolic links must not lead out of.
+
+    Raises:
+        TooLarge: over `limit` bytes.
+        NotReadable: it is a pipe, a socket or a device, which could wait for ever, or a link out of `inside`.
+        OSError: there is no such file, it cannot be read, or its size changed meanwhile.
+    """
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return _read_local(path, limit, inside)
     with filesystem.open_input_file(path) as file:
         if limit is not None and file.size() > limit:
             raise TooLarge(f"the file has {file.size()} bytes, over the limit of {limit}")
         return file.read()
+
+
+def _read_local(path: str, limit: int | None, inside: str | None) -> bytes:
+    if inside is not None:
+        real, root = os.path.realpath(path), _real(inside)
+        if os.path.commonpath([real, root]) != root:
+            raise NotReadable(f"it is a symbolic link that leads out of its folder, to {real}")
+    _check_file(os.stat(path))  # before it is opened: opening a device can do things
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        _check_file(status)
+        if limit is not None and status.st_size > limit:
+            raise TooLarge(f"the file has {status.st_size} bytes, over the limit of {limit}")
+        data = file.read(status.st_size + 1)
+    if len(data) != status.st_size:
+        raise OSError(f"the file had {status.st_size} bytes and then others: something writes to it")
+    return data
+
+
+@lru_cache(maxsize=64)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _check_file(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise NotReadable(f"it is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')} and no file")
 
 
 def checksum(uri: str) -> tuple[int, str]:

@@ -5,13 +5,14 @@ a training run. A JPEG is decoded at an eighth of its size: its data is still re
 same (tests/unit/pipelines/test_image_check.py), in half the time.
 """
 
+import errno
 import time
 from collections.abc import Sequence
 
 from mlmamba.conversation import ASSISTANT, USER, check_turns, clean
 from mlmamba.images import LIMITS, ImageError, ImageLimits, open_image
 from pipelines.sources.source import ImageMissing, Problem, Record, Source, shown_location
-from pipelines.storage import TooLarge
+from pipelines.storage import NotReadable, TooLarge
 
 REASONS = {
     "malformed": "the entry is not what the source's format asks for",
@@ -37,6 +38,8 @@ REMOVED = ("duplicate_content", "contaminated")
 
 _READ_TRIES = 3
 _RETRY_SECONDS = 0.5
+# What waiting does not mend: a name that is too long, links in a circle, no permission.
+_LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL)
 
 
 def check_record(
@@ -84,12 +87,18 @@ def read_images(record: Record, source: Source, limits: ImageLimits = LIMITS) ->
             data = _read(source, location)
         except ImageMissing as error:
             return images, Problem("image_missing", f"{shown_location(location)}: {error}")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError):
             return images, Problem("image_missing", f"no file {shown_location(location)}")
+        except IsADirectoryError:
+            return images, Problem("image_missing", f"no file {shown_location(location)}: it is a folder")
         except TooLarge as error:
             return images, Problem("image_bomb", f"{shown_location(location)}: {error}")
+        except NotReadable as error:
+            remedy = "; to follow such links, set `links: anywhere` on the source" if "link" in str(error) else ""
+            return images, Problem("image_unreadable", f"{shown_location(location)}: {error}{remedy}")
         except (OSError, ValueError) as error:
-            return images, Problem("image_unreadable", f"{shown_location(location)}: {error}")
+            said = getattr(error, "strerror", None) or error  # which names the file once more
+            return images, Problem("image_unreadable", f"{shown_location(location)}: {said}")
         problem = check_image(data, limits)
         if problem:
             return images, Problem(problem.reason, f"{shown_location(location)}: {problem.detail}")
@@ -104,8 +113,8 @@ def _read(source: Source, location: str) -> bytes:
             return source.read_image(location)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise
-        except OSError:
-            if attempt == _READ_TRIES:
+        except OSError as error:
+            if attempt == _READ_TRIES or error.errno in _LASTING:
                 raise
             time.sleep(_RETRY_SECONDS * attempt)
     raise AssertionError("not reached")

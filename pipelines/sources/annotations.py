@@ -29,7 +29,7 @@ class AnnotatedImages:
 
     def __init__(self, config):
         self.config = config
-        self._images = open_images(config.images) if config.images else None
+        self._images = open_images(config.images, config.links) if config.images else None
 
     def read_image(self, location: str) -> bytes:
         """The image's file, untouched."""

@@ -24,10 +24,10 @@ class Images(Protocol):
         """Changes when `locate` gives other answers."""
 
 
-def open_images(uri: str) -> Images:
-    """The images in a folder or in a file that ends in .zip."""
+def open_images(uri: str, links: str = "anywhere") -> Images:
+    """The images in a folder or in a file that ends in .zip. `links` is as in SourceBase."""
     filesystem, path = storage.open_fs(uri)
-    return Archive(filesystem, path, uri) if path.endswith(".zip") else Folder(filesystem, path)
+    return Archive(filesystem, path, uri) if path.endswith(".zip") else Folder(filesystem, path, links)
 
 
 DATA_URI = "data:"
@@ -46,8 +46,9 @@ def decode_data_uri(uri: str) -> bytes:
 class Folder:
     """Images in a folder and the folders below it. A location is the path."""
 
-    def __init__(self, filesystem, folder: str):
+    def __init__(self, filesystem, folder: str, links: str):
         self._filesystem, self._folder = filesystem, folder
+        self._inside = folder if links == "inside" else None
 
     def locate(self, path: str) -> str:
         """The path: whether the file is there shows when it is read."""
@@ -58,7 +59,7 @@ class Folder:
         forms = [location, *(unicodedata.normalize(form, location) for form in ("NFC", "NFD"))]
         for form in dict.fromkeys(forms[:1] if location.isascii() else forms):
             try:
-                return storage.read_path(self._filesystem, posixpath.join(self._folder, form), MAX_FILE_BYTES)
+                return storage.read_path(self._filesystem, posixpath.join(self._folder, form), MAX_FILE_BYTES, self._inside)
             except FileNotFoundError as error:
                 missing = error
         raise missing

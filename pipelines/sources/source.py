@@ -19,9 +19,17 @@ class Problem:
     """Bytes that the source's files should have; with `lost`, the share that is lost."""
 
 
+_LONGEST_NAME = 120
+
+
 def shown_location(location: str) -> str:
-    """A location for a message: of an image that is in the text itself, its beginning."""
-    return location if not location.startswith("data:") else f"{location[:40]}..."
+    """A location for a message. An image that is in the text itself, or an endless name, is shortened: it would push out
+    what is said about it."""
+    if location.startswith("data:"):
+        return f"{location[:40]}..."
+    if len(location) <= _LONGEST_NAME:
+        return location
+    return f"{location[: _LONGEST_NAME // 2]}...{location[-_LONGEST_NAME // 4 :]} ({len(location)} characters)"
 
 
 class ImageMissing(FileNotFoundError):

@@ -38,6 +38,16 @@ def bomb(rng: random.Random) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def empty_canvas(rng: random.Random) -> bytes:
+    """A WebP of a hundred bytes, 2 x 2 pixels on a canvas of 64 million: no more than is allowed."""
+    frames = [Image.new("RGB", (2, 2), tuple(rng.randbytes(3))) for _ in range(2)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    data = bytearray(buffer.getvalue())
+    data[24:30] = (7999).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
 def flipped(rng: random.Random) -> bytes:
     """A PNG with a bit wrong within its data."""
     data = bytearray(noise(rng))
@@ -52,7 +62,13 @@ IMAGES: dict[str, tuple[Callable[[random.Random], bytes], str]] = {
     "not an image": (lambda rng: rng.randbytes(rng.randrange(1, 500)), "image_unreadable"),
     "web page": (lambda rng: b"<html><body>404 Not Found</body></html>", "image_unreadable"),
     "empty file": (lambda rng: b"", "image_unreadable"),
+    "git lfs pointer": (
+        lambda rng: f"version https://git-lfs.github.com/spec/v1\noid sha256:{rng.randbytes(32).hex()}\n".encode(),
+        "image_unreadable",
+    ),
     "bomb": (bomb, "image_bomb"),
+    "empty canvas": (empty_canvas, "image_bomb"),
+    "svg": (lambda rng: f"<svg xmlns='http://www.w3.org/2000/svg' id='{rng.random()}'/>".encode(), "image_format"),
     "tiff": (lambda rng: noise(rng, "TIFF"), "image_format"),
     "ppm": (lambda rng: noise(rng, "PPM"), "image_format"),
     "stripe": (lambda rng: noise(rng, "PNG", (rng.randrange(101, 200), 5)), "image_aspect"),

@@ -1,7 +1,9 @@
 """What sets a record aside: every reason code, on records and images damaged in the way it names."""
 
 import io
+import os
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from PIL import Image
 from mlmamba import images
 from mlmamba.conversation import Turn
 from pipelines import validate
-from pipelines.config import ImageRules
+from pipelines.config import ImageRules, LlavaSource
 from pipelines.sources import Problem, Record
-from pipelines.storage import TooLarge
+from pipelines.sources.images import open_images
+from pipelines.storage import NotReadable, TooLarge
 from pipelines.validate import REASONS, REMOVED, check_image, check_record, read_images
 from tests.helpers.images import encoded
 
@@ -144,6 +147,88 @@ def test_reading_images(monkeypatch):
     assert read_images(Record("r", "s", ["a"]), Folder({"a": b"text"}))[1].detail.startswith("a: not an image")
     enormous = Folder({"a": TooLarge("9 bytes, over the limit of 8")})
     assert read_images(Record("r", "s", ["a"]), enormous)[1].reason == "image_bomb"
+
+
+@pytest.fixture
+def hostile_folder(tmp_path, monkeypatch):
+    """A folder with one good image among what should not be there; waiting for any of it fails the test."""
+    monkeypatch.setattr(validate.time, "sleep", lambda seconds: pytest.fail("it waited to try again"))
+    folder, outside = tmp_path / "images", tmp_path / "outside"
+    for place in (folder, outside, folder / "sub", folder / "folder.png"):
+        place.mkdir()
+    good = encoded()
+    for file in (folder / "good.png", folder / "sub/good.png", outside / "secret.png"):
+        file.write_bytes(good)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    (folder / "tty.png").symlink_to("/dev/tty")
+    (folder / "link.png").symlink_to(outside / "secret.png")
+    (folder / "linked").symlink_to(outside)
+    (folder / "inside.png").symlink_to("sub/good.png")
+    (folder / "circle.png").symlink_to("circle.png")
+    (folder / "gone.png").symlink_to("nothing.png")
+    (folder / "empty.png").touch()
+    with open(folder / "sparse.png", "wb") as sparse:
+        sparse.truncate(1 << 40)
+    server = socket.socket(socket.AF_UNIX)
+    monkeypatch.chdir(folder)
+    server.bind("socket.png")
+    yield folder
+    server.close()
+
+
+HOSTILE = {
+    "pipe.png": ("image_unreadable", "it is a pipe and no file"),
+    "socket.png": ("image_unreadable", "it is a socket and no file"),
+    "device.png": ("image_unreadable", "a symbolic link that leads out of its folder, to /dev/zero"),
+    "tty.png": ("image_unreadable", "leads out of its folder, to /dev/tty"),
+    "link.png": ("image_unreadable", "set `links: anywhere` on the source"),
+    "linked/secret.png": ("image_unreadable", "leads out of its folder"),
+    "circle.png": ("image_unreadable", "Too many levels of symbolic links"),
+    "gone.png": ("image_missing", "no file gone.png"),
+    "folder.png": ("image_missing", "it is a folder"),
+    "good.png/more.png": ("image_missing", "no file good.png/more.png"),
+    "empty.png": ("image_unreadable", "not an image but an empty file"),
+    "sparse.png": ("image_bomb", "over the limit of"),
+    "n" * 300 + ".png": ("image_unreadable", "(304 characters): File name too long"),
+    "n" * 9000 + ".png": ("image_unreadable", "(9004 characters): File name too long"),
+    "zero\0.png": ("image_unreadable", "null"),
+    "half \ud800.png": ("image_unreadable", ""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: ascii(name)[:20])
+def test_what_should_not_be_among_images_is_set_aside_at_once(hostile_folder, name):
+    source = LlavaSource(type="llava", annotations="x.json", images=str(hostile_folder))
+    files, (reason, said) = open_images(source.images, source.links), HOSTILE[name]
+    files.read_image = files.read
+    assert read_images(Record("r", "s", ["good.png", "inside.png"]), files)[1] is None
+    problem = read_images(Record("r", "s", [name]), files)[1]
+    assert (problem.reason, said in problem.detail) == (reason, True), problem.detail
+    assert len(problem.detail) < 400
+
+
+def test_links_are_followed_where_the_source_says_so(hostile_folder):
+    files = open_images(str(hostile_folder), "anywhere")
+    assert files.read("link.png") == files.read("linked/secret.png") == encoded()
+    with pytest.raises(NotReadable, match="it is a device and no file"):
+        files.read("device.png")
+
+
+def test_the_folder_itself_may_be_a_link(hostile_folder, tmp_path):
+    (tmp_path / "again").symlink_to(hostile_folder)
+    assert open_images(str(tmp_path / "again"), "inside").read("inside.png") == encoded()
+
+
+def test_a_file_that_is_written_to_meanwhile_is_not_taken_for_whole(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded())
+    files = open_images(str(tmp_path), "inside")
+    status = os.stat(tmp_path / "a.png")
+    for size in (status.st_size - 1, status.st_size + 1):  # it grows, it shrinks
+        told = os.stat_result((*status[:6], size, *status[7:]))
+        monkeypatch.setattr(os, "fstat", lambda descriptor, told=told: told)
+        with pytest.raises(OSError, match="something writes to it"):
+            files.read("a.png")
 
 
 def test_the_recipe_says_which_images_are_accepted():
