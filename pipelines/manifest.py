@@ -1,4 +1,4 @@
-"""manifest.json: what a finished data set holds, and whether a folder already holds the data set of a recipe.
+"""manifest.json: what a finished data set holds.
 
 The manifest is written last, so a folder without one is not a finished data set. Both splits stand in one manifest: one
 recipe and one tokenizer make them, a run trains on one and validates on the other, and one digest names both.
@@ -7,15 +7,13 @@ recipe and one tokenizer make them, a run trains on one and validates on the oth
 import hashlib
 import json
 import platform
-from contextlib import suppress
 
 import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from mlmamba import __version__
 from pipelines import storage
-from pipelines.config import SCHEMA_VERSION, SPLITS_TO_PACK, DataConfig, SourceConfig, StrictModel
-from pipelines.sources import open_source
+from pipelines.config import SCHEMA_VERSION, StrictModel
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_PATH = "tokenizer/tokenizer.json"
@@ -88,6 +86,8 @@ class Manifest(StrictModel):
     pixels: int = 1
     """Version of the rules by which its images become RGB (mlmamba/image_colours.py). Training reads them by these.
     Sets that were prepared before there was such a field are of version 1."""
+    quarantine_sha256: str | None = None
+    """sha256 of quarantine.arrow; sets that were prepared before there was such a field have none."""
     splits: dict[str, SplitInfo]
     """The train split, and the validation split where the recipe has one."""
 
@@ -188,34 +188,6 @@ def split_info(
         lost=lost or {},
         **totals,
     )
-
-
-def fingerprints(config: DataConfig) -> dict[str, str]:
-    """Digest the list of records of each source that is packed or kept out, by split/name. No images are read."""
-    return {key: open_source(source).fingerprint() for key, source in _sources(config).items()}
-
-
-def find_finished(config: DataConfig, out: str, recipe: str) -> Manifest | None:
-    """Return the manifest in `out` if it is of this recipe and its sources still list the same records, else None."""
-    if not storage.exists(storage.join(out, MANIFEST_FILE)):
-        return None
-    try:
-        manifest = Manifest.load(out)
-    except ValueError:  # of another schema version: made again
-        return None
-    if manifest.recipe_digest != recipe:
-        return None
-    for key, source in _sources(config).items():
-        # A finished data set stays valid after its raw corpus was deleted.
-        with suppress(OSError, ImportError):
-            if open_source(source).fingerprint() != manifest.sources.get(key):
-                return None
-    return manifest
-
-
-def _sources(config: DataConfig) -> dict[str, SourceConfig]:
-    packed = {f"{split}/{source.label}": source for split in SPLITS_TO_PACK for source in getattr(config, split)}
-    return packed | config.evaluation_sets()
 
 
 def _created_by() -> str:

@@ -19,6 +19,7 @@ from mlmamba.image_colours import PIXELS
 from pipelines import storage
 from pipelines.manifest import Manifest
 from pipelines.schema import values
+from pipelines.shard_check import ShardCheck
 from pipelines.shuffle import permutation
 
 OPEN_SHARDS = 128  # each takes a file descriptor
@@ -52,13 +53,15 @@ class PackedDataset:
     Args:
         uri: folder of the data set, path or URI.
         split: "train" or "validation".
+        check: compare each shard with its sha256 before the first row of it is read, once on each machine
+            (pipelines/shard_check.py). Reading rows then raises ShardDamaged.
 
     Raises:
         FileNotFoundError: the data set is not finished.
         ValueError: it has no such split.
     """
 
-    def __init__(self, uri: str, split: str = "train"):
+    def __init__(self, uri: str, split: str = "train", check: bool = False):
         self.manifest = Manifest.load(uri)
         if split not in self.manifest.splits:
             has = ", ".join(self.manifest.splits)
@@ -67,9 +70,13 @@ class PackedDataset:
         shards = self.manifest.splits[split].shards
         self._ends = np.cumsum([shard.rows for shard in shards])
         files = [storage.join(uri, shard.path) for shard in shards]
+        checker = ShardCheck(uri)
+        self.checks = check and checker.possible
 
         @lru_cache(maxsize=OPEN_SHARDS)
         def open_shard(shard: int) -> tuple[pa.ipc.RecordBatchFileReader, Lock]:
+            if self.checks:
+                checker.check(shards[shard])
             return storage.open_arrow(files[shard]), Lock()
 
         self._open_shard = open_shard

@@ -18,11 +18,12 @@ from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
 from pipelines.dedup import Removals, find_removals
 from pipelines.exclusion import ExclusionError, read_excluded
 from pipelines.execution import ensure_ray, quiet_ray_data
+from pipelines.finished import find_finished, fingerprints
 from pipelines.losses import Losses
-from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, find_finished, fingerprints, split_info
+from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, split_info
 from pipelines.pack import pack, shard_tasks
 from pipelines.progress import Progress, ProgressMeter
-from pipelines.quarantine import Tally, allowed, none_left, over_limit, write_quarantine
+from pipelines.quarantine import QUARANTINE_FILE, Tally, allowed, none_left, over_limit, write_quarantine
 from pipelines.records import Partition, cut, list_records
 from pipelines.tokenize import TokenizeSettings, tokenize
 from pipelines.tokenizer import TOKENIZER_FILE
@@ -91,6 +92,7 @@ def prepare(
         max_tokens=config.max_tokens,
         tokens_per_image=tokens_per_image,
         pixels=PIXELS,
+        quarantine_sha256=storage.checksum(storage.join(out, QUARANTINE_FILE))[1],
         splits={
             split: split_info(
                 shards[split],

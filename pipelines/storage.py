@@ -225,6 +225,13 @@ def list_names(uri: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
 
 
+def sizes(uri: str) -> dict[str, int]:
+    """Bytes of each file directly in a folder, by name: one listing. A folder that is not there has none."""
+    filesystem, path = open_fs(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: info.size for info in infos if info.type == fs.FileType.File}
+
+
 def delete(uri: str) -> None:
     """Delete a file if it is there."""
     filesystem, path = open_fs(uri)

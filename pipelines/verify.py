@@ -14,6 +14,8 @@ from tokenizers import Tokenizer
 
 from mlmamba.conversation import IGNORE_INDEX, IMAGE_TOKEN
 from pipelines import storage
+from pipelines.config import DataConfig
+from pipelines.finished import changed_sources, wrong_size
 from pipelines.manifest import MANIFEST_FILE, TOKENIZER_PATH, Manifest, ShardInfo, SplitInfo
 from pipelines.progress import Progress, ProgressMeter
 from pipelines.quarantine import QUARANTINE_FILE
@@ -23,12 +25,15 @@ _THREADS = 4  # hashing and reading release the interpreter lock
 _SUMS = ("rows", "samples", "tokens", "loss_tokens", "images")
 
 
-def verify(uri: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> list[str]:
+def verify(
+    uri: str, on_progress: Callable[[Progress], None] = lambda progress: None, config: DataConfig | None = None
+) -> list[str]:
     """Read every file of a data set again and compare it with the manifest.
 
     Args:
         uri: folder of the data set.
         on_progress: called with each shard that is done.
+        config: what the set was made from; with it, sources that have changed since are problems as well.
 
     Returns:
         One sentence per problem; an empty list means that the data set is what the manifest says.
@@ -50,6 +55,7 @@ def verify(uri: str, on_progress: Callable[[Progress], None] = lambda progress: 
     for name, split in manifest.splits.items():
         problems += _totals(name, split, manifest.max_tokens)
     problems += _quarantine(uri, manifest)
+    problems += changed_sources(config, manifest) if config else []
     if manifest.content_digest() != manifest.digest:
         problems.append(f"{MANIFEST_FILE} has digest {manifest.digest}, its shards give {manifest.content_digest()}")
     return problems
@@ -92,9 +98,8 @@ def _local(uri: str) -> Iterator[str]:
 
 def _compare(file: str, shard: ShardInfo, manifest: Manifest, image_id: int | None) -> list[str]:
     size, sha256 = storage.checksum(file)
-    if size != shard.bytes:
-        what = "cut off" if size < shard.bytes else "too long"
-        return [f"{shard.path} is {what}: it has {size} bytes, the manifest says {shard.bytes}"]
+    if problem := wrong_size(shard, size):
+        return [problem]
     if sha256 != shard.sha256:
         return [f"{shard.path} has other content: its sha256 is {sha256}, the manifest says {shard.sha256}"]
     facts, longest, image_tokens = _recount(storage.open_arrow(file), image_id)
@@ -153,11 +158,17 @@ def _quarantine(uri: str, manifest: Manifest) -> list[str]:
     """Whether the quarantine table holds as many records of each reason as the manifest says."""
     try:
         table = storage.open_arrow(storage.join(uri, QUARANTINE_FILE), ["split", "source", "reason"]).read_all()
+        _, sha256 = storage.checksum(storage.join(uri, QUARANTINE_FILE))
     except FileNotFoundError:
         return [f"{QUARANTINE_FILE} is missing"]
     except (OSError, pa.ArrowInvalid) as error:
         return [f"{QUARANTINE_FILE} cannot be read: {error}"]
     problems = []
+    if manifest.quarantine_sha256 not in (None, sha256):
+        problems.append(
+            f"{QUARANTINE_FILE} has other content: its sha256 is {sha256}, the manifest says "
+            f"{manifest.quarantine_sha256}"
+        )
     for name, split in manifest.splits.items():
         own = table.filter(pc.equal(table["split"], name))
         by_reason, by_source = Counter(), {}

@@ -94,7 +94,7 @@ class Console:
             self.note(event["text"])
             if event["step"]:
                 self.note(f"going on from the checkpoint of step {event['step']} of {event['steps']}")
-        elif kind == "failure":
+        elif kind in ("failure", "note"):
             self.note(event["text"])
 
 

@@ -175,6 +175,15 @@ def prepare_sets(recipe: Recipe | DataRecipe, storage: Folder, console: Console)
     return {layout.data[stage]: manifest for stage, manifest in manifests.items()}
 
 
+def data_configs(recipe: Recipe | DataRecipe, storage: Folder) -> dict[Folder, DataConfig]:
+    """What each of a recipe's data sets is made from, by folder, as `prepare_sets` names them."""
+    if isinstance(recipe, DataRecipe):
+        named = (storage, recipe.data, recipe.name, recipe.tokens_per_image, recipe.seed)
+        return {data_folder(*named): recipe.data}
+    layout = layout_of(recipe, storage, image_tokens(recipe.model))
+    return {layout.data[stage.name]: recipe.data_of(stage) for stage in recipe.train.stages}
+
+
 def _prepare_one(
     data: DataConfig, folder: Folder, earlier: Folder, tokens_per_image: int, seed: int, console: Console
 ) -> Manifest:

@@ -79,3 +79,15 @@ def test_verify_finds_a_flipped_bit_and_says_what_to_do(prepared, capsys):
     (folder / "manifest.json").unlink()
     assert main(command) == 0
     assert shard.read_bytes() == good
+
+
+def test_a_shard_that_was_deleted_is_made_again_and_said_to_be(prepared, caplog):
+    file, storage, folder = prepared
+    command = ["prepare", file, "--storage", str(storage)]
+    assert main(command) == 0
+    before = {shard: shard.read_bytes() for shard in (folder / "shards").iterdir()}
+    lost = next(iter(before))
+    lost.unlink()
+    assert main(command) == 0
+    assert f"is made again: shards/{lost.name} is missing" in caplog.text
+    assert {shard: shard.read_bytes() for shard in (folder / "shards").iterdir()} == before

@@ -46,3 +46,17 @@ def test_a_stage_that_diverged_is_not_tried_again(here, tmp_path):
     with pytest.raises(WorkflowError, match=r"stage full diverged at step 2 of 8.*its checkpoint of step 1 is kept"):
         run_toy_stage(here, tmp_path, recipe, events.append)
     assert len([event for event in events if event["event"] == "start"]) == 1
+
+
+def test_a_flipped_bit_in_a_shard_is_not_trained_on(here, tmp_path):
+    events, recipe = [], toy_recipe(here, {"steps": 8}, max_failures=0)
+    shard = next((here.data / "shards").glob("train-*"))
+    good = shard.read_bytes()
+    shard.write_bytes(good[:2000] + bytes([good[2000] ^ 1]) + good[2001:])
+    try:
+        with pytest.raises(WorkflowError, match=rf"stage full failed: .*{shard.name} has other content.*run again"):
+            run_toy_stage(here, tmp_path, recipe, events.append)
+    finally:
+        shard.write_bytes(good)
+    assert "are compared with their sha256" in " ".join(e["text"] for e in events if e["event"] == "note")
+    assert not [event for event in events if event["event"] == "metrics"]

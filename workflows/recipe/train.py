@@ -118,6 +118,9 @@ class TrainRecipe(StrictModel):
     max_loss_rise: Annotated[float | None, Decides.NOTHING] = Field(3.0, gt=0)
     """The stage stops as diverged when the mean loss between two logs is this much, in nats per token, over the lowest
     such mean so far (3 nats: 20 times less likely answers); absent: only what is not finite stops it."""
+    check_shards: Annotated[bool, Decides.NOTHING] = True
+    """Compare each shard with its sha256 before it is read, once on each node, while training goes on. It reads a shard
+    whole; shards in an object store are not compared here (`mlmamba prepare --verify` does)."""
     max_failures: Annotated[int, Decides.NOTHING] = Field(2, ge=0)
     """How often a stage is restarted from its last checkpoint when a worker dies."""
     stages: list[StageRecipe] = Field(min_length=1)

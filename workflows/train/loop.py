@@ -59,7 +59,7 @@ class Worker:
         if self.config.activation_checkpointing:
             model.gradient_checkpointing_enable()
         self.digest = restore.model_digest(model)
-        self.dataset = PackedDataset(job.data)
+        self.dataset = PackedDataset(job.data, check=self.config.check_shards)
         self.steps = total_steps(self.stage, len(self.dataset))
         self.store = CheckpointStore(Folder(job.checkpoints))
         found = restore.find(self.store, rank, world, self.config.zero_stage, self.digest, self._damaged)
@@ -78,7 +78,8 @@ class Worker:
         self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, model, pin)
         if self.config.validate_every:
             rows = self.config.validate_rows
-            self.validation = ValidationLoss(job.data, rows, self.stage.micro_batch_rows, model, pin)
+            held_out = PackedDataset(job.data, "validation", self.config.check_shards)
+            self.validation = ValidationLoss(held_out, rows, self.stage.micro_batch_rows, model, pin)
         if self.config.sample_every:
             count, tokens = self.config.samples, self.config.sample_tokens
             image, size = model.config.image_token_id, model.config.vision_config.image_size
@@ -86,6 +87,11 @@ class Worker:
         made_by = found.workers if found and restore.must_reshard(found, world) else None
         text = describe(self.stage, sizes)
         self.tell({"event": "start", "text": text, "step": self.done, "steps": self.steps, "resharded_from": made_by})
+        if self.dataset.checks:
+            shards = self.dataset.manifest.shards
+            size = sum(shard.bytes for shard in shards) / 1e6
+            text = f"its {len(shards)} shards ({size:,.1f} MB) are compared with their sha256 as they are first read"
+            self.tell({"event": "note", "text": text})
 
     def train(self) -> str:
         """All steps that are left, and the export. Returns why the stage stopped, or "" when it is finished."""

@@ -17,14 +17,13 @@ class ValidationLoss:
     """Measure the mean loss per token over the first rows of the validation split.
 
     Args:
-        data: folder of the data set.
+        dataset: the validation split.
         rows: how many rows at most.
         micro_batch_rows: rows that one worker runs at once.
         model, pin: as `batch_maker` takes them.
     """
 
-    def __init__(self, data: str, rows: int, micro_batch_rows: int, model, pin: bool = False):
-        dataset = PackedDataset(data, "validation")
+    def __init__(self, dataset: PackedDataset, rows: int, micro_batch_rows: int, model, pin: bool = False):
         self._rows = min(rows, len(dataset))
         self._micro = micro_batch_rows
         self._make = batch_maker(dataset, micro_batch_rows, model, pin)

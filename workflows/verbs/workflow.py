@@ -75,12 +75,12 @@ def prepare(a: argparse.Namespace) -> dict:
 
     recipe, storage = load_any(a.recipe, a.set), open_storage(a.storage)
     from pipelines.verify import verify
-    from workflows.run import prepare_sets
+    from workflows.run import data_configs, prepare_sets
 
     console = open_console()
-    sets, texts = {}, []
+    sets, texts, made_from = {}, [], data_configs(recipe, storage)
     for folder, manifest in prepare_sets(recipe, storage, console).items():
-        problems = verify(folder.uri, console.preparation) if a.verify else []
+        problems = verify(folder.uri, console.preparation, made_from[folder]) if a.verify else []
         sets[folder.shown] = {**json.loads(manifest.model_dump_json()), "problems": problems}
         texts += [folder.shown, f"digest {manifest.digest}", *problems]
         if a.verify and not problems:

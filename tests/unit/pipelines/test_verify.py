@@ -1,11 +1,14 @@
 """A data set read back: every kind of damage to its files or its manifest is found and named."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from pipelines.config import DataConfig
+from pipelines.finished import fingerprints
 from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.verify import verify
 from tests.helpers.packed_set import write_packed_set
@@ -134,3 +137,28 @@ def test_a_shard_taken_out_of_the_manifest(folder):
     problems = " ".join(verify(str(folder)))
     assert "train-00003.arrow is not in the manifest" in problems
     assert "manifest.json has digest" in problems
+
+
+def test_a_flipped_byte_in_the_quarantine(folder):
+    file = folder / "quarantine.arrow"
+    good = file.read_bytes()
+    sha256 = hashlib.sha256(good).hexdigest()
+    manifest = Manifest.load(str(folder)).model_copy(update={"quarantine_sha256": sha256})
+    manifest.save(str(folder))
+    assert verify(str(folder)) == []
+    at = good.index(b"no file 0.png")  # no count and no reason changes
+    file.write_bytes(good[:at] + b"NO" + good[at + 2 :])
+    (problem,) = verify(str(folder))
+    assert problem.startswith("quarantine.arrow has other content: its sha256 is ")
+
+
+def test_a_source_that_has_changed_since(folder, tmp_path):
+    (tmp_path / "train.json").write_text("[]")
+    source = {"type": "llava", "annotations": str(tmp_path / "train.json"), "images": str(tmp_path)}
+    config = DataConfig(train=[source], tokenizer={"train_vocab_size": 300}, max_tokens=400)
+    Manifest.load(str(folder)).model_copy(update={"sources": fingerprints(config)}).save(str(folder))
+    assert verify(str(folder), config=config) == []
+    (tmp_path / "train.json").write_text("[ ]")
+    assert verify(str(folder), config=config) == [
+        "the source train/llava has changed since the data set was made from it"
+    ]
