@@ -178,7 +178,7 @@ def _plain_webp(data: bytes, keep_exif: bool) -> bytes:
     while at + 8 <= len(data):
         name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         chunk = bytearray(data[at : at + 8 + length])
-        if name == b"VP8X" and length:
+        if name == b"VP8X" and len(chunk) > 8:
             chunk[8] &= ~0x24 if keep_exif else ~0x2C  # it also says which kinds of metadata there are
         if name in kept:
             parts.append(bytes(chunk) + b"\0" * (length & 1))

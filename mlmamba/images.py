@@ -35,6 +35,7 @@ MAX_ASPECT = 20.0
 _EMPTY_FROM = 16_000_000
 _MOST_PER_BYTE = 10_000
 _MOST_SCANS = 100
+_MOST_BYTES = 256 << 20
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -221,9 +222,12 @@ def _read(source: str) -> bytes:
     if source.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(source, timeout=30) as answer:
-                return answer.read()
+                data = answer.read(_MOST_BYTES + 1)
         except (OSError, HTTPException) as error:
             raise ImageError("image_missing", f"cannot fetch the image at {source}: {error}") from error
+        if len(data) > _MOST_BYTES:  # perhaps it never ends
+            raise ImageError("image_bomb", f"the image at {source} has over {_MOST_BYTES} bytes")
+        return data
     shown = source if len(source) < 100 else f"{source[:60]}... ({len(source)} characters)"
     if source.startswith("data:"):
         source = source.partition(",")[2]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import struct
 import zlib
 
@@ -178,3 +179,39 @@ def test_a_png_with_texts_of_its_own_is_read_as_it_is():
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Comment", "a caption", zip=True)
     assert (np.asarray(open_image(encoded(3, pnginfo=texts))) == np.asarray(image(3))).all()
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Cut off, with wrong bytes, with a piece missing, or with a piece too much."""
+    changed, at = bytearray(data), rng.randrange(len(data))
+    kind = rng.randrange(4)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        for _ in range(rng.choice((1, 3, 20))):
+            changed[rng.randrange(len(data))] = rng.choice((0, 127, 128, 255, rng.randrange(256)))
+    elif kind == 2:
+        del changed[at : at + rng.randrange(1, 60)]
+    else:
+        changed[at:at] = rng.randbytes(rng.randrange(1, 60))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_whatever_is_wrong_with_a_file_it_has_a_reason(kind):
+    options = {"exif": exif(), "icc_profile": b"x" * 200} if kind in ("PNG", "JPEG", "WEBP") else {}
+    data, rng = encoded(1, kind, (60, 40), blocks=(8, 8), **options), random.Random(kind)
+    reasons = set()
+    for _ in range(1500):
+        try:
+            assert open_image(damaged(data, rng)).mode == "RGB"
+        except ImageError as error:
+            reasons.add(error.reason)
+    assert "image_unreadable" in reasons
+
+
+def test_a_webp_whose_description_is_cut_off():
+    data = encoded(1, "WEBP", exif=exif())
+    for length in range(12, 40):
+        with pytest.raises(ImageError):
+            open_image(data[:length])

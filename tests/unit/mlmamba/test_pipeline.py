@@ -10,6 +10,7 @@ import torch
 from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 import mlmamba
+from mlmamba import images as gate
 from tests.helpers.images import encoded, image
 from tests.helpers.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 
@@ -143,6 +144,13 @@ def test_images_come_in_every_form(pipe, tmp_path, url):
 def test_a_url_without_an_image_is_an_error(pipe, url):
     with pytest.raises(ValueError, match=r"cannot fetch the image at http://127.0.0.1:\d+/2.png: .*404"):
         pipe(text=question("what?", {"type": "image", "url": f"{url}/2.png"}))
+
+
+def test_an_image_at_a_url_that_does_not_end_is_not_read_on(url, monkeypatch):
+    monkeypatch.setattr(gate, "_MOST_BYTES", 10)
+    with pytest.raises(gate.ImageError, match="has over 10 bytes") as caught:
+        gate.as_image(f"{url}/1.png")
+    assert caught.value.reason == "image_bomb"
 
 
 def test_answers_stream(pipe, capsys):
