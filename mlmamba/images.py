@@ -153,8 +153,9 @@ def _upright(image: Image.Image, pixels: int) -> Image.Image:
     try:
         colours = to_rgb(image, pixels)
     except Exception as error:
-        reason = "image_truncated" if "truncated" in str(error).lower() else "image_unreadable"
-        raise ImageError(reason, f"the image data is damaged: {_text(error)}") from error
+        if "truncated" in str(error).lower():
+            raise ImageError("image_truncated", f"the image ends before its data does: {_text(error)}") from error
+        raise ImageError("image_unreadable", f"the image data is damaged: {_text(error)}") from error
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # damaged EXIF says nothing about the pixels

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from docs.generate.schema import GENERATED, bases, code, link, prose, reachable, section, table
+from mlmamba import images
 from workflows.cli import VERBS
 from workflows.recipe.load import RECIPES
 from workflows.recipe.schema import DataRecipe, Recipe
@@ -153,21 +154,28 @@ def _place(places: list[str]) -> str:
 def _errors() -> str:
     """Every code with its status and the message of the place where it is raised first."""
     found: dict[tuple[str, str], str] = {}
-    for file in sorted(Path(errors.__file__).parent.glob("*.py")):
+    for file in [*sorted(Path(errors.__file__).parent.glob("*.py")), Path(images.__file__)]:
         for status, name, message in raised(ast.parse(file.read_text(encoding="utf-8"))):
-            found.setdefault((name, status), message)
+            if name != "image_missing":  # of paths and addresses, which only the processor takes
+                found.setdefault((name, status), message)
     rows = [[code(name), status, message] for (name, status), message in sorted(found.items())]
     return f"## Errors\n\n{prose(errors.__doc__)}\n\n{table(['code', 'status', 'for example'], rows)}"
 
 
+_ERRORS = ("ApiError", "bad_request", "ImageError")
+
+
 def raised(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
-    """Status, code and message of every ApiError with a fixed status and code; parts that vary are three dots."""
-    for call in ast.walk(tree):
-        if not isinstance(call, ast.Call) or getattr(call.func, "id", None) not in ("ApiError", "bad_request"):
+    """Status, code and message of every ApiError and ImageError with fixed ones; parts that vary are three dots."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    for call in sorted(calls, key=lambda call: call.lineno):
+        if getattr(call.func, "id", None) not in _ERRORS:
             continue
         given = dict(enumerate(call.args)) | {keyword.arg: keyword.value for keyword in call.keywords}
         if call.func.id == "ApiError":
             status, message, name = given.get(0), given.get(1), given.get("code", given.get(3))
+        elif call.func.id == "ImageError":
+            status, message, name = ast.Constant(400), given.get(1), given.get(0)
         else:
             status, message, name = ast.Constant(400), given.get(0), given.get("code", given.get(2))
         if isinstance(status, ast.Constant) and isinstance(name, ast.Constant) and name.value and message is not None:
