@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mlmamba import ops
 from mlmamba.ops.linear import Linear
 from mlmamba.selective_scan import RMSNorm, SelectiveScan
 from mlmamba.state import LayerState, MambaState
@@ -48,9 +49,31 @@ class Mamba2Mixer(SelectiveScan):
 
     def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None, keep_state: bool = True):
         """(b, l, d) -> (b, l, d) and the layer's state afterwards, or None."""
-        z, xBC, dt = self.in_proj(x).split([self.inner, self.conv_dim, self.heads], dim=-1)
+        zxBCdt = self.in_proj(x)
+        if state is mask is None and ops.fuses(zxBCdt, self.conv_dim, self.conv1d.kernel_size[0]):
+            return self._fused(zxBCdt, seq_idx, keep_state)
+        z, xBC, dt = zxBCdt.split([self.inner, self.conv_dim, self.heads], dim=-1)
         y, state = self.scan(xBC, dt, state, mask, seq_idx, keep_state)
         return self.out_proj(self.norm(y, z)), state
+
+    def _fused(self, zxBCdt: Tensor, seq_idx: Tensor | None, keep_state: bool):
+        """`forward` after in_proj, from the start of sequences without padding: how a GPU trains and reads prompts."""
+        y, conv, ssm = ops.block(
+            zxBCdt,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.dt_bias.float(),
+            -torch.exp(self.A_log.float()),
+            self.D.float(),
+            self.norm.weight,
+            eps=self.norm.eps,
+            groups=self.groups,
+            chunk_size=self.chunk,
+            dt_limit=self.dt_limit,
+            seq_idx=seq_idx,
+            final_state=keep_state,
+        )
+        return self.out_proj(y), LayerState(conv, ssm) if keep_state else None
 
 
 class Mamba2Block(nn.Module):

@@ -27,10 +27,12 @@ __all__ = [
     "KERNELS",
     "OPERATORS",
     "PATHS",
+    "block",
     "causal_conv1d",
     "causal_conv1d_step",
     "device_problem",
     "force_path",
+    "fuses",
     "has_kernels",
     "kernel",
     "kernel_problem",
@@ -145,6 +147,54 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **kwarg
     path = path_for(x, "causal_conv1d")
     module = import_module("mlmamba.ops.cuda") if path == "cuda" else naive if path == "naive" else convolution
     return module.causal_conv1d(x, weight, bias, **kwargs)
+
+
+def fuses(x: Tensor, channels: int, taps: int) -> bool:
+    """Whether `block` can be called for x (b, l, ...): both operators have their first choice of kernels, and they take
+    that many channels and taps. A single token keeps odd strides, which the convolution refuses."""
+    if x.shape[1] < 2 or channels % 8 or not 2 <= taps <= 4:
+        return False
+    if any(path_for(x, operator) != "cuda" for operator in OPERATORS):
+        return False
+    return not import_module("mlmamba.ops.cuda").loads("block")
+
+
+def block(
+    zxBCdt: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    *,
+    eps: float,
+    groups: int,
+    chunk_size: int,
+    dt_limit: tuple[float, float],
+    seq_idx: Tensor | None = None,
+    final_state: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Convolution, recurrence and gated norm of a Mamba-2 block in one function, from a zero state; ask `fuses` first.
+
+    It keeps its input alone for the backward pass, in place of what each step would keep, and computes the convolution
+    again. Shapes: e inner width, d = e + 2gn.
+
+    Args:
+        zxBCdt: (b, l, e + d + h), what in_proj gives.
+        weight, bias: (d, w) and (d,) or None, of the convolution.
+        dt_bias, A, D: (h,) float32.
+        norm_weight: (e,).
+        dt_limit: bounds of the step sizes after softplus.
+        seq_idx: (b, l) integers as in `naive.ssd`, or None.
+        final_state: False for None in place of both states.
+
+    Returns:
+        y (b, l, e), the last inputs of the convolution (b, w-1, d), and the final state (b, h, p, n) in float32.
+    """
+    kernels = import_module("mlmamba.ops.cuda")
+    rest = (eps, groups, chunk_size, dt_limit, seq_idx, final_state)
+    return kernels.block(zxBCdt, weight, bias, dt_bias, A, D, norm_weight, *rest)
 
 
 def _known(path: str) -> str:

@@ -46,12 +46,23 @@ def load_triton_convolution() -> Callable:
     return causal_conv1d
 
 
+@cache
+def load_block() -> Callable:
+    """mamba_ssm's convolution, scan and gated norm as one function, which calls causal_conv1d's extension."""
+    load_convolution()
+    load_scan()
+    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+    return mamba_split_conv1d_scan_combined
+
+
 LOADERS = {
     "mamba_ssm": load_scan,
+    "block": load_block,
     "causal_conv1d": load_convolution,
     "triton_convolution": load_triton_convolution,
 }
-"""What loads a kernel, by the names of `mlmamba.ops.KERNELS`."""
+"""What loads a kernel, by the names of `mlmamba.ops.KERNELS`; and the fused block."""
 
 
 @cache
@@ -124,3 +135,45 @@ def causal_conv1d(
     )
     history = x.new_zeros(x.shape[0], w - 1, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
     return y.transpose(1, 2), convolution.last_inputs(x, history, seq_idx)
+
+
+def block(
+    zxBCdt: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    groups: int,
+    chunk_size: int,
+    dt_limit: tuple[float, float],
+    seq_idx: Tensor | None,
+    final_state: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Same contract as `mlmamba.ops.block`."""
+    channels, inner = len(weight), len(norm_weight)
+    out = load_block()(
+        zxBCdt,
+        weight.to(zxBCdt.dtype),
+        None if bias is None else bias.to(zxBCdt.dtype),
+        dt_bias,
+        A,
+        D,
+        chunk_size,
+        seq_idx=None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
+        dt_limit=dt_limit,
+        return_final_states=final_state,
+        rmsnorm_weight=norm_weight,
+        rmsnorm_eps=eps,
+        headdim=inner // len(A),
+        ngroups=groups,
+        norm_before_gate=False,
+    )
+    if not final_state:
+        return out, None, None
+    y, state = out
+    xBC = zxBCdt[..., inner : inner + channels]
+    history = xBC.new_zeros(len(xBC), weight.shape[1] - 1, channels)
+    return y, convolution.last_inputs(xBC, history, seq_idx), state
