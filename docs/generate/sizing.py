@@ -8,6 +8,7 @@ from docs.generate.schema import GENERATED, table
 from workflows.cli import parse
 from workflows.console import duration
 from workflows.plan.train import GIB
+from workflows.recipe.load import load_recipe
 
 STORAGE = "/storage"
 PUBLISHED = {"llava-558k": 558_128, "llava-665k": 665_298}
@@ -42,8 +43,13 @@ class Scale:
 
     def command(self, verb: str) -> list[str]:
         """The command line after `mlmamba`."""
-        workers = ["--set", f"train.workers={self.workers}"] if verb == "train" and self.workers != POOL_GPUS else []
-        return [verb, "paper", "--dry-run", "--storage", STORAGE, *workers, *self.options]
+        changes = []
+        if verb == "train" and self.workers != POOL_GPUS:  # a step has as many rows, so each worker runs fewer at once
+            rows = [stage.micro_batch_rows * POOL_GPUS // self.workers for stage in load_recipe("paper").train.stages]
+            changes = [f"train.workers={self.workers}"]
+            changes += [f"train.stages.{i}.micro_batch_rows={count}" for i, count in enumerate(rows)]
+        sets = [word for change in changes for word in ("--set", change)]
+        return [verb, "paper", "--dry-run", "--storage", STORAGE, *sets, *self.options]
 
     def plan(self, verb: str) -> dict:
         """What the command returns."""

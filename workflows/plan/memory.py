@@ -13,8 +13,11 @@ precision):
 
 The stages shard as in the paper (figure 1: P_os, P_os+g, P_os+g+p). DeepSpeed 0.19 keeps a float32 copy of its share
 of float32 weights under ZeRO 1 and 2 (runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups) and none under
-ZeRO 3 (stage3.py shares it). Its buffers come on top: the reduce bucket of 5e8 elements under ZeRO 1 to 3, and under
-ZeRO 3 the gathered parameters, at most stage3_max_live_parameters = 1e9 (defaults of runtime/zero/config.py).
+ZeRO 3 (stage3.py shares it). Its buffers come on top: a reduce bucket for every type that travels, of 5e8 elements
+under ZeRO 1 to 3 or of GPU_BUCKET on a GPU, where under ZeRO 1 and 2 there are two, one being filled while the other is
+reduced; and under ZeRO 3 the gathered parameters, at most stage3_max_live_parameters = 1e9 (defaults of
+runtime/zero/config.py). In bf16 the buffers also hold autocast's copies of the weights that train, 2 bytes each, but
+under ZeRO 3, which gathers in bf16.
 
 Activations, in bytes per token, of a Mamba-2 block of width d, inner width e, h heads, g groups, state n, chunk q, for
 a compute type of a bytes. The list is that of the tensors which autograd keeps (tests/unit/plan/test_memory.py compares
@@ -37,6 +40,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+
+from workflows.train.stage import GPU_BUCKET
 
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
@@ -64,22 +69,38 @@ class ModelStates:
         return {**asdict(self), "total": self.total}
 
 
-def model_states(parameters: int, trained: int, workers: int, zero_stage: int, offload: str = "none") -> ModelStates:
+def model_states(
+    parameters: int,
+    trained: int,
+    workers: int,
+    zero_stage: int,
+    offload: str = "none",
+    halved: int = 0,
+    gpu: bool = False,
+) -> ModelStates:
     """Weights, gradients and optimizer of one worker.
 
     Args:
         parameters: all of the model.
         trained: those that train.
         offload: "none"; "optimizer" or "parameters" to main memory, as TrainRecipe has it.
+        halved: those that train and travel as bf16.
+        gpu: the workers have GPUs: communication overlaps, and whole buckets are taken.
     """
     share = workers if zero_stage else 1
     weights = 4 * parameters // (workers if zero_stage == 3 else 1)
     gradients = 4 * trained // (workers if zero_stage >= 2 else 1)
     copy = 4 * trained // share if zero_stage in (1, 2) else 0
     optimizer = 8 * trained // share + copy
-    buffers = 4 * min(REDUCE_BUCKET, trained) if zero_stage else 0
+    buffers = 0
+    if zero_stage:
+        types = 2 * bool(halved) + 4 * (trained > halved)
+        twice = 2 if gpu and zero_stage < 3 else 1
+        buffers = types * (twice * GPU_BUCKET if gpu else min(REDUCE_BUCKET, trained))
     if zero_stage == 3:
-        buffers += 4 * min(MAX_LIVE, parameters) if workers > 1 else 0
+        buffers += (2 if halved else 4) * min(MAX_LIVE, parameters) if workers > 1 else 0
+    else:
+        buffers += 2 * halved
     on_cpu = 0
     if offload != "none" and zero_stage:
         on_cpu, optimizer = optimizer + gradients, 0

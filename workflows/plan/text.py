@@ -67,11 +67,11 @@ def _stage_lines(stage: dict, chosen: int) -> list[str]:
         f"operations  {about}{stage['flops']:.2e}, {stage['hardware_flops']:.2e} with recomputation; "
         f"{_hours(stage['hours'])}",
         f"checkpoint  {_gib(stage['checkpoint_bytes'])}",
-        "memory      GiB per worker  weights  gradients  optimizer  buffers  activations    total",
+        "memory      GiB per worker  weights  gradients  optimizer  buffers  activations    total  sent a step",
     ]
     memory = stage["memory"]
     kept = memory["activations"]["with" if memory["checkpointing"] else "without"]
-    for state in memory["zero"]:
+    for state, sends in zip(memory["zero"], stage["communication"], strict=True):
         numbers = [state[name] / _GIB for name in ("weights", "gradients", "optimizer", "buffers")]
         mark = "*" if state["zero_stage"] == chosen else " "
         fits = {True: "", False: "  does not fit", None: ""}[state["fits"]]
@@ -79,11 +79,16 @@ def _stage_lines(stage: dict, chosen: int) -> list[str]:
         lines.append(
             f"          {mark} ZeRO {state['zero_stage']}          "
             + "{:>7.2f}  {:>9.2f}  {:>9.2f}  {:>7.2f}".format(*numbers)
-            + f"  {kept / _GIB:>11.2f}  {state['with_activations'] / _GIB:>7.2f}{cpu}{fits}"
+            + f"  {kept / _GIB:>11.2f}  {state['with_activations'] / _GIB:>7.2f}  {sends['total'] / _GIB:>11.2f}"
+            + f"{cpu}{fits}"
         )
     other = memory["activations"]["without" if memory["checkpointing"] else "with"]
     word = "without" if memory["checkpointing"] else "with"
     lines.append(f"            activations {word} checkpointing: {_gib(other)}")
+    (sends,) = [sends for sends in stage["communication"] if sends["zero_stage"] == chosen]
+    lines.append(
+        f"sent        by a worker in a step: {_gib(sends['gathered'])} gathered, {_gib(sends['reduced'])} reduced"
+    )
     return lines
 
 

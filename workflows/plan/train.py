@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mlmamba.connector import build_connector
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from workflows.errors import UsageError
+from workflows.plan.communication import halved, sent
 from workflows.plan.flops import Forward, forward_flops, training_flops
 from workflows.plan.memory import STAGES, activations, model_states, saved_bytes
 from workflows.plan.rows import Rows, check_labels, count_rows, vocabulary_of
@@ -117,6 +118,7 @@ def _stage(
         "hours": None,
         "checkpoint_bytes": BYTES_OF_A_CHECKPOINT * trained,
         "memory": None,
+        "communication": None,
     }
     if stage.lora:
         plan["note"] = "the adapters of LoRA are not counted; they are a few million parameters"
@@ -137,8 +139,28 @@ def _stage(
         "hardware_flops": hardware,
         "hours": flops / (machine.peak * machine.mfu * train.workers) / 3600 if machine.peak else None,
         "memory": _memory(train, stage, data.max_tokens, per_row, trained, sizes, model, machine),
+        "communication": _communication(train, stage, plan["accumulation"], trained, sizes, model),
     }
     return plan
+
+
+def _communication(train: TrainRecipe, stage: StageRecipe, micro_batches: int, trained: int, sizes, model) -> list:
+    """What a worker sends in a step, by ZeRO stage."""
+
+    def size(parts) -> int:
+        """Bytes of parts on the way."""
+        return sum(4 * sizes[part] - 2 * _halved(train, model, part) for part in parts)
+
+    # Gradients pass through the language model whatever trains, and through what stands behind a part that trains.
+    first = min(PARTS.index(part) for part in stage.trains)
+    trains = [part for part in stage.trains if not (stage.lora and part == "language_model")]
+    figures = (train.workers, micro_batches, trained, size(trains), size(PARTS), size(PARTS[first:]))
+    return [sent(number, *figures).as_dict() for number in STAGES]
+
+
+def _halved(train: TrainRecipe, model, part: str) -> int:
+    """Parameters of a part that travel as bf16."""
+    return halved(getattr(model, part)) if train.precision == "bf16" else 0
 
 
 def _memory(
@@ -156,8 +178,13 @@ def _memory(
         machine.kernels,
     )
     found = {"with": kept.total(True), "without": kept.total(False), "loss": kept.loss, "connector": kept.connector}
+    gpu = bool(train.gpus_per_worker)
+    trains = [part for part in stage.trains if not (stage.lora and part == "language_model")]
+    halves = sum(_halved(train, model, part) for part in trains)
     states = [
-        model_states(sum(sizes.values()), trained, train.workers, number, train.offload if number else "none")
+        model_states(
+            sum(sizes.values()), trained, train.workers, number, train.offload if number else "none", halves, gpu
+        )
         for number in STAGES
     ]
     used = found["with" if train.activation_checkpointing else "without"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.saver import MemoryEngine
+from workflows.train.stage import GPU_BUCKET
 
 # On a CPU DeepSpeed would compile this extension on first use: it takes a minute and a compiler, and only inference
 # uses it.
@@ -76,6 +77,8 @@ def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
     On GPUs gradients are reduced while the backward pass goes on; on a CPU there is nothing to do that on.
     """
     zero: dict = {"stage": train.zero_stage, "overlap_comm": bool(train.gpus_per_worker)}
+    if train.gpus_per_worker:
+        zero["reduce_bucket_size"] = GPU_BUCKET
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if train.offload == "parameters":

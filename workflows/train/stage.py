@@ -9,6 +9,10 @@ from torch import nn
 from workflows.recipe.train import PARTS, LoraRecipe, StageRecipe
 from workflows.train.job import StageError
 
+GPU_BUCKET = 200_000_000
+"""Elements of DeepSpeed's reduce bucket on a GPU. There are up to four: one a type, and one is filled while another is
+reduced. The largest weight of the paper's model, its embedding, fits."""
+
 
 @dataclass(frozen=True)
 class PartSize:

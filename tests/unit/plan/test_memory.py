@@ -42,6 +42,13 @@ def test_buffers_stop_growing_at_deepspeeds_limits():
     assert states.buffers == 4 * 500_000_000 + 4 * 1_000_000_000
 
 
+def test_in_bf16_on_gpus_there_are_buckets_of_both_types_and_copies_of_the_weights():
+    """1,000 parameters, 600 train, 500 of them travel as bf16; by hand. Buckets are of 2e8 elements whatever trains."""
+    buffers = [model_states(1000, 600, 4, stage, halved=500, gpu=True).buffers for stage in range(4)]
+    buckets = (2 + 4) * 200_000_000
+    assert buffers == [2 * 500, 2 * buckets + 2 * 500, 2 * buckets + 2 * 500, buckets + 2 * 1000]
+
+
 def test_offload_moves_what_is_sharded_to_main_memory():
     plain, optimizer = model_states(1000, 600, 4, 3), model_states(1000, 600, 4, 3, "optimizer")
     assert optimizer.on_cpu == plain.optimizer + plain.gradients
