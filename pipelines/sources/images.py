@@ -59,7 +59,8 @@ class Folder:
         forms = [location, *(unicodedata.normalize(form, location) for form in ("NFC", "NFD"))]
         for form in dict.fromkeys(forms[:1] if location.isascii() else forms):
             try:
-                return storage.read_path(self._filesystem, posixpath.join(self._folder, form), MAX_FILE_BYTES, self._inside)
+                path = posixpath.join(self._folder, form)
+                return storage.read_path(self._filesystem, path, MAX_FILE_BYTES, self._inside)
             except FileNotFoundError as error:
                 missing = error
         raise missing

@@ -23,8 +23,7 @@ _LONGEST_NAME = 120
 
 
 def shown_location(location: str) -> str:
-    """A location for a message. An image that is in the text itself, or an endless name, is shortened: it would push out
-    what is said about it."""
+    """A location for a message: shortened where it is an image in the text itself, or an endless name."""
     if location.startswith("data:"):
         return f"{location[:40]}..."
     if len(location) <= _LONGEST_NAME:
