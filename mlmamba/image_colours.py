@@ -47,8 +47,8 @@ def to_rgb(image: Image.Image, version: int = PIXELS) -> Image.Image:
     if key != image.info.get("transparency"):
         image = image.copy()
         image.info["transparency"] = key
-    layers = image.convert("RGBA")
-    return _on_white(layers.convert("RGB"), layers.getchannel("A"))
+    layers = image if image.mode == "RGBA" else image.convert("RGBA")
+    return _on_white(layers, layers.getchannel("A"))
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
 
 def _on_white(colours: Image.Image, alpha: Image.Image) -> Image.Image:
     if alpha.getextrema()[0] == 255:  # opaque throughout
-        return colours
+        return colours if colours.mode == "RGB" else colours.convert("RGB")
     ground = Image.new("RGB", colours.size, "white")
     ground.paste(colours, mask=alpha)
     return ground
