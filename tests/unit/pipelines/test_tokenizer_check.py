@@ -89,7 +89,7 @@ def test_a_tokenizer_that_joins_prompt_and_answer_is_refused(tmp_path):
 def test_every_special_token_in_a_message_is_control_text(tmp_path):
     tokenizer = loaded(like_llama(), tmp_path)
     assert tokenizer.special_tokens == ["</s>", "<s>", "<unk>"]
-    settings = TokenizeSettings("", "", "</s>", 100, 3, "cut", True, tokenizer.special_tokens)
+    settings = TokenizeSettings("", "", "</s>", 100, 3, "cut", whole_text=True, special_tokens=tokenizer.special_tokens)
     for mark in ("<s>", "</s>", "<unk>", "<|user|>"):
         record = Record("a", "s", [], [Turn("user", f"What is {mark}?"), Turn("assistant", "A mark.")])
         problem = encode_record(record, None, tokenizer, settings)
