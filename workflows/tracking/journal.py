@@ -53,6 +53,7 @@ class Journal:
         self._size = self._file.stat().st_size if self._file.exists() else 0
         self._sent = min(self._read_mark(), sure)
         self._changed, self._closing, self._away = threading.Condition(), False, False
+        self._full = False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -67,8 +68,11 @@ class Journal:
                     file.write("".join(json.dumps(one) + "\n" for one in self._unwritten).encode())
                 self._size = self._file.stat().st_size
                 self._unwritten.clear()
+                self._full = False
             except OSError as error:  # a full disk must not stop training for the sake of its metrics
-                self._warn(f"cannot write {self._file} ({error.strerror})")
+                if not self._full:
+                    self._note(f"cannot write {self._file} ({error.strerror}): training goes on, it is tried again")
+                self._full = True
             self._changed.notify()
 
     def drain(self, seconds: float) -> bool:
@@ -107,7 +111,12 @@ class Journal:
             try:
                 self._deliver(batch)
             except Exception as error:  # whatever a network, a server or a locked database can raise
-                self._warn(f"MLflow does not answer ({short_reason(error, 160)})")
+                if not self._away:
+                    self._note(
+                        f"MLflow does not answer ({short_reason(error, 160)}): training goes on, and what it missed is "
+                        f"sent later from {self._file.name}"
+                    )
+                self._away = True
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, pause)
                 pause = min(2 * pause, _PAUSES[1])
@@ -130,11 +139,6 @@ class Journal:
                     self._deliver([entry])
             else:
                 self._note(f"MLflow refuses an entry, which is left out: {error}")
-
-    def _warn(self, text: str) -> None:
-        if not self._away:
-            self._note(f"{text}: training goes on, and what it missed is sent later from {self._file.name}")
-        self._away = True
 
     def _read(self) -> tuple[list[dict], int]:
         """The entries of the file, without a last one that a kill cut off, and how many stand before the first line
