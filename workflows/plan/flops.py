@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mlmamba import ops
 from mlmamba.connector import build_connector
 
 _BEFORE = {"vision": (), "connector": ("vision",), "language_model": ("vision", "connector")}
@@ -40,7 +41,7 @@ def forward_flops(model) -> Forward:
     """Count a model on the meta device. The connector's scan asks for autocast, which that has not: it is faked."""
     size, config = model.config.vision_config.image_size, model.config
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
-    with torch.no_grad():
+    with torch.no_grad(), ops.force_path("torch"):  # whatever path this process is told to take
         vision, features = _count(model.vision.eval(), image)
         with FakeTensorMode():
             build = build_connector(features.shape[-1], config.text_config.hidden_size, config.connector_config)
