@@ -49,6 +49,7 @@ class Answerer:
         threads: torch threads; None leaves them.
         choices: two answers whose probability as first token is wanted.
         batch_questions: most questions in one forward pass; None for all of a call.
+        precision: as `load_model` takes it.
 
     Raises:
         ValueError: the two choices begin with the same token, so their first tokens cannot tell them apart.
@@ -61,10 +62,11 @@ class Answerer:
         threads: int | None = None,
         choices: tuple[str, str] | None = None,
         batch_questions: int | None = None,
+        precision: str = "auto",
     ):
         if threads:
             torch.set_num_threads(threads)
-        self.model, self.processor = load_model(model)
+        self.model, self.processor = load_model(model, precision=precision)
         self.max_new_tokens, self.batch_questions = max_new_tokens, batch_questions
         self._choices = None if choices is None else first_tokens(self.processor.tokenizer, choices)
 

@@ -29,7 +29,6 @@ NOT_ALONE = {
     "mlmamba.convert.released": "unit/mlmamba/test_convert_released.py: imports it",
     "mlmamba.generation": "unit/mlmamba/test_generation.py: through model.generate",
     "mlmamba.image_processing": "unit/mlmamba/test_processing.py: through the processor",
-    "mlmamba.loading": "unit/mlmamba/test_saving.py: imports it",
     "mlmamba.modeling": "unit/mlmamba/test_modeling.py: through the tiny model of tests/helpers/tiny.py",
     "mlmamba.ops.chunked": "unit/mlmamba/test_ops.py: imports it",
     "mlmamba.ops.convolution": "unit/mlmamba/test_ops.py: imports it",

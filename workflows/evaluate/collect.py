@@ -31,7 +31,7 @@ SEEING, BLIND = "seeing", "blind"
 
 @dataclass(frozen=True)
 class Workers:
-    """How questions are spread; changes speed only."""
+    """How questions are spread, which changes speed only, and in which precision they are answered."""
 
     workers: int = 1
     """Processes, each with a copy of the model."""
@@ -43,6 +43,13 @@ class Workers:
     """Images in one batch, with all their questions."""
     batch_questions: int = 64
     """Most questions in one forward pass."""
+    precision: str = "auto"
+    """As `load_model` takes it (mlmamba/loading.py)."""
+
+    @property
+    def computes_in(self) -> str:
+        """The precision of the answers: `auto` is bf16 where the workers have GPUs."""
+        return "bf16" if self.precision == "bf16" or (self.precision == "auto" and self.gpus_per_worker) else "fp32"
 
 
 def collect(
@@ -95,6 +102,7 @@ def _run(
             "threads": how.cpus_per_worker,
             "choices": benchmark.choices,
             "batch_questions": how.batch_questions,
+            "precision": how.computes_in,
         }
     )
     # Ray ends a task's process after each task that has a GPU, so there the model is an actor's. Elsewhere tasks do,
@@ -194,6 +202,7 @@ class _Worker:
             content["threads"],
             content["choices"] and tuple(content["choices"]),
             content["batch_questions"],
+            content["precision"],
         )
 
     def __call__(self, row: dict) -> dict:

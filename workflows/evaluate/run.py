@@ -68,7 +68,8 @@ def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, t
     test = TestSources(recipe)
     sets: list[Benchmark] = [test, *(open_benchmark(**asked.model_dump()) for asked in recipe.evaluate.benchmarks)]
     weights = model_digest(model)
-    folders = [evaluation_folder(root, one, weights, recipe.seed) for one in sets]
+    how = workers_of(recipe)
+    folders = [evaluation_folder(root, one, weights, recipe.seed, computes_in=how.computes_in) for one in sets]
     if all((out / SCORES).exists() for out in folders):
         console.note("done before, skipped")
     results = []
@@ -79,12 +80,22 @@ def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, t
             one,
             model,
             out,
-            workers_of(recipe),
+            how,
             recipe.seed,
             label=recipe.name,
             on_progress=lambda done, total: console.progress(f"{done}/{total} batches", last=done == total),
         )
-        results.append(finish(out, {"recipe": recipe.name, "data digest": one.digest, "MLflow run": tracker.run_id}))
+        results.append(
+            finish(
+                out,
+                {
+                    "recipe": recipe.name,
+                    "data digest": one.digest,
+                    "MLflow run": tracker.run_id,
+                    "precision": how.computes_in,
+                },
+            )
+        )
         if not (out / "logged").exists():
             if one is test:
                 _log_test(recipe, test, root, out, results[0], tracker)
@@ -201,16 +212,23 @@ def model_digest(folder: Path) -> str:
 
 
 def evaluation_folder(
-    root: Path, benchmark: Benchmark, model: str, seed: int, max_new_tokens: int | None = None
+    root: Path,
+    benchmark: Benchmark,
+    model: str,
+    seed: int,
+    max_new_tokens: int | None = None,
+    computes_in: str = "fp32",
 ) -> Path:
     """The folder of an evaluation below `root`. Workers and batches do not decide answers and are not in its name.
 
     Args:
         model: from `model_digest`.
+        computes_in: as of `Workers`.
     """
     length = max_new_tokens or benchmark.max_new_tokens
     items = [[i.id, i.prompt, i.image, i.source, i.answers, i.type] for i in benchmark.items]
-    key = digest(model, benchmark.digest, items, length, seed, benchmark.choices)
+    precision = [] if computes_in == "fp32" else [computes_in]
+    key = digest(model, benchmark.digest, items, length, seed, benchmark.choices, *precision)
     return root / f"{benchmark.title.replace('/', '-')}-{key}"
 
 

@@ -1,10 +1,11 @@
 """The recipe's evaluation and the gate before promotion."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipelines.config import StrictModel
+from pipelines.identity import Decides
 
 
 class Gate(StrictModel):
@@ -78,6 +79,8 @@ class EvaluateRecipe(StrictModel):
     """Images in one batch, with all their questions. Changes speed only."""
     batch_questions: int = Field(64, gt=0)
     """Most questions in one forward pass. Changes speed and memory only."""
+    precision: Annotated[Literal["auto", "bf16", "fp32"], Decides.WHEN_SET] = "auto"
+    """What the answering model computes in: bf16 or fp32; `auto` is bf16 where `gpus_per_worker` gives it a GPU."""
     max_new_tokens: int = Field(8, gt=0)
     """Longest answer to the test sources in tokens; benchmarks have their own."""
     benchmarks: list[BenchmarkRecipe] = Field(default=[])

@@ -41,6 +41,7 @@ class Follower:
         storage: the storage folder.
         service: gets the model; it has one when this returns.
         replica: name of the replica, for tags and reports.
+        precision: as `load_model` takes it.
 
     Raises:
         WorkflowError: there is no model that can be served.
@@ -55,9 +56,10 @@ class Follower:
         limits: Limits,
         threads: int | None,
         replica: str = "replica",
+        precision: str = "auto",
     ):
         self._service, self._options, self._storage = service, options, storage
-        self._limits, self._threads = limits, threads
+        self._limits, self._threads, self._precision = limits, threads, precision
         self._who = f"{replica} on {socket.gethostname()}"
         self.watcher: AliasWatcher | None = None
         wanted = parse_reference(reference) if reference.startswith(PREFIX) else None
@@ -108,7 +110,7 @@ class Follower:
             self._note_served(self._service.served)
 
     def _load(self, source: ResolvedModel, quiet: bool = False) -> Served:
-        return load(source, self._limits, self._threads, self._options.same_answer, quiet)
+        return load(source, self._limits, self._threads, self._options.same_answer, quiet, self._precision)
 
     def _look(self) -> str | None:
         return holder(self._client, self._wanted.name, self._wanted.alias)

@@ -6,6 +6,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 from ray import serve
@@ -51,6 +52,8 @@ class ServeOptions(StrictModel):
     """CPU cores, and torch threads, of one replica."""
     gpus: float = Field(0, ge=0, le=1)
     """GPU of one replica; 0.5 puts two on one. While a new version is loaded, a replica holds two models."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """What the model computes in: bf16 or fp32; `auto` is bf16 on a GPU that has it."""
     limits: Limits = Limits()
     """Limits of one replica."""
     access: Access = Access()
@@ -97,6 +100,7 @@ class ModelDeployment:
             chosen.limits,
             chosen.threads,
             serve.get_replica_context().replica_id.unique_id,
+            chosen.precision,
         )
 
     def __serve_build_asgi_app__(self):

@@ -65,6 +65,7 @@ def serve_model(
     no_api_keys: bool = False,
     swap: SwapOptions | None = None,
     limits: Limits | None = None,
+    precision: str = "auto",
     block: bool = True,
 ) -> Server:
     """Serve a model over HTTP.
@@ -82,6 +83,7 @@ def serve_model(
         no_api_keys: let everyone ask who reaches an address other than this machine's own.
         swap: how an alias is followed.
         limits: of one replica.
+        precision: what the model computes in, as `load_model` takes it.
         block: return only after Ctrl-C (or SIGTERM), with everything stopped; else return as soon as it serves.
 
     Raises:
@@ -109,6 +111,7 @@ def serve_model(
                 "require_keys": need_keys,
                 "swap": swap or SwapOptions(),
                 "limits": limits or Limits(),
+                "precision": precision,
             }
         )
         _refuse_second(ray)

@@ -198,7 +198,12 @@ def _drain(served: Served) -> None:
 
 
 def load(
-    source: ResolvedModel, limits: Limits, threads: int | None, same_answer: bool = False, quiet: bool = False
+    source: ResolvedModel,
+    limits: Limits,
+    threads: int | None,
+    same_answer: bool = False,
+    quiet: bool = False,
+    precision: str = "auto",
 ) -> Served:
     """Load a model, give it an engine and run its smoke test.
 
@@ -209,6 +214,7 @@ def load(
         same_answer: refuse a model whose answer to its stored example differs from the stored one, instead of logging
             the difference.
         quiet: load in one thread, to leave the cores to the model that answers in this process meanwhile.
+        precision: as `load_model` takes it.
 
     Raises:
         Refused: it cannot be loaded, or failed its smoke test.
@@ -219,7 +225,7 @@ def load(
     try:
         if not any(source.folder.glob("*.safetensors")):
             raise SmokeFailed(f"there are no safetensors in {source.folder}")
-        model, processor = load_model(source.folder)
+        model, processor = load_model(source.folder, precision=precision)
         smoke = Smoke(source.example)
         smoke.check_logits(model, processor)
         engine = Engine(model, processor, limits, threads)

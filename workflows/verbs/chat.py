@@ -13,24 +13,33 @@ from workflows.errors import UsageError
 from workflows.registry import resolve_model
 
 
-def answer_once(reference: str, storage: Path, image: str | None, question: str, max_new_tokens: int) -> str:
+def answer_once(
+    reference: str, storage: Path, image: str | None, question: str, max_new_tokens: int, precision: str = "auto"
+) -> str:
     """The model's greedy answer to one question about one image (or none)."""
     opened = _open(image)
-    model, processor = load_model(resolve_model(reference, storage).folder)
+    model, processor = _load(resolve_model(reference, storage).folder, precision)
     return _generate(model, processor, [Turn("user", question, images=int(bool(opened)))], opened, max_new_tokens)
 
 
-def talk(reference: str, storage: Path, image: str | None) -> None:
+def talk(reference: str, storage: Path, image: str | None, precision: str = "auto") -> None:
     """Read questions until an empty line or the end of input, streaming each answer."""
     opened = _open(image)
     resolved = resolve_model(reference, storage)
-    model, processor = load_model(resolved.folder)
+    model, processor = _load(resolved.folder, precision)
     print(f"{resolved.label}. Ask about {image or 'anything'}; an empty line ends.", file=sys.stderr)
     turns: list[Turn] = []
     while question := _ask():
         turns.append(Turn("user", question, images=int(bool(opened) and not turns)))
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         turns.append(Turn("assistant", _generate(model, processor, turns, opened, 256, streamer)))
+
+
+def _load(folder: Path, precision: str):
+    try:
+        return load_model(folder, precision=precision)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _ask() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workflows.errors import UsageError
-from workflows.verbs.verb import Renamed, Verb, open_console, set_option, storage_option
+from workflows.verbs.verb import Renamed, Verb, open_console, precision_option, set_option, storage_option
 
 _COUNTS = ("questions", "max_new_tokens", "workers", "cpus_per_worker", "batch_images", "batch_questions")
 _BENCHMARKS = "vqav2, gqa, vizwiz, textvqa, pope, vsr; llava or shards for data of your own"
@@ -31,7 +31,9 @@ def evaluate(a: argparse.Namespace) -> dict:
     model = resolve_model(a.model, storage)
     console = open_console()
     with console.step(f"evaluate {model.label} on {benchmark.title}"):
-        out = evaluation_folder(storage / "evaluations", benchmark, model_digest(model.folder), seed, a.max_new_tokens)
+        out = evaluation_folder(
+            storage / "evaluations", benchmark, model_digest(model.folder), seed, a.max_new_tokens, how.computes_in
+        )
         connect_ray()
         evaluate_benchmark(
             benchmark,
@@ -44,7 +46,7 @@ def evaluate(a: argparse.Namespace) -> dict:
             model.label,
             lambda done, n: console.progress(f"{done}/{n} batches", last=done == n),
         )
-        result = finish(out, {"model": model.label, "data digest": benchmark.digest})
+        result = finish(out, {"model": model.label, "data digest": benchmark.digest, "precision": how.computes_in})
         if model.version:
             log_to_version(connect(storage), model.name, model.version, benchmark.title, out, result)
     shown = _shown(result, out)
@@ -124,6 +126,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-pictures", type=int, metavar="N", dest="batch_images", action=Renamed, help=argparse.SUPPRESS
     )
     parser.add_argument("--batch-questions", type=int, metavar="N", help="most questions in one forward pass")
+    precision_option(parser)
     more_arguments(parser)
     set_option(parser)
     storage_option(parser)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from workflows.verbs.verb import Verb, storage_option
+from workflows.verbs.verb import Verb, precision_option, storage_option
 
 
 def serve(a: argparse.Namespace) -> None:
@@ -34,6 +34,7 @@ def serve(a: argparse.Namespace) -> None:
         access=access,
         no_api_keys=a.no_api_keys,
         swap=swap,
+        precision=a.precision or "auto",
     )
 
 
@@ -44,8 +45,8 @@ def chat(a: argparse.Namespace) -> dict | None:
 
     storage = open_local_storage(a.storage)
     if a.question is None:
-        return talk(a.model, storage, a.image)
-    answer = answer_once(a.model, storage, a.image, a.question, a.max_new_tokens)
+        return talk(a.model, storage, a.image, a.precision or "auto")
+    answer = answer_once(a.model, storage, a.image, a.question, a.max_new_tokens, a.precision or "auto")
     return {"answer": answer, "text": answer}
 
 
@@ -66,6 +67,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--same-answer", action="store_true", help="refuse a version whose answer to its stored image has changed"
     )
+    precision_option(parser)
     storage_option(parser)
 
 
@@ -74,6 +76,7 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="FILE", help="the image")
     parser.add_argument("--question", metavar="TEXT", help="ask this and stop; without it, talk")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
+    precision_option(parser)
     storage_option(parser)
 
 

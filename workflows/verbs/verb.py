@@ -38,6 +38,12 @@ def set_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change the recipe")
 
 
+def precision_option(parser: argparse.ArgumentParser) -> None:
+    """--precision, None where it is not given."""
+    text = "what the model computes in: bf16, fp32, or auto (default: bf16 on a GPU, else as it was saved)"
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help=text)
+
+
 def storage_option(parser: argparse.ArgumentParser, remote: bool = False) -> None:
     """--storage, which `remote` lets be an object store."""
     kinds = "folder, or s3://bucket/folder," if remote else "folder"
