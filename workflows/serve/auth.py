@@ -30,6 +30,9 @@ class Access(StrictModel):
     """Names under which the service may be asked for (the Host header, without its port); any by default. `mlmamba
     serve` sets it to this machine's own names where no API keys are needed, so that no web page reaches the service
     through a name of its own."""
+    origins: tuple[str, ...] = ()
+    """Sites whose pages may ask from a browser (CORS), such as https://chat.example.com; none by default, and the
+    playground, which is of this server's own, needs none. `*` lets all of them ask: only where there are API keys."""
     log_requests: bool = True
     """Write one line of JSON for each request, without what was asked or answered."""
     playground: bool = Field(True)
@@ -67,7 +70,7 @@ class Access(StrictModel):
         return keys
 
 
-OPEN = ("/", "/healthz", "/readyz", "/openapi.json", "/webhooks/mlflow")
+OPEN = ("/", "/healthz", "/health", "/readyz", "/openapi.json", "/webhooks/mlflow")
 """Paths that need no API key: what tells nothing, and the webhook, which is signed. Every other path needs one."""
 
 
@@ -79,8 +82,11 @@ class Gate:
     JSON). Of keys only digests are kept, and a given one is compared with all of them in constant time.
     """
 
-    def __init__(self, keys: Iterable[str] = (), hosts: Iterable[str] = ()):
+    def __init__(self, keys: Iterable[str] = (), hosts: Iterable[str] = (), origins: Iterable[str] = ()):
         self._digests = [_digest(key.encode()) for key in keys]
+        self._origins = frozenset(origin.encode() for origin in origins)
+        if not self._digests and b"*" in self._origins:
+            raise ValueError("access.origins: * lets every web page ask, so API keys are needed; name the sites")
         self._hosts = frozenset(host.lower() for host in hosts)
 
     @property
@@ -105,7 +111,7 @@ class Gate:
             return address
         if self._digests:
             return self._check_key(headers.get(b"authorization"))
-        _check_page(scope["method"], headers)
+        _check_page(scope["method"], headers, self._origins)
         return address
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
@@ -126,13 +132,10 @@ class Gate:
         return given.hex()
 
 
-def _check_page(method: str, headers: dict[bytes, bytes]) -> None:
+def _check_page(method: str, headers: dict[bytes, bytes], allowed: frozenset[bytes]) -> None:
     """Refuse what a page of another site can send without the browser asking the service first."""
-    origin = headers.get(b"origin")
-    if (
-        origin is not None
-        and urlsplit(origin.decode("latin-1")).netloc.lower().encode() != headers.get(b"host", b"").lower()
-    ):
+    origin, own = headers.get(b"origin"), headers.get(b"host", b"").lower()
+    if origin is not None and origin not in allowed and urlsplit(origin.decode("latin-1")).netloc.encode() != own:
         raise ApiError(403, "a service without API keys answers no page of another site", code="foreign_origin")
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if method == "POST" and kind != b"application/json":

@@ -81,6 +81,11 @@ class Engine:
         return min(self._processor.max_length // self._processor.tokens_per_image, self.limits.images)
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt, placeholders of images included."""
+        return self._processor.max_length
+
+    @property
     def alive(self) -> bool:
         """Whether requests are still answered."""
         return self._worker.is_alive() and not self._closed

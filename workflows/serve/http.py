@@ -3,14 +3,16 @@
     POST /v1/chat/completions   OpenAI's chat completions, streamed or whole (openai.py says which part)
     GET  /v1/models             the served model and its version
     GET  /v1/models/{id}        the same by name, or by name/version
-    GET  /healthz               200 while the process answers
+    GET  /healthz, /health      200 while the process answers
     GET  /readyz                200 when a model is loaded and answers, else 503
+    GET  /version               the version of mlmamba
     GET  /openapi.json          this interface as an OpenAPI document
     GET  /                      the playground: a page to try the model
 
 Every response carries `x-model-version` (name/version of the registered model, or the folder's name) and, for a
 registered model, `x-model-run-id` (the MLflow run that made it). With API keys, every path needs one except `/`,
-`/healthz`, `/readyz` and `/openapi.json`. Without keys, a request that a web page of another site sent is refused.
+`/healthz`, `/health`, `/readyz` and `/openapi.json`. Without keys, a request that a web page of another site sent is
+refused, unless `access.origins` names the site.
 Prompts, images and answers are never logged.
 """
 
@@ -22,11 +24,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from mlmamba import __version__
 from workflows.serve.intake import Bodies
-from workflows.serve.openai import ApiError, ErrorBody, add_request_schema, model_entry
+from workflows.serve.openai import ApiError, ErrorBody, add_request_schema
 from workflows.serve.request_log import Record, RequestLog
 from workflows.serve.service import Service, api_error
 from workflows.serve.transport import Envelope, EventStream, error_response, routed_path, unless_disconnected
@@ -73,7 +77,7 @@ def build_app(service: Service) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> JSONResponse:
         """The served model and its version."""
-        return JSONResponse({"object": "list", "data": [model_entry(service.loaded().source, service.since)]})
+        return JSONResponse({"object": "list", "data": [service.loaded().entry(service.since)]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> JSONResponse:
@@ -83,12 +87,18 @@ def build_app(service: Service) -> FastAPI:
         served = service.loaded()
         if not served.is_called(name):
             raise ApiError(404, f"that model is not served here; ask for {served.id!r}", "model", "model_not_found")
-        return JSONResponse(model_entry(served.source, service.since, name))
+        return JSONResponse(served.entry(service.since, name))
 
+    @app.get("/health", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         """Answers while the process does."""
         return JSONResponse({"status": "alive"})
+
+    @app.get("/version")
+    async def version() -> JSONResponse:
+        """The version of this program."""
+        return JSONResponse({"version": __version__})
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
@@ -125,10 +135,20 @@ def _add_envelope(app: FastAPI, service: Service) -> None:
             log.write(record, scope, status, seconds, version)
 
     app.add_middleware(Envelope, headers=headers, check=check, ended=ended)
+    if service.access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.access.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["x-model-version", "x-model-run-id", "retry-after"],
+        )
 
 
 def _unrouted(request: Request, error: HTTPException) -> ApiError:
     message = f"{request.method} {routed_path(request.scope)}: {error.detail}"
+    if error.status_code == 404:
+        message += "; this server answers POST /v1/chat/completions and GET /v1/models"
     return ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None)
 
 

@@ -280,10 +280,15 @@ def model_id(source: ResolvedModel) -> str:
     return source.name or source.folder.name
 
 
-def model_entry(source: ResolvedModel, since: int, name: str | None = None) -> dict[str, Any]:
-    """An entry of /v1/models."""
+def model_entry(source: ResolvedModel, since: int, max_length: int, name: str | None = None) -> dict[str, Any]:
+    """An entry of /v1/models. `max_model_len` is the longest prompt in tokens, by the name that vLLM gave it."""
     entry = {"id": name or model_id(source), "object": "model", "created": since, "owned_by": "mlmamba"}
-    return entry | {"version": source.version, "run_id": source.run_id, "label": source.label}
+    return entry | {
+        "version": source.version,
+        "run_id": source.run_id,
+        "label": source.label,
+        "max_model_len": max_length,
+    }
 
 
 class Completion:

@@ -26,6 +26,7 @@ from workflows.serve.openai import (
     Completion,
     Message,
     bad_request,
+    model_entry,
     model_id,
     parse_request,
     without_message,
@@ -59,6 +60,10 @@ class Served:
         headers = {"x-model-version": quote(self.source.label)}
         return headers | ({"x-model-run-id": self.source.run_id} if self.source.run_id else {})
 
+    def entry(self, since: int, name: str | None = None) -> dict[str, Any]:
+        """Its entry of /v1/models."""
+        return model_entry(self.source, since, self.engine.max_length, name)
+
     def is_called(self, name: str | None) -> bool:
         """Whether a request for a model of this name means this one."""
         return name in (None, self.id, self.source.label)
@@ -89,7 +94,7 @@ class Service:
 
     def __init__(self, limits: Limits, access: Access | None = None):
         self.limits, self.access = limits, access or Access()
-        self.gate = Gate(self.access.keys(dict(os.environ)), self.access.hosts)
+        self.gate = Gate(self.access.keys(dict(os.environ)), self.access.hosts, self.access.origins)
         self.metrics = default_metrics()
         self.fetcher = Fetcher(self.access.image_urls, limits.image_bytes, limits.fetch_seconds)
         self.since = int(time.time())

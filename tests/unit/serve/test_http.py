@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mlmamba
 from mlmamba.loading import load_model
 from tests.helpers.serve_client import ServiceError, ask, request
 from tests.helpers.serving import raw, running
@@ -303,3 +304,38 @@ def test_a_compressed_body_is_named(url):
         url, "/v1/chat/completions", gzip.compress(json.dumps(HELLO).encode()), headers={"Content-Encoding": "gzip"}
     )
     assert (status, content["error"]["code"]) == (415, "content_encoding")
+
+
+def test_what_other_servers_clients_ask_for(url):
+    assert raw(url, "/health")[:1] == (200,)
+    assert raw(url, "/version")[2] == {"version": mlmamba.__version__}
+    assert raw(url, "/v1/models")[2]["data"][0]["max_model_len"] == 300
+    status, _, content = raw(url, "/v1/completions", {"prompt": "x"})
+    assert (status, content["error"]["code"]) == (404, "not_found")
+    assert "POST /v1/chat/completions" in content["error"]["message"]
+
+
+def test_pages_of_named_sites_may_ask(loaded):
+    site = "https://chat.example.com"
+    service = Service(LIMITS, Access(origins=(site,)))
+    service.served = Served(Engine(*loaded, LIMITS, threads=1), ResolvedModel(Path("somewhere"), "shapes", "3", "run0"))
+    with running(service) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+
+        def asked(origin, method="POST"):
+            headers = {"Origin": origin, "Content-Type": "application/json"}
+            if method == "OPTIONS":
+                headers |= {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+            connection.request(method, "/v1/chat/completions", json.dumps(HELLO), headers)
+            reply = connection.getresponse()
+            reply.read()
+            return reply.status, reply.headers["access-control-allow-origin"]
+
+        assert asked(site, "OPTIONS") == (200, site)
+        assert asked(site) == (200, site)
+        assert asked("https://evil.example", "OPTIONS") == (400, None)
+        assert asked("https://evil.example") == (403, None)
+        connection.close()
+    service.served.engine.close()
+    with pytest.raises(ValueError, match="API keys are needed"):
+        Service(LIMITS, Access(origins=("*",)))
