@@ -55,6 +55,9 @@ class Tally:
         return sum(count for (_, reason), count in self.quarantined.items() if reason not in REMOVED)
 
 
+_BATCH = 1000  # records
+
+
 def write_quarantine(out: str, work: str, partitions: list[Partition], removals: Removals) -> dict[str, Tally]:
     """Gather the records that are not used into one table, in the order of the sources, and count.
 
@@ -69,6 +72,7 @@ def write_quarantine(out: str, work: str, partitions: list[Partition], removals:
     """
     tallies: dict[str, Tally] = defaultdict(Tally)
     causes: dict[tuple[str, int], str] = {}
+    bad: list[dict] = []
     with (
         storage.atomic_file(storage.join(out, QUARANTINE_FILE)) as path,
         pa.OSFile(path, "wb") as sink,
@@ -76,7 +80,7 @@ def write_quarantine(out: str, work: str, partitions: list[Partition], removals:
     ):
         for partition, outcomes in iter_outcomes(partitions, work, _COLUMNS):
             removed, named = removals.of(partition.name), removals.causes(partition.name)
-            tally, bad = tallies[partition.split], []
+            tally = tallies[partition.split]
             tally.records += outcomes.num_rows
             blind = pc.and_(outcomes["reason"].is_null(), pc.equal(outcomes["images"], 0)).to_numpy()
             tally.without_images += int(blind.sum()) - sum(bool(blind[i]) for i in removed)
@@ -94,8 +98,11 @@ def write_quarantine(out: str, work: str, partitions: list[Partition], removals:
                 elif row["cut_turns"]:
                     tally.cut += 1
                     tally.cut_turns += row["cut_turns"]
-            if bad:
-                writer.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE))
+            while len(bad) >= _BATCH:  # of one size, so that the same table is the same file
+                writer.write_table(pa.Table.from_pylist(bad[:_BATCH], schema=QUARANTINE))
+                bad = bad[_BATCH:]
+        if bad:
+            writer.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE))
     return dict(tallies)
 
 

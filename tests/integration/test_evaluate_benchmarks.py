@@ -122,7 +122,8 @@ def test_images_that_cannot_be_used_leave_no_score_until_they_are_mended(model, 
         return open_benchmark("gqa", str(tmp_path / "gqa"), questions=count)
 
     with pytest.raises(
-        Incomplete, match=r"no score, 8 of 12 items .* were not answered: image n101.jpg: not an image .* \(8\)"
+        Incomplete,
+        match=r"no score, 8 of 12 items .* were not answered: image n101.jpg: the JPEG data is damaged.* \(8\)",
     ):
         ask(read(), model, tmp_path / "out")  # those of other images were to be asked blind with this one
     partial = ask(read(), model, tmp_path / "out", allow_partial=True)
