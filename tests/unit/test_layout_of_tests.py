@@ -104,6 +104,7 @@ NOT_ALONE = {
     "workflows.storage.layout": "unit/recipe/test_load.py: imports it",
     "workflows.storage.remote": "unit/storage/test_folder.py: through Folder",
     "workflows.submit.client": "unit/submit/test_package.py: imports it",
+    "workflows.submit.secrets": "unit/submit/test_package.py: imports it",
     "workflows.submit.start": "integration/test_submit_cluster.py: through the command",
     "workflows.tracking.tracker": "integration/test_evaluate_benchmarks.py: imports it",
     "workflows.train.entry": "integration/test_train_stages.py: in training workers",

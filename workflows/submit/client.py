@@ -22,7 +22,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from workflows.errors import UsageError, WorkflowError
-from workflows.submit.bundle import JOB_FOLDER, Submission
+from workflows.submit.bundle import Submission
+from workflows.submit.package import JOB_FOLDER
 
 _TIMEOUT = 10
 """Seconds that the first question to an address may take."""

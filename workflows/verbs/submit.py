@@ -9,16 +9,18 @@ from workflows.verbs.verb import Verb, open_console, set_option
 
 def submit(a: argparse.Namespace) -> dict:
     """the same `run` as a job on a Ray cluster; --follow, --status and --stop find it again"""
-    from workflows.submit.client import Cluster
-
     asked = [name for name in ("follow", "status", "stop") if getattr(a, name) is not None]
     if len(asked) + (a.recipe is not None) != 1:
         raise UsageError("submit wants either a RECIPE, or one of --follow, --status and --stop with a job's id")
-    if not a.address:
+    if not a.address and not a.dry_run:
         raise UsageError("--address is missing: http://HEAD:8265, the dashboard of the cluster's head node")
     if a.recipe is not None:
         return _send(a)
-    cluster = Cluster(a.address, a.any_ray)
+    if a.dry_run:
+        raise UsageError(
+            "--dry-run lists what would travel with a RECIPE; leave it out with --follow, --status, --stop"
+        )
+    cluster = _cluster(a)
     if a.status is not None:
         return _status(cluster, a.status)
     return _stop(cluster, a.stop) if a.stop else _follow(cluster, a.follow)
@@ -28,18 +30,26 @@ def _send(a: argparse.Namespace) -> dict:
     import tempfile
     from pathlib import Path
 
-    from workflows.submit.bundle import make_shipment, pack
-    from workflows.submit.client import Cluster
+    from workflows.submit.bundle import make_shipment
+    from workflows.submit.package import pack
 
     if a.storage is None:
         raise UsageError("--storage is missing: the folder of everything that is made, as the cluster's nodes see it")
     shipment = make_shipment(a.recipe, a.set, a.storage, a.verb, a.data_root, a.env)
     console = open_console()
-    cluster = Cluster(a.address, a.any_ray)
+    cluster = None if a.dry_run else _cluster(a)
     with tempfile.TemporaryDirectory() as folder:
         package = pack(Path(folder) / "job.zip", Path.cwd(), a.storage, shipment.made, a.exclude)
+        if cluster is None:
+            return _would_ship(shipment.submission.run, package)
         console.line(f"== submit {shipment.submission.run}")
-        console.note(f"ships {package.describe()}")
+        console.note(f"ships {package.describe()}; everyone who may use the cluster can read them:")
+        for line in package.travelling():
+            console.note(f"  {line}")
+        if package.kept:
+            console.note(f"{len(package.kept):,} files and folders stay here:")
+        for line in package.staying():
+            console.note(f"  {line}")
         job = cluster.submit(
             shipment.submission, package.file, shipment.arguments, a.python, shipment.env, shipment.about
         )
@@ -47,6 +57,25 @@ def _send(a: argparse.Namespace) -> dict:
     if a.no_wait:
         return {"job": job, "status": "PENDING", "text": _how_to(cluster, job)}
     return _follow(cluster, job)
+
+
+def _cluster(a: argparse.Namespace):
+    from workflows.submit.client import Cluster
+
+    return Cluster(a.address, a.any_ray)
+
+
+def _would_ship(run: str, package) -> dict:
+    """What --dry-run answers: every file that would travel, and every one that stays here with the reason."""
+    lines = [
+        f"{run} would ship {package.describe()}:",
+        *(f"  {line}" for line in package.travelling(every=True)),
+        f"{len(package.kept):,} files and folders stay here, besides what git ignores:",
+        *(f"  {line}" for line in package.staying(every=True)),
+        "nothing was sent",
+    ]
+    kept = [{"name": one.name, "reason": one.reason} for one in package.kept]
+    return {"run": run, "bytes": package.size, "files": package.sizes, "stay": kept, "text": "\n".join(lines)}
 
 
 def _follow(cluster, job: str) -> dict:
@@ -131,6 +160,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-wait", action="store_true", help="return as soon as the job is accepted")
     parser.add_argument("--verb", choices=["run", "train", "prepare"], default="run", help="what to do (default: run)")
     parser.add_argument("--data-root", metavar="DIR", help="where the nodes see the recipe's relative paths")
+    parser.add_argument("--dry-run", action="store_true", help="list what would travel and what stays; send nothing")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these files here")
     parser.add_argument(
         "--env",

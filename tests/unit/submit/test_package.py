@@ -1,17 +1,21 @@
 """What travels to the cluster and what stays, and what the first script says of a cluster that lacks something."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from workflows.cli import main
 from workflows.errors import UsageError
-from workflows.submit import bundle as packing
-from workflows.submit.bundle import pack
+from workflows.submit import package as packing
 from workflows.submit.client import RESULT, Reader
+from workflows.submit.package import pack
+from workflows.submit.secrets import SECRET_NAMES
 
 START = Path(packing.__file__).with_name("start.py")
 RAYS = "2026-11-21 12:00:00,123\tINFO job_manager.py:568 -- Runtime env is setting up."
@@ -57,8 +61,7 @@ def test_large_files_stay_and_are_named(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "LARGEST", 100)
     (folder / "weights.bin").write_bytes(b"0" * 101)
     package = pack(tmp_path / "job.zip", folder, "/nowhere", {}, [])
-    assert package.left == {"weights.bin": 101}
-    assert "1 large files stay here: weights.bin" in package.describe()
+    assert "weights.bin: 0.1 KiB, over 0.1 KiB" in package.staying()
 
 
 def test_in_a_checkout_git_decides(folder, tmp_path):
@@ -85,11 +88,98 @@ def test_the_same_content_is_the_same_zip(folder, tmp_path):
 
 def test_too_much_is_refused_with_the_largest_folders(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "MOST", 1000)
-    with pytest.raises(UsageError, match=r"a job takes .*largest: .*workflows \("):
+    with pytest.raises(UsageError, match=r"a job takes .*largest: .*workflows/ \("):
         pack(tmp_path / "job.zip", folder, "/nowhere", {}, [])
     monkeypatch.setattr(packing, "MOST_FILES", 1)
     with pytest.raises(UsageError, match="over 1 files"):
         pack(tmp_path / "job.zip", folder, "/nowhere", {}, [])
+
+
+KEY = "-----BEGIN {}-----\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcw\n-----END {}-----\n"
+SECRETS = {
+    **dict.fromkeys(
+        ["id_rsa", "deploy/id_ed25519", "id_ecdsa_sk", "tls.pem", "TLS.PEM", "server.key", "cert.p12", "cert.pfx"], "x"
+    ),
+    **dict.fromkeys(["kubeconfig", "prod.kubeconfig", "kubeconfig.yaml", "credentials.json", "conf/credentials"], "x"),
+    **dict.fromkeys(["secrets.env", "prod.env", "prod.env.local", "secrets.yaml", "db_secrets.json", "secrets/a"], "x"),
+    **dict.fromkeys([".netrc", "_netrc", ".aws/credentials", ".ssh/config", ".git-credentials", "kaggle.json"], "x"),
+    **dict.fromkeys(["gcp-service_account.json", "terraform.tfstate", "token", "prod.tfvars"], '{"a": 1}'),
+    "notes/deploy.txt": KEY.format("OPENSSH PRIVATE KEY", "OPENSSH PRIVATE KEY"),
+    "notes/old": KEY.format("RSA PRIVATE KEY", "RSA PRIVATE KEY").replace("\n", "\r\n"),
+    "sa.json": json.dumps({"private_key": KEY.format("PRIVATE KEY", "PRIVATE KEY")}),
+    "config": "users:\n- user:\n    client-key-data: LS0tLS1CRUdJTiBSU0EgUFJJVkFURQ==\n",
+    "setup.cfg": "[default]\naws_secret_access_key = wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY00\n",
+}
+
+
+@pytest.mark.parametrize("with_git", [False, True])
+def test_secrets_never_travel_and_are_named_with_the_reason(folder, tmp_path, with_git):
+    for name, content in SECRETS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    for name in ("id_rsa.pub", "tokenizer.json", "environment.yaml", "keys.py", "about_secrets.md", "a.env.example"):
+        (folder / name).write_text("-----BEGIN PRIVATE KEY----- is how such a file begins")
+    if with_git:
+        (folder / ".git" / "config").unlink()
+        (folder / ".git").rmdir()
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        subprocess.run(["git", "-C", str(folder), "add", "-f", "."], check=True)
+    expected = {"recipe.yaml", "notes/a.txt", "id_rsa.pub", "tokenizer.json", "environment.yaml", "keys.py"}
+    assert names(folder, tmp_path) == expected | {"about_secrets.md", "a.env.example"}
+    package = pack(tmp_path / "job.zip", folder, "/nowhere", {}, [])
+    told = {one.name: one.reason for one in package.kept}
+    for name in SECRETS:
+        reason = told.get(name) or told[name.split("/")[0]]
+        assert reason.startswith("secret: "), (name, reason)
+    assert "secret: it holds a private key" in told["notes/deploy.txt"]
+    assert "secret" in package.staying()[0]  # before what is merely large
+
+
+@pytest.mark.parametrize("with_git", [False, True])
+def test_a_link_takes_nothing_along_from_outside_or_from_what_stays(folder, tmp_path, with_git):
+    outside = tmp_path / "home"
+    outside.mkdir()
+    (outside / "diary.txt").write_text("mine")
+    (folder / "innocent.txt").symlink_to(outside / "diary.txt")
+    (folder / "linked").symlink_to(outside)
+    (folder / "env.txt").symlink_to(".env")
+    (folder / "again.txt").symlink_to("notes/a.txt")
+    (folder / "broken.txt").symlink_to("nowhere")
+    if with_git:
+        (folder / ".git" / "config").unlink()
+        (folder / ".git").rmdir()
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    assert names(folder, tmp_path) == {"recipe.yaml", "notes/a.txt", "again.txt"}
+    told = {one.name: one.reason for one in pack(tmp_path / "job.zip", folder, "/nowhere", {}, []).kept}
+    assert told["innocent.txt"] == "a link out of the folder"
+    assert told["env.txt"].startswith("a link to .env: secret")
+    assert told["broken.txt"] == "not there"
+    assert "link" in told["linked"]
+
+
+def test_a_pipe_does_not_keep_the_client_waiting(folder, tmp_path):
+    os.mkfifo(folder / "pipe")
+    assert names(folder, tmp_path) == {"recipe.yaml", "notes/a.txt"}
+
+
+def test_a_dry_run_lists_all_that_travels_and_sends_nothing(folder, tmp_path, monkeypatch, capsys):
+    (folder / "id_rsa").write_text("x")
+    (folder / "a\x1b[2Jb").write_text("x")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert main(["submit", "quickstart", "--storage", "/shared", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "  notes/a.txt (0.0 KiB)\n" in out
+    assert "  workflows/cli.py (" in out
+    assert "  id_rsa: secret: id_rsa is named like a private key\n" in out
+    assert "\x1b" not in out
+    assert out.rstrip().endswith("nothing was sent")
+
+
+def test_manifests_of_ray_up_leave_the_same_names_out():
+    for file in sorted((packing.CODE / "cluster" / "ray").glob("*.yaml")):
+        excluded = yaml.safe_load(file.read_text())["rsync_exclude"]
+        assert {name for kind in SECRET_NAMES.values() for name in kind} <= set(excluded), file
 
 
 @pytest.mark.parametrize(
