@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from workflows.errors import UsageError
 from workflows.recipe.schema import DataRecipe, Recipe
+from workflows.recipe.uris import refuse_secrets, texts
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -21,7 +22,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         overrides: "key.path=value" strings; values are YAML, list items are addressed by number.
 
     Raises:
-        UsageError: the file cannot be read, is not YAML, or does not describe a recipe.
+        UsageError: the file cannot be read, is not YAML, does not describe a recipe, or has a secret in a URI.
     """
     recipe = load_any(path, overrides)
     if isinstance(recipe, DataRecipe):
@@ -35,6 +36,8 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 def load_any(path: str, overrides: list[str] | None = None) -> Recipe | DataRecipe:
     """Read a recipe, or a data recipe, which is what has neither model nor stages. As `load_recipe`."""
     file, content = _read(path)
+    for override in overrides or []:  # before any message repeats it
+        refuse_secrets(override, f"--set {override.partition('=')[0].partition('://')[0]}")
     _fill_in_data(content)
     for override in overrides or []:
         _apply(content, override)
@@ -57,11 +60,22 @@ def _read(path: str) -> tuple[Path, dict]:
     except OSError as error:
         known = ", ".join(sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml")))
         raise UsageError(f"cannot read recipe {path}: {error.strerror}. Shipped recipes: {known}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"recipe {file} is not valid YAML: {error}") from error
+    except yaml.YAMLError as error:  # without the line itself, which may hold a secret
+        raise UsageError(f"recipe {file} is not valid YAML: {_problem(error)}") from None
     if not isinstance(content, dict):
         raise UsageError(f"recipe {file} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
+    for place, text in texts(content):
+        refuse_secrets(text, f"recipe {file}: {place}")
     return file, content
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML file and where."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{getattr(error, 'problem', None) or type(error).__name__}{where}"
 
 
 def _fill_in_data(content: dict) -> None:

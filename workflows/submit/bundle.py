@@ -22,6 +22,7 @@ from pipelines.storage import join, shown
 from workflows.errors import UsageError
 from workflows.recipe.load import load_any, load_recipe
 from workflows.recipe.schema import DataRecipe, Recipe
+from workflows.recipe.uris import refuse_secrets, secret_in, without_secrets
 from workflows.runtime import REQUIRED
 from workflows.storage.folder import Folder
 from workflows.storage.layout import data_folder, run_name
@@ -98,10 +99,11 @@ def make_shipment(
 def _check_storage(storage: str) -> None:
     """Raise UsageError when the cluster's nodes cannot share it, or all could read a password in it."""
     if is_remote(storage):
-        if shown(storage) != storage:
+        if shown(storage) != storage or secret_in(storage):
             raise UsageError(
-                f"--storage {shown(storage)}: leave the user and password out, for a job's command can be read on the "
-                "cluster's dashboard; the nodes' environment (AWS_ACCESS_KEY_ID, ...) or role should hold them"
+                f"--storage {without_secrets(shown(storage))}: leave the user and password out, for a job's "
+                "command can be read on the cluster's dashboard; the nodes' environment "
+                "(AWS_ACCESS_KEY_ID, ...) or role should hold them"
             )
     elif not PurePosixPath(storage.removeprefix("file://")).is_absolute():
         raise UsageError(
@@ -142,12 +144,13 @@ def _place(recipe: Recipe | DataRecipe, root: str | None) -> Recipe | DataRecipe
     if not found:
         return recipe
     if root is None:
-        shown = "; ".join(f"{key}: {path}" for key, path in list(found.items())[:3])
+        examples = "; ".join(f"{key}: {path}" for key, path in list(found.items())[:3])
         raise UsageError(
-            f"{len(found)} paths of the recipe are relative to this folder, which the cluster does not have ({shown}). "
-            "Data does not travel: give the folder where the nodes see it with --data-root DIR, or absolute paths with "
-            "--set"
+            f"{len(found)} paths of the recipe are relative to this folder, which the cluster does not have "
+            f"({examples}). Data does not travel: give the folder where the nodes see it with --data-root DIR, "
+            "or absolute paths with --set"
         )
+    refuse_secrets(root, "--data-root")
     if _relative(root):
         raise UsageError(f"--data-root {root}: give an absolute path or URI, as the cluster's nodes see it")
     content = recipe.model_dump(mode="json")

@@ -111,6 +111,7 @@ def pack(out: Path, folder: Path, storage: str, made: dict[str, str], excludes: 
         for inside, path in _all_files(CODE / name, SKIPPED, []):
             if secret_name(inside) is None:
                 chosen[f"{name}/{inside}"] = path.read_bytes()
+    package.kept = [one for one in package.kept if one.name not in chosen]
     chosen |= {f"{JOB_FOLDER}/{name}": text.encode() for name, text in made.items()}
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(chosen):

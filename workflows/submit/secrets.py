@@ -32,6 +32,7 @@ _CONTENTS = {
     "holds a private key": rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:\\r|\\n|\s)+[A-Za-z0-9+/=]{6}",
     "holds a key of a cluster": rb"client-key-data:\s*[\"']?[A-Za-z0-9+/=]{16}",
     "holds a key of an object store": rb"(?i)aws_secret_access_key[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9+/]{30}",
+    "holds a password in a URI of an object store": rb"\b(?:s3|s3a|gs|abfss?)://[^\s:/@\"']+:[^\s@\"']+@",
     "is a key file of PuTTY": rb"\APuTTY-User-Key-File-",
 }
 _PATTERNS = [(kind, pattern.lower()) for kind, patterns in SECRET_NAMES.items() for pattern in patterns]
