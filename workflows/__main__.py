@@ -1,9 +1,10 @@
 """The job: the same command as on a laptop, its result on one marked line that the client tells from progress."""
 
 import json
+import os
 import sys
 
-from workflows.submit.client import RESULT
+from workflows.submit.log import result_prefix
 
 
 def main(argv: list[str]) -> int:
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     code, result = execute(parse(argv))
     if result is not None:
-        print(RESULT + json.dumps(result), flush=True)
+        print(result_prefix(os.environ) + json.dumps(result), flush=True)
     return code
 
 

@@ -11,6 +11,11 @@ from pipelines.progress import Progress
 _SECONDS_BETWEEN_LINES = 5.0
 
 
+def printable(text: str) -> str:
+    """Text from outside for one line of a terminal: control characters and what no encoding holds are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class Console:
     """Prints steps and progress. On a terminal a progress line redraws itself; in a file it appears every 5 s."""
 

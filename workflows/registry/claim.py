@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from workflows.console import printable
 from workflows.errors import WorkflowError
 from workflows.registry.history import who_runs_this
 from workflows.registry.models import reachable
@@ -52,8 +53,7 @@ class Claim:
         found = []
         for key, value in self._client.get_registered_model(self._name).tags.items():
             if key.startswith(self._prefix) and key != self._key:
-                stamp = key.removeprefix(self._prefix).split("-")[0]
-                if not stamp.isdecimal() or time.time() - int(stamp) / 1e9 > EXPIRES:  # or nobody's
+                if _expired(key.removeprefix(self._prefix).split("-")[0]):
                     self._delete(key)
                 else:
                     found.append((_owner(value), False))
@@ -68,10 +68,17 @@ class Claim:
             self._client.delete_registered_model_tag(self._name, key)
 
 
+def _expired(stamp: str) -> bool:
+    """Whether a claim of this time counts no more. One that is nobody's, or of a time to come, never did."""
+    if len(stamp) > 20 or not stamp.isdecimal():
+        return True
+    return abs(time.time() - int(stamp) / 1e9) > EXPIRES
+
+
 def _owner(value: str) -> str:
     try:
-        return str(json.loads(value)["who"])
-    except (ValueError, KeyError, TypeError):
+        return printable(str(json.loads(value)["who"]))[:200]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another"
 
 

@@ -7,23 +7,31 @@ and a single database do. Hand-written because no package that we depend on has 
 """
 
 import getpass
+import json
+import math
 import os
 import random
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import psutil
+
+from workflows.console import printable
 
 BEAT = 3.0
 """Seconds between a holder's signs of life."""
 PATIENCE = 20.0
 """Seconds without one after which a holder on another machine counts as dead. All contenders must agree on it."""
+
+_LARGEST = 1 << 16
+"""Bytes of a claim; ours have under a thousand."""
 
 Who = TypeVar("Who")
 
@@ -42,6 +50,25 @@ class Holder:
     job: str = field(default_factory=lambda: os.environ.get("MLMAMBA_JOB", ""))
     """Ray job of a submitted workflow."""
 
+    @classmethod
+    def read(cls, content: Any) -> "Holder":
+        """The holder in what was read from a lock, which anybody may have written.
+
+        Raises:
+            ValueError: a field lacks, is of another type, or holds no number of a process or time.
+        """
+        if not isinstance(content, dict) or content.keys() != {each.name for each in fields(cls)}:
+            raise ValueError("a holder has other fields")
+        texts = {name: value for name, value in content.items() if name not in ("pid", "started")}
+        if not all(isinstance(value, str) for value in texts.values()):
+            raise ValueError("a holder's texts are of another type")
+        pid, started = content["pid"], content["started"]
+        if type(pid) is not int or not 0 < pid < 1 << 31:
+            raise ValueError(f"{pid!r} is no process")
+        if type(started) not in (int, float) or not math.isfinite(started):
+            raise ValueError(f"{started!r} is no time")
+        return cls(**texts, pid=pid, started=float(started))
+
     def lives_here(self) -> bool | None:
         """Whether its process runs; None when it is on another machine, where only its beat tells."""
         if self.machine != _machine():
@@ -54,7 +81,24 @@ class Holder:
             return False
 
     def __str__(self) -> str:
-        return f"{self.user}@{self.host}, process {self.pid}" + (f", job {self.job}" if self.job else "")
+        text = f"{self.user}@{self.host}, process {self.pid}" + (f", job {self.job}" if self.job else "")
+        return printable(text)[:300]  # it may come from a file that anybody wrote
+
+
+def parse_claim(data: bytes) -> Any:
+    """The JSON of a claim. Raises ValueError when it is too large, or none."""
+    if len(data) > _LARGEST:
+        raise ValueError(f"a claim has at most {_LARGEST} bytes")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_claim_file(path: Path) -> bytes:
+    """The first bytes of a file, as many as a claim may have and one. Never waits for a pipe. Raises OSError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        return file.read(_LARGEST + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
 
 
 class Seen(NamedTuple):

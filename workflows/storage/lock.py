@@ -19,6 +19,7 @@ from filelock import FileLock, SoftFileLease, Timeout
 
 from pipelines import storage
 from pipelines.storage import join, shown
+from workflows.console import printable
 from workflows.errors import WorkflowError
 from workflows.storage import claims
 from workflows.storage.claims import Holder, Seen
@@ -52,7 +53,7 @@ def lock(
     held = (_StoreLock if remote else _FileLock)(str(where), Holder(purpose), note_once)
     try:
         while (other := held.take()) is not None:
-            text = f"{other.purpose} is under way already ({other}; {shown(str(where))})"
+            text = f"{printable(other.purpose)[:200]} is under way already ({other}; {shown(str(where))})"
             if not wait:
                 raise WorkflowError(f"{text}: wait for it, or stop it")
             note_once(f"{text}; waiting for it")
@@ -79,6 +80,7 @@ class _FileLock:
     def __init__(self, uri: str, holder: Holder, note: Callable[[str], None]):
         self._file, self._holder, self._note = Path(storage.open_fs(uri)[1]), holder, note
         self._beside = self._file.with_name(f"{self._file.name}.holder")
+        self._takeover = self._file.with_name(f"{self._file.name}.takeover")
         self._lease = SoftFileLease(
             self._file,
             lease_duration=claims.PATIENCE,
@@ -90,10 +92,13 @@ class _FileLock:
     def take(self) -> Holder | None:
         """Take the lock. Returns the living process that has it, or None when it is ours."""
         while True:
+            for beside in (self._beside, self._takeover):
+                if beside.exists() and not beside.is_file():
+                    raise WorkflowError(f"{beside} is not a file that a lock writes: delete it if nothing runs")
             seen = self._look()
             if alive := claims.living(seen, self._look, self._note):
                 return next(iter(alive.values())).holder
-            guard = FileLock(self._file.with_name(f"{self._file.name}.takeover"), timeout=claims.PATIENCE)
+            guard = FileLock(self._takeover, timeout=claims.PATIENCE)
             with guard if seen else nullcontext():
                 if self._acquire():
                     return None
@@ -107,7 +112,8 @@ class _FileLock:
             return False
         if (owner := self._lease.owner) is not None and owner.token == self._lease.token:
             for beside in self._file.parent.glob(f"{self._file.name}.*"):  # also what killed contenders left
-                beside.unlink(missing_ok=True)
+                if beside.is_symlink() or not beside.is_dir():  # a folder is not ours
+                    beside.unlink(missing_ok=True)
         self._lease.release()
         return self._lease.compromise is not None
 
@@ -130,7 +136,7 @@ class _FileLock:
                 state = self._file.lstat()
             except FileNotFoundError:
                 return {}
-            if owner is None:
+            if owner is None or owner.mode != "lease":
                 if unread == (state.st_ino, state.st_mtime_ns):
                     raise WorkflowError(
                         f"{self._file} is not a lock that this version wrote (version 0.1 or another program did): "
@@ -139,8 +145,8 @@ class _FileLock:
                 unread = state.st_ino, state.st_mtime_ns
                 continue
             holder = Holder("another workflow", owner.token, "", owner.hostname, "unknown", owner.pid, 0.0, "")
-            with suppress(OSError, ValueError, TypeError):
-                named = Holder(**json.loads(self._beside.read_text()))
+            with suppress(OSError, ValueError):
+                named = Holder.read(claims.parse_claim(claims.read_claim_file(self._beside)))
                 if named.token == owner.token:
                     return {owner.token: Seen(state.st_mtime_ns, True, named)}
         return {} if owner is None else {owner.token: Seen(state.st_mtime_ns, True, holder)}
@@ -213,13 +219,17 @@ class _StoreLock:
         """One claim; None when it is gone. While it is replaced it may be cut off, which must not look like absence."""
         for _ in range(10):
             try:
-                content = json.loads(storage.read_bytes(join(self._uri, name)))
-                return Seen(content.pop("beat"), content.pop("held"), Holder(**content))
+                where = join(self._uri, name)
+                content = claims.parse_claim(b"" if (storage.size(where) or 0) > 1 << 20 else storage.read_bytes(where))
+                beat, held = content.pop("beat"), content.pop("held")
+                if type(beat) is not int or type(held) is not bool:
+                    raise ValueError("beat and held are a number and a truth")
+                return Seen(beat, held, Holder.read(content))
             except FileNotFoundError:
                 return None
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 time.sleep(0.2)
-        where = shown(join(self._uri, name))
+        where = printable(shown(join(self._uri, name)))
         raise WorkflowError(f"{where} is not a lock that this version wrote; delete it if nothing runs")
 
     def _live(self) -> None:

@@ -4,10 +4,9 @@ A workflow has one running job at a time; its jobs are found again by the workfl
 """
 
 import asyncio
-import json
 import logging
 import os
-import re
+import secrets
 import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,8 +20,10 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
+from workflows.console import printable
 from workflows.errors import UsageError, WorkflowError
 from workflows.submit.bundle import Submission
+from workflows.submit.log import MARK, STARTED, Reader, for_terminal
 from workflows.submit.package import JOB_FOLDER
 
 _TIMEOUT = 10
@@ -30,13 +31,6 @@ _TIMEOUT = 10
 STOP_SECONDS = 60
 """Seconds that a stopped job has to put its work in order before it is killed."""
 RUN, STORAGE = "mlmamba.run", "mlmamba.storage"  # metadata of a job
-RESULT = "mlmamba-result "
-"""Begins the line of the log that holds the result, the text for a person included, as JSON."""
-_STARTED = "Running entrypoint for job "
-"""Begins the line that Ray logs when it starts the job's process. Ray may flush it late, so that output of a quick
-process can stand before it."""
-_RAYS = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+[A-Z]+ \w+\.py:\d+ -- ")
-"""Begins Ray's own lines about setting up the job's environment, which come before the job's."""
 _POLL = 1.0
 """Seconds between two questions for a job's status."""
 _POLL_ALL = 5.0
@@ -83,8 +77,9 @@ class Cluster:
         """
         earlier = self.of(submission)
         self._refuse_if_running(earlier)
-        number = max((int(job.submission_id.removeprefix(submission.prefix)) for job in earlier), default=0) + 1
-        name = f"{submission.prefix}{number}"
+        numbers = [job.submission_id.removeprefix(submission.prefix) for job in earlier]
+        name = f"{submission.prefix}{max((int(n) for n in numbers if n.isdecimal()), default=0) + 1}"
+        mark = secrets.token_hex(8)
         with _workflow_errors(self.address):
             try:
                 return self.jobs.submit_job(
@@ -92,9 +87,12 @@ class Cluster:
                     submission_id=name,
                     runtime_env={
                         "working_dir": str(package),
-                        "env_vars": {"MLMAMBA_JOB": name, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **env},
+                        "env_vars": {
+                            **{"MLMAMBA_JOB": name, MARK: mark, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                            **env,
+                        },
                     },
-                    metadata={RUN: submission.run, STORAGE: submission.storage, **about},
+                    metadata={RUN: submission.run, STORAGE: submission.storage, MARK: mark, **about},
                 )
             except RuntimeError:
                 self._refuse_if_running(
@@ -215,7 +213,7 @@ def _workflow_errors(address: str) -> Iterator[None]:
         ) from error
     except (requests.exceptions.RequestException, RuntimeError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
-        raise WorkflowError(f"the job server at {address} refuses: {text[-1][:500]}") from error
+        raise WorkflowError(f"the job server at {address} refuses: {printable(text[-1])[:500]}") from error
 
 
 @dataclass(frozen=True)
@@ -236,8 +234,7 @@ def follow_job(cluster: Cluster, job_id: str, show: Callable[[str], None]) -> En
     Raises:
         WorkflowError: there is no such job, or the cluster does not answer any more.
     """
-    reader, last, given = Reader(show), time.monotonic(), 0
-    cluster.info(job_id)
+    reader, last, given = Reader(show, _mark(cluster.info(job_id))), time.monotonic(), 0
     while True:
         try:
             try:
@@ -263,7 +260,8 @@ def follow_job(cluster: Cluster, job_id: str, show: Callable[[str], None]) -> En
 
 def read_end(cluster: Cluster, job_id: str) -> End:
     """Read a job's status and result as they are now, without waiting for its end."""
-    info, reader = cluster.info(job_id), Reader(lambda line: None)
+    info = cluster.info(job_id)
+    reader = Reader(lambda line: None, _mark(info))
     reader.feed(cluster.log(job_id))
     reader.close()
     return End(str(info.status), reader.result, _reason(info.message))
@@ -271,48 +269,11 @@ def read_end(cluster: Cluster, job_id: str) -> End:
 
 def _reason(message: str | None) -> str:
     """Return Ray's message about a job, which ends with the log's last lines, without the line about its start."""
-    return "\n".join(line for line in (message or "").splitlines() if not line.startswith(_STARTED))
+    return "\n".join(for_terminal(line) for line in (message or "").splitlines() if not line.startswith(STARTED))
 
 
-class Reader:
-    """Split pieces of a log into lines and show them; keep the line with the result apart.
-
-    Lines before the job's start are held back until it starts, so that Ray's own lines can be left out.
-    """
-
-    def __init__(self, show: Callable[[str], None]):
-        self._show, self._rest = show, ""
-        self._before: list[str] | None = []
-        self.result: dict | None = None
-
-    def feed(self, text: str) -> None:
-        """Take the next piece of the log."""
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._line(line)
-
-    def close(self) -> None:
-        """End the log: show the last line, and what was held back."""
-        if self._rest:
-            self._line(self._rest)
-        self._rest = ""
-        self._begin()
-
-    def _line(self, line: str) -> None:
-        if line.startswith(_STARTED):
-            self._begin()
-        elif line.startswith(RESULT):
-            self.result = json.loads(line.removeprefix(RESULT))
-        elif self._before is not None:
-            self._before.append(line)
-        else:
-            self._show(line)
-
-    def _begin(self) -> None:
-        for line in self._before or ():
-            if not _RAYS.match(line):
-                self._show(line)
-        self._before = None
+def _mark(info: JobDetails) -> dict[str, str]:
+    return info.metadata or {}
 
 
 def _tail(cluster: Cluster, job_id: str, given: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import workflows
+from workflows.console import printable
 from workflows.errors import UsageError
 from workflows.submit.secrets import secret_content, secret_name
 
@@ -129,11 +130,6 @@ def pack(out: Path, folder: Path, storage: str, made: dict[str, str], excludes: 
 
 def mebibytes(size: float) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 100 << 10 else f"{size / 2**10:.1f} KiB"
-
-
-def printable(text: str) -> str:
-    """Text from outside for a terminal: control characters and what no encoding holds are written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _first(lines: list[str]) -> list[str]:

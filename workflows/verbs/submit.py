@@ -92,11 +92,12 @@ def _follow(cluster, job: str) -> dict:
 
 def _status(cluster, job: str) -> dict:
     from workflows.submit.client import read_end
+    from workflows.submit.log import for_terminal
 
     if job == "all":
         found = cluster.workflows()
-        rows = [{"job": each.submission_id, "status": str(each.status), **each.metadata} for each in found]
-        lines = [f"{row['status']:<10} {row['job']}  {row.get('mlmamba.from', '')}" for row in rows]
+        rows = [{**each.metadata, "job": each.submission_id, "status": str(each.status)} for each in found]
+        lines = [for_terminal(f"{row['status']:<10} {row['job']}  {row.get('mlmamba.from', '')}") for row in rows]
         return {"jobs": rows, "text": "\n".join(lines) or f"no submitted workflows at {cluster.address}"}
     end = read_end(cluster, job)
     if end.status in ("PENDING", "RUNNING"):
@@ -135,7 +136,13 @@ def _result(job: str, end) -> dict:
     if "evaluation" in result:
         from workflows.verbs.workflow import summary_text
 
-        result["text"] = summary_text(result)
+        try:
+            result["text"] = summary_text(result)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise WorkflowError(f"job {job}: its result cannot be read ({type(error).__name__}: {error})") from error
+    from workflows.submit.log import for_terminal
+
+    result["text"] = "\n".join(for_terminal(line) for line in str(result.get("text", "")).split("\n"))
     return {**result, "failed": end.status != "SUCCEEDED"}
 
 

@@ -16,12 +16,12 @@ from workflows.errors import WorkflowError
 from workflows.runtime import stop_on_sigterm
 from workflows.storage import claims
 from workflows.storage.claims import Holder
-from workflows.storage.lock import lock
+from workflows.storage.lock import _StoreLock, lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from workflows.storage.lock import lock
+from workflows.storage.lock import _StoreLock, lock
 with lock(Path(sys.argv[1]), "recipe tiny"):
     print("held", flush=True)
     time.sleep(600)
@@ -248,3 +248,76 @@ def test_something_else_in_its_place_is_named_and_not_deleted(file, quick, text)
     with refused, lock(file, "recipe tiny", wait=True):
         pass
     assert file.read_text() == text
+
+
+HOLDER = asdict(Holder("recipe tiny"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("5", "null", "[]", '"x"', "", "[" * 100_000, "\xff", json.dumps(HOLDER) + " " * (1 << 17)),
+        *(json.dumps(HOLDER | {"pid": pid}) for pid in ("abc", -1, 0, None, True, 1.5, 1 << 80)),
+        *(json.dumps(HOLDER | {"started": started}) for started in ("x", None, float("nan"), float("inf"))),
+        *(json.dumps(HOLDER | {field: 5}) for field in ("purpose", "machine", "user", "job")),
+        json.dumps({**HOLDER, "more": 1}),
+    ],
+)
+def test_a_name_of_another_shape_beside_a_lock_is_not_believed(file, quick, content):
+    write(file, token=HOLDER["token"], pid=NOBODY, host="elsewhere")
+    file.with_name("lock.json.holder").write_bytes(content.encode("latin-1"))
+    notes = []
+    with lock(file, "recipe tiny", notes.append):
+        assert process_of(file) == os.getpid()
+    assert f"unknown@elsewhere, process {NOBODY}" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("pid=", "pid=-"), ("pid=", "pid=abc"), ("pid=", "pid=9999999999"), ("mode=lease", "mode=exclusive")],
+)
+def test_a_lock_with_fields_that_we_never_write_is_named(file, quick, old, new):
+    write(file, pid=NOBODY)
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(WorkflowError, match="is not a lock that this version wrote"), lock(file, "recipe tiny"):
+        pass
+    assert new in file.read_text()
+
+
+@pytest.mark.parametrize("name", ["lock.json", "lock.json.holder", "lock.json.takeover"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_folder_or_pipe_in_a_locks_place_is_named(file, quick, name, make):
+    write(file, token="dead", pid=NOBODY)
+    file.with_name(name).unlink(missing_ok=True)
+    make(file.with_name(name))
+    with pytest.raises(WorkflowError, match=rf"{name} is not a .*: delete it if"), lock(file, "recipe tiny"):
+        pass
+    assert file.with_name(name).exists()
+
+
+def test_a_holders_names_reach_the_terminal_as_text(file, quick):
+    write(file, user="\x1b[2Jroot", job="a\nb")
+    with pytest.raises(WorkflowError) as told, lock(file, "recipe tiny"):
+        pass
+    assert r"\x1b[2Jroot" in str(told.value)
+    assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("5", "null", "[", "[" * 100_000, json.dumps({"beat": 1, "held": True, **HOLDER}) + " " * (1 << 21)),
+        *(json.dumps({"beat": 1, "held": True, **HOLDER} | change) for change in ({"pid": "abc"}, {"pid": -1})),
+        *(json.dumps({"beat": 1, "held": True, **HOLDER} | change) for change in ({"held": "no"}, {"beat": None})),
+    ],
+)
+def test_a_claim_of_another_shape_in_a_store_is_named(tmp_path, quick, content, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    (tmp_path / "a\x1b.json").write_text(content)
+    held = _StoreLock(str(tmp_path), Holder("recipe tiny"), print)
+    try:
+        with pytest.raises(WorkflowError, match=r"a\\x1b\.json is not a lock that this version wrote"):
+            held.take()
+    finally:
+        held.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["a\x1b.json"]

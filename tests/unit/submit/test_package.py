@@ -13,12 +13,10 @@ import yaml
 from workflows.cli import main
 from workflows.errors import UsageError
 from workflows.submit import package as packing
-from workflows.submit.client import RESULT, Reader
 from workflows.submit.package import pack
 from workflows.submit.secrets import SECRET_NAMES
 
 START = Path(packing.__file__).with_name("start.py")
-RAYS = "2026-11-21 12:00:00,123\tINFO job_manager.py:568 -- Runtime env is setting up."
 
 
 def names(folder: Path, tmp_path: Path, excludes: tuple[str, ...] = (), storage: str = "/nowhere") -> set[str]:
@@ -196,36 +194,3 @@ def test_the_first_script_says_what_the_cluster_lacks(wanted, message, tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_log_in_pieces_gives_the_jobs_lines_and_its_result():
-    log = f"{RAYS}\nRunning entrypoint for job x: python\n== train\n{RESULT}" + '{"model": 1}\nlast'
-    lines = []
-    for size in (1, 7, 1000):
-        lines.clear()
-        reader = Reader(lines.append)
-        for i in range(0, len(log), size):
-            reader.feed(log[i : i + size])
-        reader.close()
-        assert lines == ["== train", "last"]
-        assert reader.result == {"model": 1}
-
-
-def test_what_a_quick_job_says_before_rays_line_about_its_start_is_shown():
-    """Ray writes that line into a buffer, starts the job's process, and flushes then."""
-    lines = []
-    reader = Reader(lines.append)
-    reader.feed(f"{RAYS}\nsh: 1: exec: python-nowhere: not found\n")
-    assert lines == []  # more of Ray's may come
-    reader.feed("Running entrypoint for job x: exec python-nowhere _job/start.py run\n")
-    assert lines == ["sh: 1: exec: python-nowhere: not found"]
-    reader.close()
-    assert lines == ["sh: 1: exec: python-nowhere: not found"]
-
-
-def test_of_a_job_that_never_started_the_log_is_shown_at_its_end():
-    lines = []
-    reader = Reader(lines.append)
-    reader.feed(f"{RAYS}\nno space left")
-    reader.close()
-    assert lines == ["no space left"]
