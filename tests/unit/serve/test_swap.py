@@ -5,18 +5,21 @@ import asyncio
 import gc
 import json
 import re
+import shutil
 import threading
 import time
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.swap_models import QUESTION, TOKENS, answer_of, drawn_example, write_model, write_spoiled
 from workflows.registry import ResolvedModel
+from workflows.serve import swap
 from workflows.serve.options import Limits
 from workflows.serve.service import Service
-from workflows.serve.swap import Refused, SwapOptions, Swapper, load
+from workflows.serve.swap import Refused, SwapOptions, Swapper, largest_gap, load
 
 LIMITS = Limits(max_batch=4)
 
@@ -99,7 +102,8 @@ def test_answers_that_were_begun_are_finished_by_the_old_version(folders, servic
 
 
 @pytest.mark.parametrize(
-    ("version", "reason"), [("cut", "SafetensorError"), ("not finite", "logits of the stored image")]
+    ("version", "reason"),
+    [("cut", "SafetensorError"), ("not finite", "logits of a question without an image are not finite")],
 )
 def test_a_version_that_cannot_be_served_is_refused_and_not_tried_again_at_once(
     folders, service, swapper, version, reason
@@ -155,9 +159,12 @@ def test_with_two_copies_a_new_model_waits_until_the_old_one_has_finished(folder
     assert alive_at_load == [True, False]
 
 
-def test_the_stored_example_is_asked_and_its_answer_can_be_required(folders, tmp_path, caplog):
+def test_the_stored_example_is_asked_and_its_answer_can_be_required(folders, tmp_path, caplog, monkeypatch):
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     drawn_example("a lighthouse").save(wrong)
+    with pytest.raises(Refused, match="a lighthouse"):
+        load(source(folders, "1", wrong), LIMITS, 1)
+    monkeypatch.setattr(swap, "_ROUNDING", 1000)  # as if it were nearly as likely
     with caplog.at_level("WARNING"):
         served = load(source(folders, "1", wrong), LIMITS, 1)
     served.engine.close()
@@ -173,6 +180,42 @@ def test_the_stored_example_is_asked_and_its_answer_can_be_required(folders, tmp
     (right / "image").write_bytes(b"not an image")
     with pytest.raises(Refused, match="its stored example cannot be read"):
         load(source(folders, "1", right), LIMITS, 1)
+
+
+def zero(folders, tmp_path, *names) -> ResolvedModel:
+    """Version 1 with zeros in all weights whose names begin with one of `names`, and no stored example."""
+    folder = shutil.copytree(folders["1"], tmp_path / "zero")
+    weights = load_file(folder / "model.safetensors")
+    chosen = [name for name in weights if name.startswith(names)]
+    assert chosen
+    save_file(
+        {name: torch.zeros_like(value) if name in chosen else value for name, value in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return ResolvedModel(folder, "shapes", "zero", None, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("",), "do not depend on the text"),
+        (("language_model",), "do not depend on the text"),
+        (("lm_head", "language_model.lm_head"), "do not depend on the text"),
+        (("connector",), "do not depend on the image"),
+        (("vision", "connector"), "do not depend on the image"),
+    ],
+)
+def test_a_version_with_dead_weights_is_refused_without_any_example(folders, tmp_path, names, reason):
+    with pytest.raises(Refused, match=reason):
+        load(zero(folders, tmp_path, *names), LIMITS, 1)
+
+
+def test_a_stored_answer_that_is_as_likely_as_another_is_near():
+    logits = torch.tensor([[0.0, 10.0, 9.9, -10.0], [5.0, 0.0, 0.0, -5.0]])
+    assert largest_gap(logits, torch.tensor([1, 0])) == 0
+    assert 0 < largest_gap(logits, torch.tensor([2, 0])) < 0.02
+    assert largest_gap(logits, torch.tensor([2, 1])) > 1
 
 
 def test_only_safetensors_are_loaded(folders, tmp_path):
