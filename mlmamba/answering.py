@@ -92,6 +92,17 @@ class Answerer:
         in_order = iter(replies)
         return [[next(in_order) for _ in item.questions] for item in asked]
 
+    def check(self, asked: Asked) -> None:
+        """Look at an image and its questions without answering.
+
+        Raises:
+            ImageError: the image cannot be used.
+            ValueError: a question is empty or too long for a prompt.
+        """
+        if asked.image is not None:
+            load_pixels(asked.image, self.processor.image_size)
+        self.processor.tokenize([self.processor.prompt([Turn("user", question)]) for question in asked.questions])
+
     def _read_images(self, images: list[bytes]) -> MambaState | None:
         """The state after each image, from which all its questions go on: a prompt begins with its image."""
         if not images:

@@ -89,7 +89,6 @@ NOT_ALONE = {
     "workflows.recipe.train": "unit/train/test_stage.py: imports it",
     "workflows.registry.models": "integration/test_registry_server.py: imports it",
     "workflows.registry.promote": "unit/registry/test_promote.py: through workflows.registry",
-    "workflows.registry.pyfunc": "integration/test_serve.py: imports it",
     "workflows.registry.register": "integration/test_registry_register.py: imports it",
     "workflows.registry.show": "integration/test_registry.py: through the command",
     "workflows.run": "unit/test_preflight.py: imports it",
