@@ -13,6 +13,7 @@ from tests.helpers.registry_server import add_version
 from workflows.cli import main
 from workflows.errors import UsageError, WorkflowError
 from workflows.recipe.evaluate import Gate
+from workflows.recipe.load import load_recipe
 from workflows.registry import get_version, holder, promote, resolve_model, rollback, rolled_back, show_model
 from workflows.registry.claim import EXPIRES, claim
 from workflows.tracking.tracker import connect
@@ -331,3 +332,30 @@ def test_text_for_a_person(client, storage, capsys):
     text = capsys.readouterr().out
     assert "forced   @champion" in text
     assert "not recorded" in text
+
+
+@pytest.mark.parametrize("name", ["a b", "größer  2", "it's", "[x]", "a-1-0123456789"])
+def test_a_name_that_others_gave_a_model_works_in_every_command(storage, client, capsys, name):
+    for _ in range(2):
+        add_version(client, name, str(storage), {"overall": 0.8}, GATE)
+    assert cli(storage, capsys, "promote", f"{name}/1")[1]["moved"]
+    assert cli(storage, capsys, "promote", f"models:/{name}/2")[1]["previous"] == "1"
+    assert cli(storage, capsys, "show", name)[1]["aliases"] == {"champion": "2"}
+    assert cli(storage, capsys, "rollback", name)[1]["version"] == "1"
+    assert str(get_version(client, f"{name}@champion").version) == "1"
+    assert name in {row["name"] for row in cli(storage, capsys, "list")[1]}
+
+
+@pytest.mark.parametrize(
+    "reference", [" a/1", "a /1", " ", "", "a\nb/1", "a\x1b[2J/1", "a/b", "a:b/1", "a/٣", "a@b@c", "a/1/2"]
+)
+def test_what_is_no_name_is_refused(storage, capsys, reference):
+    code, _, told = cli(storage, capsys, "promote", reference)
+    assert code == 2
+    assert "is not a registered model" in told
+
+
+@pytest.mark.parametrize("name", ["a b", " a", "a/b", "a'b", ""])
+def test_a_recipe_names_its_model_without_spaces(name):
+    with pytest.raises(UsageError, match=r"register_as\.name: .*(should match pattern|at least)"):
+        load_recipe("quickstart", [f'register_as.name="{name}"'])

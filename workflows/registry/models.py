@@ -1,5 +1,6 @@
 """Finding versions: references, the version behind an alias, listings. Errors say what there is instead."""
 
+import glob
 import hashlib
 import os
 import re
@@ -59,9 +60,14 @@ class ResolvedModel:
 
 
 def parse_reference(text: str) -> Reference:
-    """NAME, NAME/VERSION or NAME@ALIAS, with or without models:/ before it. Raises UsageError."""
+    """NAME, NAME/VERSION or NAME@ALIAS, with or without models:/ before it. Raises UsageError.
+
+    Recipes name models without spaces; others may have registered names with some inside, which MLflow allows.
+    """
     body = text.removeprefix(PREFIX)
-    match = re.fullmatch(r"([^/@:\s]+)(?:/(\d+)|@([A-Za-z0-9_-]+))?", body)
+    match = re.fullmatch(r"([^/@:\s](?:[^/@:]*[^/@:\s])?)(?:/(\d+)|@([A-Za-z0-9_-]+))?", body, re.ASCII)
+    if match and not match[1].isprintable():
+        match = None
     if not match:
         raise UsageError(f"{text!r} is not a registered model: write NAME, NAME/VERSION (a number) or NAME@ALIAS")
     return Reference(*match.groups())
@@ -153,7 +159,10 @@ def all_models(client: MlflowClient) -> list[RegisteredModel]:
 
 def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
     """Every version of a model, oldest first; none when there is no such model."""
-    found = _pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
+    quote = '"' if "'" in name else "'"
+    if quote in name:
+        raise WorkflowError(f"model {name}: MLflow cannot search a name with both kinds of quotes; rename it there")
+    found = _pages(lambda token: client.search_model_versions(f"name = {quote}{name}{quote}", page_token=token))
     return sorted(found, key=lambda version: int(version.version))
 
 
@@ -299,7 +308,7 @@ def _delete_unused(used: Path, name: str) -> None:
     """Models are read into memory, so a folder is needed only while it is loaded, and to start again from: those that
     serving noted (workflows/serve/alias.py) stay."""
     noted = " ".join(file.read_text() for file in used.parent.parent.glob("serving/*.json"))
-    folders = [f for f in used.parent.glob(f"{name}-*-??????????") if f.is_dir() and f.name not in noted]
+    folders = [f for f in used.parent.glob(f"{glob.escape(name)}-*-??????????") if f.is_dir() and f.name not in noted]
     folders = [f for f in folders if f.name.rsplit("-", 2)[0] == name]
     for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)[KEPT:]:
         shutil.rmtree(folder, ignore_errors=True)

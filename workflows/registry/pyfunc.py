@@ -27,7 +27,8 @@ SIGNATURE = ModelSignature(
 class MLMambaPyfunc(PythonModel):
     """predict takes a frame with the column `question` and, where there are images, `image`; one answer per row.
 
-    An image is an encoded file: its bytes, or their base64 as text, which is what JSON holds, also as a data: URI. A row with None, NaN or NA for one, and a frame without the column, ask about text alone.
+    An image is an encoded file: its bytes, or their base64 as text, which is what JSON holds, also as a data: URI.
+    A row with None, NaN or NA for one, and a frame without the column, ask about text alone.
     """
 
     def load_context(self, context) -> None:
