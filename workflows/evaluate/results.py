@@ -27,8 +27,6 @@ from workflows.evaluate.questions import open_store
 
 ANSWERS = "answers.jsonl"
 SCORES = "scores.json"
-OVERALL = "overall"
-MARGIN = "margin_over_blind"
 _WIDE, _SHOWN = 14, 5  # columns and ids of the table
 
 

@@ -36,6 +36,7 @@ from workflows.evaluate.scoring import Incomplete, missing_items, row_of, write_
 from workflows.recipe.schema import Recipe
 from workflows.registry.history import read_tag
 from workflows.registry.register import Example
+from workflows.tracking.names import metric_names
 from workflows.tracking.tracker import Tracker
 
 OnProgress = Callable[[int, int], None]
@@ -270,11 +271,12 @@ def log_evaluation(client: MlflowClient, run_id: str, name: str, folder: Path, r
     """Log an evaluation to a run: its numbers under NAME/..., its files under evaluation/NAME.
 
     Args:
-        name: of the benchmark; metrics of a partial one are called NAME/partial/...
+        name: of the benchmark; metrics of a partial one are called NAME/partial/...; characters that MLflow refuses
+            are written as workflows/tracking/names.py says.
     """
     prefix = f"{name}/" if result.get("complete", True) else f"{name}/partial/"
     now = int(time.time() * 1000)
-    metrics = [Metric(key, value, now, 0) for key, value in flat_scores(result, prefix).items()]
+    metrics = [Metric(key, value, now, 0) for key, value in metric_names(flat_scores(result, prefix)).items()]
     for first in range(0, len(metrics), _AT_ONCE):
         client.log_batch(run_id, metrics=metrics[first : first + _AT_ONCE])
     client.log_artifact(run_id, str(folder / SCORES), f"evaluation/{name}")

@@ -34,6 +34,7 @@ from workflows.recipe.schema import Recipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
 from workflows.tracking.journal import Journal, Refused, short_reason
+from workflows.tracking.names import metric_name, metric_names
 
 WORKFLOW_TAG = "mlmamba.workflow"
 SAMPLES = "samples.json"
@@ -122,7 +123,7 @@ class Tracker:
     def _log_recipe(self, run_id: str, recipe: Recipe) -> None:
         content = recipe.model_dump(mode="json")
         self.client.log_text(run_id, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "recipe.yaml")
-        params = [Param(name, str(value)[:6000]) for name, value in flatten(content).items()]
+        params = [Param(metric_name(name), str(value)[:6000]) for name, value in flatten(content).items()]
         for i in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[i : i + 100])
 
@@ -141,8 +142,12 @@ class Tracker:
             self.set_tag(f"mlmamba.data.{stage}", manifest.digest)
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log numbers by name at a step. What a name has had, but at step 0, was done again and is left out."""
-        fresh = {name: float(value) for name, value in metrics.items() if not 0 < step <= self._logged.get(name, 0)}
+        """Log numbers by name at a step. What a name has had, but at step 0, was done again and is left out.
+
+        A name that MLflow would refuse is written as names.py says.
+        """
+        named = metric_names(metrics)
+        fresh = {name: float(value) for name, value in named.items() if not 0 < step <= self._logged.get(name, 0)}
         if fresh:
             self._logged |= dict.fromkeys(fresh, step)
             self._journal.add({"metrics": fresh, "step": step, "time": int(time.time() * 1000)})

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from workflows.errors import UsageError
+from workflows.errors import UsageError, WorkflowError
 from workflows.verbs.verb import Renamed, Verb, open_console, precision_option, set_option, storage_option
 
 _COUNTS = ("questions", "max_new_tokens", "workers", "cpus_per_worker", "batch_images", "batch_questions")
@@ -23,9 +23,12 @@ def evaluate(a: argparse.Namespace) -> dict:
     benchmark, how, seed = _what(a)
     if a.predictions:
         return _score_predictions(a, benchmark, storage)
+    from mlflow.exceptions import MlflowException
+
     from workflows.evaluate.run import evaluate_benchmark, evaluation_folder, finish, log_to_version, model_digest
     from workflows.registry import resolve_model
     from workflows.runtime import connect_ray
+    from workflows.tracking.journal import short_reason
     from workflows.tracking.tracker import connect
 
     model = resolve_model(a.model, storage)
@@ -48,7 +51,13 @@ def evaluate(a: argparse.Namespace) -> dict:
         )
         result = finish(out, {"model": model.label, "data digest": benchmark.digest, "precision": how.computes_in})
         if model.version:
-            log_to_version(connect(storage), model.name, model.version, benchmark.title, out, result)
+            try:
+                log_to_version(connect(storage), model.name, model.version, benchmark.title, out, result)
+            except MlflowException as error:
+                raise WorkflowError(
+                    f"the scores are in {out}, but MLflow did not take them for {model.label}: {short_reason(error)}. "
+                    "Run the same command again, it asks the model nothing twice"
+                ) from error
     shown = _shown(result, out)
     return compared(a, shown, evaluate) if a.compare else shown
 

@@ -20,9 +20,9 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.sources.images import open_images
 from workflows.errors import UsageError, WorkflowError
+from workflows.evaluate.names import OVERALL, type_name
 from workflows.evaluate.statistics import mean, means_by_type
 
-OVERALL = "overall"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 _SHOWN = 5  # ids in a message
 
@@ -188,6 +188,8 @@ class Benchmark:
     """What to do about ids that come more than once."""
     published: ClassVar[tuple[int, ...]] = ()
     """The numbers of questions that were published. Empty: there is no such number."""
+    taken: ClassVar[tuple[str, ...]] = ()
+    """Names that `measure` gives besides "overall" and the types; of "a/b" the part before the slash."""
 
     def __init__(self, data: str, images: str | None = None, split: str | None = None, questions: int | None = None):
         if split is not None and split not in self.splits:
@@ -200,7 +202,7 @@ class Benchmark:
         """What can not be asked, by id: why."""
         self.notes: list[str] = []
         """Lines for a person about the files."""
-        self.items = self.read(data, images)
+        self.items = self._keep_apart(self.read(data, images))
         self._check(questions)
 
     digest: str
@@ -247,6 +249,13 @@ class Benchmark:
                 f"{self.name}: {where} has {key} = {value!r:.60}; is the file of another version of the benchmark?"
             )
         return value
+
+    def _keep_apart(self, items: list[Item]) -> list[Item]:
+        """Items whose types are called as no other score is; a note says which are not called as in the files."""
+        names = {item.type: type_name(item.type, self.taken) for item in items}
+        if other := [f"{kind!r} as {name}" for kind, name in sorted(names.items()) if kind != name]:
+            self.notes.append(f"types of question that are called as other scores are: {', '.join(other)} here")
+        return [item if names[item.type] == item.type else replace(item, type=names[item.type]) for item in items]
 
     def _check(self, questions: int | None) -> None:
         """Ids are unique, and the number of questions is a published one, or the one that was announced."""

@@ -15,7 +15,8 @@ The random split was published with 2,910 questions first (which LLaVA's figures
 import numpy as np
 
 from workflows.errors import UsageError
-from workflows.evaluate.benchmarks.base import OVERALL, SHORT_ANSWER, Benchmark, Files, Item, Score
+from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Benchmark, Files, Item, Score
+from workflows.evaluate.names import OVERALL
 from workflows.evaluate.statistics import average_precision, mean, precision_recall_f1, roc_auc
 
 SPLITS = ("random", "popular", "adversarial")

@@ -12,8 +12,9 @@ it they cost a recurrent model 15 points (Cobra, table 7). The published figure 
 import numpy as np
 
 from workflows.errors import UsageError
-from workflows.evaluate.benchmarks.base import OVERALL, SHORT_ANSWER, Files, Item, Score
+from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Files, Item, Score
 from workflows.evaluate.benchmarks.vqav2 import TenAnswers, m4c_score, most_frequent
+from workflows.evaluate.names import OVERALL
 from workflows.evaluate.statistics import means_by_type
 
 _QUESTIONS = "TextVQA_0.5.1_val.json"

@@ -158,6 +158,7 @@ class VQAv2(TenAnswers):
 
     name = "vqav2"
     published = (214_354,)
+    taken = ("script",)
 
     def read(self, data: str, images: str | None) -> list[Item]:
         files = Files(self.name, data)
@@ -204,6 +205,7 @@ class VizWiz(TenAnswers):
 
     name = "vizwiz"
     published = (4_319,)
+    taken = ("answerable_only", "unanswerable_only", "unanswerability")
 
     def read(self, data: str, images: str | None) -> list[Item]:
         files = Files(self.name, data)
