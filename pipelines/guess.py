@@ -110,7 +110,7 @@ def _texts(keys, prefix: str = "") -> dict | None:
 
 def _parquet(files: list[str], places: list[str]) -> Guess:
     found = FileSet(files)
-    with found.filesystem.open_input_file(found.path(found.names()[0])) as file:
+    with storage.open_input(found.filesystem, found.path(found.names()[0])) as file:
         schema = pq.read_schema(file)
     texts = _texts(schema.names)
     if texts is None:
@@ -128,7 +128,7 @@ def _parquet(files: list[str], places: list[str]) -> Guess:
 def _webdataset(files: list[str], places: list[str]) -> Guess:
     found = FileSet(files)
     endings: dict[str, object] = {}
-    with found.filesystem.open_input_file(found.path(found.names()[0])) as raw:
+    with storage.open_input(found.filesystem, found.path(found.names()[0])) as raw:
         stream = io.BufferedReader(raw)
         try:
             for member in islice(members(stream, raw.size()), _LOOK):
@@ -243,8 +243,8 @@ def _member(file: str, name: str) -> dict:
 
 
 def _opened(file: str) -> io.TextIOWrapper:
-    filesystem, path = storage.open_fs(file)
-    return io.TextIOWrapper(filesystem.open_input_stream(path), encoding="utf-8-sig", errors="surrogateescape")
+    stream = storage.open_input(*storage.open_fs(file), stream=True)
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _place(file: str, places: list[str], path: str | None) -> str:

@@ -82,8 +82,7 @@ def size(uri: str) -> int | None:
 
 def read_bytes(uri: str) -> bytes:
     """The whole file. Raises FileNotFoundError when it is not there."""
-    filesystem, path = open_fs(uri)
-    with filesystem.open_input_file(path) as file:
+    with open_input(*open_fs(uri)) as file:
         return file.read()
 
 
@@ -93,6 +92,30 @@ class TooLarge(ValueError):
 
 class NotReadable(ValueError):
     """What stands where a file is expected is none that may be read: a pipe, a device, a link to somewhere else."""
+
+
+def open_input(filesystem: fs.FileSystem, path: str, stream: bool = False) -> pa.NativeFile:
+    """Open a file to be read by ranges, or as a stream from its start, which unpacks .gz by itself.
+
+    Raises:
+        NotReadable: it is a pipe, a socket or a device, where opening or reading could wait for ever, or a folder.
+        OSError: there is no such file.
+    """
+    if isinstance(filesystem, fs.LocalFileSystem):
+        check_readable(path)
+    return filesystem.open_input_stream(path) if stream else filesystem.open_input_file(path)
+
+
+def check_readable(path: str) -> None:
+    """Raise NotReadable with its path for what is on a local disk and is no file. What is not there passes."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            _check_file(os.stat(path))
+        except IsADirectoryError:
+            raise NotReadable(f"{path} is a folder and no file") from None
+        except NotReadable as error:
+            kind = str(error).removeprefix("it is ")
+            raise NotReadable(f"{path} is {kind}: write what comes out of it into a file, and name that") from None
 
 
 def read_path(filesystem: fs.FileSystem, path: str, limit: int | None = None, inside: str | None = None) -> bytes:
@@ -152,7 +175,7 @@ def checksum(uri: str) -> tuple[int, str]:
     filesystem, path = open_fs(uri)
     digest, length = hashlib.sha256(), 0
     step = _HASH_CHUNK if isinstance(filesystem, fs.LocalFileSystem) else _CHUNK  # elsewhere every step is a request
-    with filesystem.open_input_file(path) as file:
+    with open_input(filesystem, path) as file:
         while chunk := file.read(step):
             digest.update(chunk)
             length += len(chunk)
@@ -204,6 +227,8 @@ def open_arrow(uri: str, columns: list[str] | None = None, mapped: bool = True) 
     """
     filesystem, path = open_fs(uri)
     local = isinstance(filesystem, fs.LocalFileSystem)
+    if local:
+        check_readable(path)
     file = pa.memory_map(path) if local and mapped else filesystem.open_input_file(path)
     reader = pa.ipc.open_file(file)
     if columns is None:

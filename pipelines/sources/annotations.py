@@ -79,8 +79,10 @@ class AnnotatedImages:
         uri = getattr(self.config, self.PATH_FIELD)
         filesystem, path = storage.open_fs(uri)
         try:
-            stream = filesystem.open_input_stream(path)  # decompresses .gz by itself
+            stream = storage.open_input(filesystem, path, stream=True)  # decompresses .gz by itself
             return io.BufferedReader(_Named(stream, storage.shown(uri)), _BUFFER)
+        except storage.NotReadable as error:
+            raise storage.NotReadable(f"source {self.config.label!r}, {self.PATH_FIELD}: {error}") from None
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"source {self.config.label!r} has no {self.PATH_FIELD} file {storage.shown(uri)}: "

@@ -48,7 +48,7 @@ class RangeReader:
     def __init__(self, filesystem: fs.FileSystem, folder: str):
         @lru_cache(maxsize=_OPEN_FILES)
         def open_file(name: str):
-            return filesystem.open_input_file(posixpath.join(folder, name))
+            return storage.open_input(filesystem, posixpath.join(folder, name))
 
         self._open_file = open_file
 
@@ -82,6 +82,8 @@ class FileSet:
 
         Raises:
             FileNotFoundError: a file is not there, or nothing fits a pattern.
+            NotReadable: what a name or pattern fits is no file but a pipe, a device or a folder. Folders are left out
+                only where the pattern does not say how a file's name ends ("*").
         """
         return [info.path[len(self.folder) :].lstrip("/") for info in self._infos()]
 
@@ -121,10 +123,22 @@ class FileSet:
         plain = iter(self.filesystem.get_file_info([posixpath.join(folder, n) for n in names if not _is_glob(n)]))
         for name in names:
             matches = self._glob(folder, name) if _is_glob(name) else [next(plain)]
-            if not matches or matches[0].type != fs.FileType.File:
+            for match in matches:
+                self._check(match)
+            if not matches:
                 raise FileNotFoundError(f"there is no file {posixpath.join(folder, name)}")
             found += matches
         return found
+
+    def _check(self, info: fs.FileInfo) -> None:
+        """Raise NotReadable or FileNotFoundError for what is no file."""
+        if info.type == fs.FileType.File:
+            return
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            storage.check_readable(info.path)
+        elif info.type == fs.FileType.Directory:
+            raise storage.NotReadable(f"{info.path} is a folder and no file")
+        raise FileNotFoundError(f"there is no file {info.path}")
 
     def _glob(self, folder: str, pattern: str) -> list[fs.FileInfo]:
         parts = pattern.split("/")
@@ -133,7 +147,7 @@ class FileSet:
         for info in self.filesystem.get_file_info(selector):
             names = info.path[len(folder) :].strip("/").split("/")
             fits = len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
-            if fits and info.type == fs.FileType.File:
+            if fits and (info.type != fs.FileType.Directory or "." in parts[-1]):
                 found.append(info)
         return sorted(found, key=lambda info: info.path)
 

@@ -97,9 +97,11 @@ class Archive:
     @cached_property
     def _index(self) -> ZipIndex:
         try:
-            with self._filesystem.open_input_file(self._path) as file:
+            with storage.open_input(self._filesystem, self._path) as file:
                 return ZipIndex(file)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no archive {storage.shown(self._uri)}") from error
+        except storage.NotReadable:
+            raise
         except ValueError as error:
             raise ValueError(f"the archive {storage.shown(self._uri)} cannot be read: {error}") from error

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
+from pipelines import storage
 from pipelines.config import ParquetSource
 from pipelines.sources.entries import EntryError, check_text, one_each, text_turns
 from pipelines.sources.files import FileSet, location, parse_location
@@ -20,6 +22,7 @@ from pipelines.sources.parquet_bounds import (
     batch_rows,
     characters,
     check_claims,
+    check_pages,
     most_text,
     no_images,
     repeats_long_text,
@@ -58,16 +61,30 @@ class Parquet:
         if self._file is None or self._file[0] != name:
             self._file, self._rows = (name, self._parquet(name)), None
         if self._rows is None or self._rows.group != group or row < self._rows.first:
+            self._check_images(name, group)
             self._rows = _ImageRows(self._file[1], group, self.config.image)
         return self._rows.image(row, int(index))
+
+    def _check_images(self, name: str, group: int) -> None:
+        """Raise ValueError where the pages of the image column unfold without bounds.
+
+        On a local disk only: from an object store every page would be one request more.
+        """
+        if isinstance(self._files.filesystem, fs.LocalFileSystem):
+            facts = self._file[1].metadata.row_group(group)
+            with self._open(name) as raw:
+                check_pages(raw, facts, [*_leaves(self._file[1], self.config.image)], self._files.size(name))
 
     def fingerprint(self) -> str:
         """Digest of the files' names, sizes and times of change."""
         return self._files.fingerprint()
 
+    def _open(self, name: str) -> pa.NativeFile:
+        return storage.open_input(self._files.filesystem, self._files.path(name))
+
     def _parquet(self, name: str, *repeated: str) -> pq.ParquetFile:
         """The open file. Of the columns `repeated`, a value that many rows share is kept once."""
-        source = self._files.filesystem.open_input_file(self._files.path(name))
+        source = self._open(name)
         return pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False, read_dictionary=list(repeated) or None)
 
     def _list(self, name: str) -> Iterator[Record]:
@@ -78,12 +95,13 @@ class Parquet:
         except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
             yield self._damaged(name, "", error)
             return
-        with file:
+        with file, self._open(name) as raw:
             size = self._files.size(name)
             for group in range(file.num_row_groups):
                 row, unfolded = 0, 0
                 try:
                     check_claims(file.metadata.row_group(group), columns, size)
+                    check_pages(raw, file.metadata.row_group(group), columns, size)
                     rows = batch_rows(file, group, columns, _TEXT_ROWS, _TEXT_BATCH)
                     for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
                         for values in _rows(batch):
@@ -102,7 +120,7 @@ class Parquet:
     def _damaged(self, name: str, part: str, error: Exception, lost: int | None = None) -> Record:
         """The record for what cannot be read of a file: `lost` bytes, or all of it, which may be cut off."""
         # A store that does not answer is no damage: then this read fails as well, and the run with it.
-        with self._files.filesystem.open_input_file(self._files.path(name)) as file:
+        with self._open(name) as file:
             file.read_at(1, 0)
         detail = f"{name}{part}: {error}; its rows are lost, write the file again"
         whole, of = self._files.lost(name, 0, cut=lost is None)

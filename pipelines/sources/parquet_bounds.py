@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.sources.parquet_pages import pages
+
 UNFOLDS = 1000  # text is at most this many times its file, beyond a size that does no harm
 _SMALL = 64 << 20
 _FEW_ROWS, _ROWS_A_BYTE = 1024, 8  # of a file: a row of records takes bytes, not fractions of a bit
@@ -42,9 +44,36 @@ def check_claims(group: pq.RowGroupMetaData, columns: list[str], size: int) -> N
         raise ValueError(f"it claims {group.num_rows:,} rows in a file of {size:,} bytes")
     for facts in map(group.column, range(group.num_columns)):
         if facts.path_in_schema.partition(".")[0] in {name.partition(".")[0] for name in columns}:
+            _check_values(facts, facts.num_values, size)
             large = facts.total_uncompressed_size > _SMALL
             if large and facts.total_uncompressed_size > UNFOLDS * facts.total_compressed_size:
                 raise ValueError(f"column {facts.path_in_schema} unfolds to {facts.total_uncompressed_size:,} bytes")
+
+
+def check_pages(file: pa.NativeFile, group: pq.RowGroupMetaData, columns: list[str], size: int) -> None:
+    """Raise ValueError where the pages of columns claim more than `check_claims` lets the footer claim.
+
+    A reader goes by the pages' headers. They are read one by one, some bytes a page.
+
+    Args:
+        file: the Parquet file.
+        columns: their names, or those of leaves ("image.path").
+        size: of the file in bytes.
+    """
+    for facts in map(group.column, range(group.num_columns)):
+        if not any(f"{facts.path_in_schema}.".startswith(f"{name}.") for name in columns):
+            continue
+        unfolded, values = 0, 0
+        for page in pages(file, facts):
+            unfolded, values = unfolded + page.size, values + page.values
+            _check_values(facts, values, size)
+            if unfolded > _SMALL and unfolded > UNFOLDS * facts.total_compressed_size:
+                raise ValueError(f"pages of column {facts.path_in_schema} unfold to {unfolded:,} bytes")
+
+
+def _check_values(facts: pq.ColumnChunkMetaData, values: int, size: int) -> None:
+    if values > _FEW_ROWS + _ROWS_A_BYTE * size:
+        raise ValueError(f"column {facts.path_in_schema} claims {values:,} values in a file of {size:,} bytes")
 
 
 def batch_rows(file: pq.ParquetFile, group: int, columns: list[str], most: int, limit: int) -> int:

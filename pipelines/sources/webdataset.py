@@ -15,6 +15,7 @@ from itertools import islice
 
 from pyarrow import fs
 
+from pipelines import storage
 from pipelines.config import WebDatasetSource
 from pipelines.sources.entries import EntryError, check_text, one_each, text_turns
 from pipelines.sources.files import FileSet, RangeReader, location, parse_location
@@ -103,7 +104,7 @@ class WebDataset:
 
     def _shard(self, name: str) -> Iterator[Record]:
         key, files, damage = None, {}, None
-        with self._files.filesystem.open_input_file(self._files.path(name)) as raw:
+        with storage.open_input(self._files.filesystem, self._files.path(name)) as raw:
             stream = io.BufferedReader(raw, _READ_AHEAD)
             try:
                 for member in members(stream, raw.size()):
