@@ -15,11 +15,12 @@ _MOST_PER_BLOCK = 4
 _BLOCKS_PER_CPU = 4  # at least, or a CPU could be left without work at the end
 
 
-def ensure_ray(verbose: bool = False) -> None:
+def ensure_ray(verbose: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
     """Connect to Ray, or start a local one, unless the caller has. It stays up for the caller's next step.
 
     Args:
         verbose: show the workers' own output.
+        say: told before what is being started, which takes from seconds to half a minute.
 
     Raises:
         ConnectionError: nothing answers at RAY_ADDRESS, or Ray does not start on this machine.
@@ -29,6 +30,7 @@ def ensure_ray(verbose: bool = False) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address == "local":  # Ray's word for one of its own on this machine
         address = ""
+    say(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:
         _check_reachable(address)
         ray.init(log_to_driver=verbose, logging_level=logging.ERROR, include_dashboard=False)

@@ -76,7 +76,7 @@ def prepare(
     source_digests = fingerprints(config)  # before the records are read: a change from here on is noticed next time
     settings = _make_tokenizer(config, out, tokens_per_image, on_progress)
 
-    ensure_ray()
+    ensure_ray(say=lambda text: on_progress(Progress(text, 0, None, "")))
     with quiet_ray_data():
         partitions, losses = _cut(config, work, settings.digest(), on_progress)
         _tokenize(config, partitions, settings, out, work, on_progress)

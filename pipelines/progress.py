@@ -16,7 +16,8 @@ class Progress:
     """How far a phase is."""
 
     phase: str
-    """What is being done: "tokenizer", "records" (listing them), "tokenize", "pack" and others; "finished" is last."""
+    """What is being done: "tokenizer", "records" (listing them), "tokenize", "pack" and others; "finished" is last.
+    What takes a while and counts nothing ("starting Ray on this machine") has no `unit`."""
     done: int
     total: int | None
     """None while it is not known how many there are."""

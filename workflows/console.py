@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from pipelines.progress import Progress
+from workflows.errors import one_stop
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -39,7 +40,7 @@ class Console:
     def line(self, text: str) -> None:
         """One line that stays."""
         self._settle()
-        print(text, file=self._stream, flush=True)
+        print(one_stop(text), file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
         """One indented line that stays."""
@@ -66,6 +67,9 @@ class Console:
         """Progress of the data preparation."""
         if progress.phase == "finished":
             self._settle()
+            return
+        if not progress.unit:
+            self.note(f"{progress.phase} ...")
             return
         self.phases[progress.phase] = asdict(progress)
         if progress.total is None and not progress.done:

@@ -106,7 +106,7 @@ def session(
             check_weights(recipe.model)
         stop_on_sigterm()
         with lock((layout.run / "lock.json").uri, f"recipe {recipe.name}", console.note):
-            connect_ray()
+            connect_ray(say=console.note)
             check_workers(recipe)
             check_nodes(storage)
             if evaluates and storage.remote:

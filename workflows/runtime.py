@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from workflows.errors import WorkflowError
@@ -38,11 +39,12 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def connect_ray(verbose: bool = False) -> None:
+def connect_ray(verbose: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
     """Connect to the cluster in RAY_ADDRESS, or start Ray on this machine; nothing when already connected.
 
     Args:
         verbose: show the workers' own output.
+        say: told what is being started before it takes its time.
 
     Raises:
         WorkflowError: nothing answers at RAY_ADDRESS, or Ray does not start on this machine.
@@ -54,7 +56,7 @@ def connect_ray(verbose: bool = False) -> None:
     if not ray.is_initialized():
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ensure_ray(verbose)
+            ensure_ray(verbose, lambda text: say(f"{text} ..."))
         except ConnectionError as error:
             raise WorkflowError(str(error)) from error
         if callable(handler) and threading.current_thread() is threading.main_thread():

@@ -117,6 +117,7 @@ def _run(
             num_gpus=how.gpus_per_worker or None,
             concurrency=min(how.workers, len(tasks)),
         )
+        progress(0, len(tasks))  # the first answer comes after Ray's workers have loaded the model
         try:
             for done, _ in enumerate(finished.iter_rows(), start=1):
                 progress(done, len(tasks))

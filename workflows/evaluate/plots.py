@@ -25,6 +25,7 @@ from workflows.recipe.schema import Recipe
 MODEL, BLIND, MAJORITY, INK, GRID = "#0072B2", "#D55E00", "#8a8f98", "#1c1c1c", "#dfe2e6"
 _WIDTH, _DPI = 7.2, 150
 _LABEL = 22  # characters of an answer in a figure
+_LINE = 400  # of a question and its answer on the sheet, where what does not fit is cut off
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,19 @@ def _png(figure: Figure, *axes) -> bytes:
             axis.spines[side].set_visible(False)
         for side in ("left", "bottom"):
             axis.spines[side].set_color(GRID)
+    return saved(figure, dpi=_DPI, bbox_inches="tight")
+
+
+def saved(figure: Figure, **options) -> bytes:
+    """A figure as the bytes of a PNG.
+
+    A character of a script without a font is a box in it, which is seen there: matplotlib's warnings, one for each of
+    the characters, do not belong into the output of a command.
+    """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a script without a font is drawn as boxes
-        figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", facecolor="white")
+        warnings.filterwarnings("ignore", message="Glyph|Matplotlib currently does not support")
+        figure.savefig(buffer, format="png", facecolor="white", **options)
     return buffer.getvalue()
 
 
@@ -161,7 +171,7 @@ def draw_sheet(
         axis.axis("off")
     for axis, image in zip(axes.flat, chosen, strict=False):
         axis.imshow(open_image(sources[image.source].read_image(image.location), WIDEST))
-        axis.set_title(image.record_id, fontsize=8, color="0.4")
+        axis.set_title(shorten(image.record_id, 60), fontsize=8, color="0.4", parse_math=False)
         for line, (question, answer, key) in enumerate(
             list(zip(image.questions, image.answers, image.ids, strict=True))[:4]
         ):
@@ -171,14 +181,13 @@ def draw_sheet(
             axis.text(
                 0.0,
                 -0.06 - 0.085 * line,
-                f"{clean(question)} {verdict}",
+                shorten(f"{clean(question)} {verdict}", _LINE),
                 transform=axis.transAxes,
                 fontsize=7.5,
                 va="top",
                 color="black" if right else "crimson",
+                parse_math=False,
             )
     figure.suptitle(f"{recipe.name}: sample test images, questions and answers (red: wrong)", fontsize=11)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.93, bottom=0.09, hspace=0.55, wspace=0.12)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
+    return saved(figure, dpi=110)

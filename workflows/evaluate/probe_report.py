@@ -1,6 +1,5 @@
 """The scaling probe as a table for a person and as a figure."""
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from pipelines.storage import write_atomic
+from workflows.evaluate.plots import saved
 from workflows.evaluate.probe import DECODE, OURS, PEER, PREFILL, Power, Scaling
 
 _COLOURS, _MARKERS = {OURS: "#0072B2", PEER: "#D55E00"}, {OURS: "o", PEER: "s"}
@@ -103,9 +103,7 @@ def draw(scaling: Scaling) -> bytes:
     sizes = " against ".join(f"{name} ({count / 1e6:,.1f} M parameters)" for name, count in scaling.parameters.items())
     figure.suptitle(f"{sizes}\n{scaling.device}, {scaling.threads} threads; thin grey: linear", fontsize=11)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
-    return buffer.getvalue()
+    return saved(figure, dpi=130)
 
 
 def write_probe(scaling: Scaling, out: Path) -> list[Path]:

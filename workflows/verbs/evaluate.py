@@ -23,6 +23,7 @@ def evaluate(a: argparse.Namespace) -> dict:
     benchmark, how, seed = _what(a)
     if a.predictions:
         return _score_predictions(a, benchmark, storage)
+    console = open_console(loading=True)
     from mlflow.exceptions import MlflowException
 
     from workflows.evaluate.run import evaluate_benchmark, evaluation_folder, finish, log_to_version, model_digest
@@ -32,12 +33,11 @@ def evaluate(a: argparse.Namespace) -> dict:
     from workflows.tracking.tracker import connect
 
     model = resolve_model(a.model, storage)
-    console = open_console()
     with console.step(f"evaluate {model.label} on {benchmark.title}"):
         out = evaluation_folder(
             storage / "evaluations", benchmark, model_digest(model.folder), seed, a.max_new_tokens, how.computes_in
         )
-        connect_ray()
+        connect_ray(say=console.note)
         evaluate_benchmark(
             benchmark,
             model.folder,

@@ -58,8 +58,15 @@ def recipe_and_storage(a: argparse.Namespace):
     return load_recipe(a.recipe, a.set), open_storage(a.storage)
 
 
-def open_console():
-    """Progress for a person, on stderr."""
+def open_console(loading: bool = False):
+    """Progress for a person, on stderr.
+
+    Args:
+        loading: say that the libraries are being loaded, which takes seconds before anything else can be said.
+    """
     from workflows.console import Console
 
-    return Console()
+    console = Console()
+    if loading:
+        console.line("loading the libraries ...")
+    return console

@@ -16,9 +16,10 @@ def run(a: argparse.Namespace) -> dict:
     if a.dry_run:
         return _plan(a)
     recipe, storage = recipe_and_storage(a)
+    console = open_console(loading=True)
     from workflows.run import run_workflow
 
-    summary = run_workflow(recipe, storage, open_console())
+    summary = run_workflow(recipe, storage, console)
     return {**summary, "text": summary_text(summary)}
 
 
@@ -74,10 +75,10 @@ def prepare(a: argparse.Namespace) -> dict:
     from workflows.storage.layout import open_storage
 
     recipe, storage = load_any(a.recipe, a.set), open_storage(a.storage)
+    console = open_console(loading=True)
     from pipelines.verify import verify
     from workflows.run import data_configs, prepare_sets
 
-    console = open_console()
     sets, texts, made_from = {}, [], data_configs(recipe, storage)
     for folder, manifest in prepare_sets(recipe, storage, console).items():
         problems = verify(folder.uri, console.preparation, made_from[folder]) if a.verify else []
@@ -96,12 +97,13 @@ def train(a: argparse.Namespace) -> dict:
     if a.dry_run:
         return _plan(a)
     recipe, storage = recipe_and_storage(a)
-    from workflows.run import train_only
-
     names = [stage.name for stage in recipe.train.stages]
     if a.stage not in (None, *names):
         raise UsageError(f"--stage {a.stage}: the recipe's stages are {', '.join(names)}")
-    result = train_only(recipe, storage, open_console(), a.stage)
+    console = open_console(loading=True)
+    from workflows.run import train_only
+
+    result = train_only(recipe, storage, console, a.stage)
     return {**result, "text": result["model"]}
 
 

@@ -13,8 +13,10 @@ from pipelines.execution import _attempt, ensure_ray
 def test_a_ray_that_does_not_start_says_why(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null")  # no folder can be made in it
+    said = []
     with pytest.raises(ConnectionError, match=r"Ray did not start: NotADirectoryError.*run again"):
-        ensure_ray()
+        ensure_ray(say=said.append)
+    assert said == ["starting Ray on this machine"]
     assert not ray.is_initialized()
 
 
@@ -28,8 +30,10 @@ def test_an_address_where_nothing_listens_is_named_at_once(monkeypatch):
 
 def test_a_host_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://no-such-host.invalid:10001")
+    said = []
     with pytest.raises(ConnectionError, match=r"no Ray cluster at RAY_ADDRESS = ray://no-such-host.invalid:10001"):
-        ensure_ray()
+        ensure_ray(say=said.append)
+    assert said == ["connecting to the Ray cluster at ray://no-such-host.invalid:10001"]
 
 
 def test_a_full_disk_inside_a_task_crosses_as_one_line():

@@ -98,6 +98,12 @@ class TestConsole:
         Console(stream).preparation(Progress("records", 3000, None, "records", per_second=1000))
         assert stream.getvalue() == "   records: 3,000 records, 1,000/s\n"
 
+    def test_what_counts_nothing_is_said(self):
+        console = Console(stream := io.StringIO())
+        console.preparation(Progress("starting Ray on this machine", 0, None, ""))
+        assert stream.getvalue() == "   starting Ray on this machine ...\n"
+        assert console.phases == {}
+
     def test_the_last_event_of_each_phase_is_kept_for_the_summary(self):
         console = Console(io.StringIO())
         console.preparation(EVENT)
