@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workflows.evaluate.names import MARGIN, OVERALL
-from workflows.evaluate.results import Answered, columns, measure
+from workflows.evaluate.results import MARGIN, OVERALL, Answered, columns, measure
 from workflows.evaluate.statistics import RESAMPLES, SEED, Interval, Statistic, bootstrap, number, ratios
 
 _TRIALS = 3  # random weightings under which a mean must agree

@@ -26,9 +26,8 @@ from workflows.evaluate.benchmarks import benchmark_class
 from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.calibration import calibration_of
 from workflows.evaluate.intervals import Intervals, find_intervals
-from workflows.evaluate.names import MARGIN, OVERALL
 from workflows.evaluate.plots import Bar
-from workflows.evaluate.results import SCORES, Answered, read_answers, read_image, read_scores
+from workflows.evaluate.results import MARGIN, OVERALL, SCORES, Answered, read_answers, read_image, read_scores
 from workflows.evaluate.statistics import Interval
 
 PAGE = "report.html"

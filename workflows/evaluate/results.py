@@ -12,6 +12,10 @@ scores.json holds
     notes                   lines for a person: empty answers, answers that were cut off, another set than the published
     images                where the images are, see `read_image`
 
+Names of scores are flat, and MLflow has the blind and the majority's under "blind/..." and "majority/...". A gate uses
+them. So a type that is called "overall", or "x/low" beside a type x, must not take the place of what a gate means: it
+is scored as "type/overall" (`type_name`).
+
 Scores of any weighting of the items come from `measure`, so an interval needs no knowledge of the benchmark.
 """
 
@@ -27,6 +31,11 @@ from workflows.evaluate.questions import open_store
 
 ANSWERS = "answers.jsonl"
 SCORES = "scores.json"
+MARGIN = "margin_over_blind"
+OVERALL = "overall"
+_FIRST = ("", OVERALL, MARGIN, "blind", "majority", "partial", "type")
+_LAST = ("", "low", "high")
+_ENDING = "score"
 _WIDE, _SHOWN = 14, 5  # columns and ids of the table
 
 
@@ -174,3 +183,19 @@ def table(result: dict) -> str:
         shown = ", ".join(missing["ids"][:_SHOWN]) + (", ..." if missing["count"] > _SHOWN else "")
         lines.append(f"PARTIAL: {missing['count']:,} items are missing ({shown}); this is not the benchmark's score")
     return "\n".join(lines)
+
+
+def type_name(kind: str, taken: Iterable[str] = ()) -> str:
+    """The name that a type of question is scored under: its own, or "type/KIND" where that could be a name of ours.
+
+    Two types never have the same one: what begins with "type/" already gets another, and "/score" is set behind
+    what would end as an interval does ("type/x/low/score").
+
+    Args:
+        taken: first parts of names that the benchmark gives scores of its own ("script").
+    """
+    first, last = kind.split("/")[0], kind.split("/")[-1]
+    ends = "/" in kind and last in _LAST
+    if first not in _FIRST and first not in taken and not ends:
+        return kind
+    return f"type/{kind}/{_ENDING}" if ends or (last == _ENDING and "/" in kind) else f"type/{kind}"

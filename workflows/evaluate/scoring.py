@@ -15,8 +15,9 @@ from pipelines import storage
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, Item, ids_text
 from workflows.evaluate.collect import BLIND, SEEING
-from workflows.evaluate.names import MARGIN, OVERALL
 from workflows.evaluate.results import (
+    MARGIN,
+    OVERALL,
     Answered,
     columns,
     measure,

@@ -20,7 +20,7 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.sources.images import open_images
 from workflows.errors import UsageError, WorkflowError
-from workflows.evaluate.names import OVERALL, type_name
+from workflows.evaluate.results import OVERALL, type_name
 from workflows.evaluate.statistics import mean, means_by_type
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."

@@ -16,7 +16,7 @@ import numpy as np
 
 from workflows.errors import UsageError
 from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Benchmark, Files, Item, Score
-from workflows.evaluate.names import OVERALL
+from workflows.evaluate.results import OVERALL
 from workflows.evaluate.statistics import average_precision, mean, precision_recall_f1, roc_auc
 
 SPLITS = ("random", "popular", "adversarial")

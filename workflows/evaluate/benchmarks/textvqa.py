@@ -14,7 +14,7 @@ import numpy as np
 from workflows.errors import UsageError
 from workflows.evaluate.benchmarks.base import SHORT_ANSWER, Files, Item, Score
 from workflows.evaluate.benchmarks.vqav2 import TenAnswers, m4c_score, most_frequent
-from workflows.evaluate.names import OVERALL
+from workflows.evaluate.results import OVERALL
 from workflows.evaluate.statistics import means_by_type
 
 _QUESTIONS = "TextVQA_0.5.1_val.json"

@@ -8,8 +8,7 @@ from PIL import Image
 
 from workflows.evaluate.benchmarks import open_benchmark
 from workflows.evaluate.benchmarks.own_data import TestSources
-from workflows.evaluate.names import type_name
-from workflows.evaluate.results import read_scores, table
+from workflows.evaluate.results import read_scores, table, type_name
 from workflows.evaluate.run import finish, flat_scores, log_evaluation
 from workflows.evaluate.scoring import score_predictions
 from workflows.tracking.names import text_of
