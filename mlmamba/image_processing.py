@@ -25,6 +25,7 @@ class MLMambaImageProcessor(ImageProcessingMixin):
 
     def __call__(self, images, return_tensors: str = "pt") -> BatchFeature:
         """`pixel_values` of one image or a list. Raises ImageError where one cannot be used."""
-        images = images if isinstance(images, (list, tuple)) else [images]
+        stacked = hasattr(images, "__array__") and getattr(images, "ndim", 0) == 4  # (n, h, w, 3) or (n, 3, h, w)
+        images = list(images) if stacked or isinstance(images, (list, tuple)) else [images]
         pixels = np.stack([to_pixels(as_image(image), self.image_size) for image in images])
         return BatchFeature({"pixel_values": torch.from_numpy(pixels)})

@@ -73,7 +73,7 @@ class MLMambaProcessor(ProcessorMixin):
 
         Args:
             images: one image, a list in reading order over all prompts, or one list for each prompt. An image is
-                whatever `mlmamba.images.as_image` takes.
+                whatever `mlmamba.images.as_image` takes; uint8 values (n, h, w, 3) or (n, 3, h, w) are a list of n.
             text: one prompt or a list, each `<image>` standing for one image; None for images alone.
             padding: True; False is an error where prompts differ in length.
             padding_side: "left" or "right"; the model honours the mask on either side, and `generate` both.
@@ -186,11 +186,19 @@ def _group(images) -> tuple[list[list], bool]:
     """Images as lists, and whether they came as one list for each prompt."""
     if images is None:
         return [], False
+    images = _unstacked(images)
+    if isinstance(images, (list, tuple)):
+        images = [_unstacked(image) for image in images]
     if not isinstance(images, (list, tuple)):
         return [[images]], False
     if images and all(isinstance(group, (list, tuple)) for group in images):
         return [list(group) for group in images], True
     return [list(images)], False
+
+
+def _unstacked(images):
+    """The images of an array or tensor (n, h, w, 3) or (n, 3, h, w) as a list; anything else as it is."""
+    return list(images) if hasattr(images, "__array__") and getattr(images, "ndim", 0) == 4 else images
 
 
 def _pad(row: list, count: int, value, left: bool) -> list:

@@ -178,12 +178,18 @@ class Batch:
     def _pick(self, sequences: list[Sequence], logits: Tensor) -> list[Pick]:
         """Choose each sequence's next token from its row of logits."""
         generation = self._model.generation_config
-        if generation.suppress_tokens:
-            logits[:, generation.suppress_tokens] = float("-inf")
-        tokens = choose(logits, [s.settings for s in sequences], [s.generator for s in sequences])
-        reports = self._reports(sequences, logits, tokens)
         end = generation.eos_token_id
         ends = end if isinstance(end, list) else [end]
+        if generation.suppress_tokens:
+            logits[:, generation.suppress_tokens] = float("-inf")
+        for row, sequence in enumerate(sequences):  # as `generate` does
+            if not sequence.ids and generation.begin_suppress_tokens:
+                logits[row, generation.begin_suppress_tokens] = float("-inf")
+            read = len(sequence.prompt.input_ids) + len(sequence.ids)
+            if len(sequence.ids) < (generation.min_new_tokens or 0) or read < (generation.min_length or 0):
+                logits[row, [token for token in ends if token is not None]] = float("-inf")
+        tokens = choose(logits, [s.settings for s in sequences], [s.generator for s in sequences])
+        reports = self._reports(sequences, logits, tokens)
         return [(token, report, token in ends) for token, report in zip(tokens, reports, strict=True)]
 
     def _reports(

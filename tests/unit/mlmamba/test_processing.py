@@ -122,3 +122,18 @@ def test_a_tokenizer_without_a_placeholder_is_refused(unknown):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", unk_token=unknown)
     with pytest.raises(ValueError, match="the tokenizer has no id for <image>"):
         MLMambaProcessor(tokenizer)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_an_array_of_images_is_a_list_of_them(processor, kind, channels_first):
+    stack = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
+    expected = processor(images=list(stack), text="<image>a<image><image>")["pixel_values"]
+    given = kind(np.ascontiguousarray(stack.transpose(0, 3, 1, 2)) if channels_first else stack)
+    assert torch.equal(processor(images=given, text="<image>a<image><image>")["pixel_values"], expected)
+    assert torch.equal(
+        processor(images=[given[:2], given[2:]], text=["<image><image>", "<image>"])["pixel_values"], expected
+    )
+    assert torch.equal(processor.image_processor(given)["pixel_values"], expected)
+    with pytest.raises(ValueError, match="has 1 <image> but 2 images"):
+        processor(images=[given[:2], given[2:]], text=["<image>", "<image><image>"])

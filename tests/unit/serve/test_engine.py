@@ -434,3 +434,33 @@ def test_where_several_ask_no_client_has_every_slot(loaded, gate):
     for future in futures:
         future.result(60)
     alone.close()
+
+
+@pytest.mark.parametrize("name", ["begin_suppress_tokens", "min_new_tokens", "min_length", "eos_token_id"])
+def test_what_a_models_generation_config_says_of_tokens_is_what_generate_does(loaded, engine, monkeypatch, name):
+    """Each is chosen so that the greedy answer changes by it."""
+    model, processor = loaded
+    turns = [Turn("user", "what is shown?")]
+    inputs = processor(text=processor.prompt(turns))
+    length = inputs["input_ids"].shape[1]
+
+    def generated() -> list[int]:
+        return model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, length:].tolist()
+
+    def served() -> list[int]:
+        return list(engine.submit(engine.prepare(turns, []), Settings(max_tokens=8)).result(60).ids)
+
+    plain = generated()
+    assert served() == plain
+    config = model.generation_config
+    if name == "begin_suppress_tokens":
+        monkeypatch.setattr(config, name, plain[:1])
+    else:
+        monkeypatch.setattr(config, "eos_token_id", [plain[2], 5])
+        if name == "min_new_tokens":
+            monkeypatch.setattr(config, name, 5)
+        elif name == "min_length":
+            monkeypatch.setattr(config, name, length + 5)
+    expected = generated()
+    assert expected != plain
+    assert served() == expected
