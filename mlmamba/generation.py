@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 
 from mlmamba.checks import check_prompts
-from mlmamba.state import MambaState
+from mlmamba.state import LayerState, MambaState
 
 _REFUSED = {
     "assistant_model": "assisted generation takes tokens back",
@@ -22,8 +22,56 @@ _REFUSED = {
     "num_beam_groups": "diverse beam search is not implemented",
     "constraints": "constrained beam search is not implemented",
     "force_words_ids": "constrained beam search is not implemented",
+    "output_hidden_states": "the model returns no hidden states of its blocks",
+    "output_attentions": "the model has no attentions",
     "prefill_chunk_size": "call the model with the pieces of the prompt, and generate with the last and cache_params",
 }
+
+
+def new_part(ids: Tensor, kwargs: dict, read: list[list[int]], image: int) -> tuple[Tensor, dict]:
+    """What of the prompts a state has not read, where they are whole conversations; else the prompts as they are.
+
+    Args:
+        ids: (b, l), padded on the left if at all.
+        kwargs: of `generate`.
+        read: tokens that the state of each row has read.
+        image: id of the placeholder of images.
+
+    Returns:
+        ids (b, m) and kwargs of the new part: its mask, and its images.
+
+    Raises:
+        ValueError: there is nothing new.
+    """
+    mask = kwargs.get("attention_mask")
+    rows = [row.tolist() if mask is None else row[mask[i].bool()].tolist() for i, row in enumerate(ids)]
+    if len(rows) != len(read) or any(row[: len(old)] != old for row, old in zip(rows, read, strict=True)):
+        return ids, kwargs
+    fresh = [row[len(old) :] for row, old in zip(rows, read, strict=True)]
+    if not all(fresh):
+        raise ValueError(f"prompt {fresh.index([])} is what the state has read already; give the next turn too")
+    longest = max(map(len, fresh))
+    out, seen = ids.new_zeros(len(fresh), longest), torch.zeros(len(fresh), longest, dtype=torch.long)
+    for i, row in enumerate(fresh):
+        out[i, longest - len(row) :] = ids.new_tensor(row)
+        seen[i, longest - len(row) :] = 1
+    kwargs = kwargs | {"attention_mask": seen.to(ids.device)}
+    for name in ("pixel_values", "image_features"):
+        if (given := kwargs.get(name)) is not None:
+            kwargs[name] = _new_images(given, [row.count(image) for row in rows], [old.count(image) for old in read])
+    return out, kwargs
+
+
+def _new_images(given: Tensor, total: list[int], read: list[int]) -> Tensor | None:
+    """Images (n, ...) without those whose placeholders were read, as counted by row; as they are if only new ones."""
+    each = sum(total) // max(len(given), 1)
+    if not each or any(count % each for count in read):
+        return given
+    first, kept = 0, []
+    for count, old in zip(total, read, strict=True):
+        kept += range(first + old // each, first + count // each)
+        first += count // each
+    return given[kept] if kept else None
 
 
 class MLMambaGenerationMixin(GenerationMixin):
@@ -44,7 +92,13 @@ class MLMambaGenerationMixin(GenerationMixin):
             inputs: the prompts (b, l), or as `input_ids`. Rows that are padded on the right come back padded on the
                 left, so that the new tokens follow the prompt: `out[:, l:]` are the new tokens of every row.
             generation_config, kwargs: as in transformers; besides `attention_mask` (b, l), `pixel_values` or
-                `image_features`, and `cache_params`, a state to go on from (the prompts are then the new part only).
+                `image_features`, and `cache_params`, a state to go on from, also as `past_key_values`. The prompts are
+                then the new part only, with its images; after a state that `generate` returned they may also be the
+                whole conversation with all images, of which only the new part is read.
+
+        Returns:
+            As transformers' `generate`. With `return_dict_in_generate` the state is there by both names, and it has
+            read each row's answer to its end: the last token and the end token too, and no padding after it.
 
         Raises:
             ValueError: a prompt is empty or over `max_position_embeddings`, images and placeholders do not match, or
@@ -58,12 +112,65 @@ class MLMambaGenerationMixin(GenerationMixin):
                 )
         if inputs is not None and "input_ids" in kwargs:
             raise ValueError("the prompts are given twice, as inputs and as input_ids")
+        if (state := kwargs.pop("past_key_values", None)) is not None:
+            if kwargs.get("cache_params") is not None:
+                raise ValueError("the state is given twice, as cache_params and as past_key_values")
+            kwargs["cache_params"] = state
         ids, mask = kwargs.pop("input_ids", inputs), kwargs.get("attention_mask")
         check_prompts(ids, mask, self.config.max_position_embeddings)
         if mask is not None and bool((mask[:, 1:].bool() < mask[:, :-1].bool()).any()):
             order = torch.argsort(mask.bool().int(), dim=1, stable=True)
             ids, kwargs["attention_mask"] = ids.gather(1, order), mask.gather(1, order)
-        return super().generate(ids, generation_config, **kwargs)
+        whole, read = ids, getattr(kwargs.get("cache_params"), "read", None)
+        if read is not None:
+            ids, kwargs = new_part(ids, kwargs, read, self.config.image_token_id)
+        out = super().generate(ids, generation_config, **kwargs)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        if sequences.shape[1] > ids.shape[1] and not isinstance(out, Tensor) and out.past_key_values is not None:
+            config = generation_config or self.generation_config
+            ends = kwargs.get("eos_token_id", config.eos_token_id)
+            out["past_key_values"] = out["cache_params"] = self._state_after(out, ids, kwargs, ends)
+        if whole is not ids:
+            rows = whole.repeat_interleave(len(sequences) // len(whole), 0)
+            sequences = torch.cat([rows, sequences[:, ids.shape[1] :]], 1)
+            if isinstance(out, Tensor):
+                return sequences
+            out["sequences"] = sequences
+        return out
+
+    @torch.inference_mode()
+    def _state_after(self, out, ids: Tensor, kwargs: dict, ends: int | list[int] | None) -> MambaState:
+        """State after every row's answer, the token that was chosen last included.
+
+        Args:
+            out: of transformers' `generate`, whose state lacks that token, has read the padding behind answers that
+                ended before others, and is of other rows where beams were searched.
+            ids, kwargs: what it was given.
+            ends: tokens that end an answer, if any do.
+        """
+        sequences, start = out.sequences, kwargs.get("cache_params")
+        new = sequences[:, ids.shape[1] :]
+        ends = torch.tensor([] if ends is None else ends, dtype=new.dtype, device=new.device)
+        ended = torch.isin(new, ends)
+        keep = ended.cumsum(1) - ended.int() == 0  # up to and with the first end
+        each = len(sequences) // len(ids)
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        mask = torch.cat([mask.repeat_interleave(each, 0).to(keep.dtype), keep], 1)
+        if "beam_indices" in type(out).__dataclass_fields__ or not bool(keep.all()):
+            given = {name: kwargs.get(name) for name in ("pixel_values", "image_features", "cache_params")}
+            given = {name: value for name, value in given.items() if value is not None}
+            _, given = self._expand_inputs_for_generation(each, False, ids, **given)
+            read = self(input_ids=sequences, attention_mask=mask.long(), use_cache=True, logits_to_keep=1, **given)
+        else:
+            own = out.past_key_values.in_place()
+            read = self(input_ids=new[:, -1:], cache_params=own, use_cache=True, logits_to_keep=1)
+        state = MambaState([LayerState(layer.conv, layer.ssm) for layer in read.cache_params.layers])
+        before = getattr(start, "read", None) if start is not None else [[]] * len(ids)
+        if before is not None:
+            rows = [row[kept].tolist() for row, kept in zip(sequences, mask.bool(), strict=True)]
+            state.read = [before[i // each] + row for i, row in enumerate(rows)]
+        return state
 
     def _supports_default_dynamic_cache(self) -> bool:
         return False  # the state is a MambaState, made by the first forward

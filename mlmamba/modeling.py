@@ -38,6 +38,11 @@ class MLMambaOutput(ModelOutput):
     logits: Tensor | None = None
     cache_params: MambaState | None = None
 
+    @property
+    def past_key_values(self) -> MambaState | None:
+        """The state, by the name that caches have elsewhere."""
+        return self.cache_params
+
 
 class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
     """ML-Mamba. Build with random weights from a config, or load with `from_pretrained`.
@@ -178,6 +183,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: MambaState | None = None,
     ) -> MLMambaOutput:
         """Run the model.
 
@@ -192,20 +198,27 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             positions: of the batch's labels and placeholders (mlmamba/positions.py), in place of `labels`. The batch is
                 then taken as checked, and nothing is read back from the device. Not with `attention_mask`.
             inputs_embeds: (b, l, d), in place of input_ids.
-            cache_params: state to go on from.
+            cache_params: state to go on from; also as `past_key_values`.
             use_cache: return the state; True by default outside training.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels, for accumulation
                 weighted by loss tokens.
-            output_attentions, output_hidden_states: accepted because tools pass them; True is an error.
+            output_attentions, output_hidden_states: accepted because tools pass them; True is an error, in the
+                config too.
 
         Raises:
             ValueError: the placeholders and the images do not match, neither or both inputs are given, or a tensor is
                 of the wrong shape, dtype or device (mlmamba/checks.py).
             TypeError: `cache_params` is no MambaState.
         """
-        if output_attentions or output_hidden_states:
+        wanted = (output_attentions, output_hidden_states)
+        asked = (self.config.output_attentions, self.config.output_hidden_states)
+        if any(own if one is None else one for one, own in zip(wanted, asked, strict=True)):
             raise ValueError("ML-Mamba has no attentions and returns no hidden states of its blocks")
+        if past_key_values is not None:
+            if cache_params is not None:
+                raise ValueError("the state is given twice, as cache_params and as past_key_values")
+            cache_params = past_key_values
         if positions is not None and (labels is not None or attention_mask is not None or input_ids is None):
             raise ValueError("positions go with input_ids, in place of labels, and without an attention_mask")
         per_token = {"attention_mask": attention_mask, "seq_idx": seq_idx, "labels": labels}

@@ -20,12 +20,15 @@ class MambaState:
 
     is_compileable = False  # `generate` asks this of a state that it is given
 
-    def __init__(self, layers: list[LayerState] | None = None):
+    def __init__(self, layers: list[LayerState] | None = None, read: list[list[int]] | None = None):
         self.layers = layers or []
+        self.read = read
+        """Tokens that each row has read, where `generate` made the state from their beginning; else None."""
 
     def select(self, rows: Tensor) -> "MambaState":
         """State of the given rows (k,), in that order. Rows may repeat: one prefix can start many continuations."""
-        return MambaState([LayerState(s.conv.index_select(0, rows), s.ssm.index_select(0, rows)) for s in self.layers])
+        layers = [LayerState(s.conv.index_select(0, rows), s.ssm.index_select(0, rows)) for s in self.layers]
+        return MambaState(layers, None if self.read is None else [self.read[row] for row in rows.tolist()])
 
     def in_place(self) -> "MambaState":
         """The same tensors, for decoding without a copy: a step of one token may write the new state over the old one.

@@ -150,3 +150,99 @@ def test_tokens_stream_as_they_come(model, tokenizer, capsys):
 
     model.generate(ROWS[0], pixel_values=IMAGES[:1], streamer=TextStreamer(tokenizer, skip_prompt=True), **GREEDY)
     assert capsys.readouterr().out == expected + "\n"
+
+
+TURNS = [prompt(9, images=1, seed=11), prompt(4, seed=12), prompt(9, images=1, seed=13)]
+"""What a user says; the first and last show an image."""
+
+
+@pytest.mark.parametrize("name", ["cache_params", "past_key_values"])
+@pytest.mark.parametrize("form", ["new part", "whole conversation"])
+@pytest.mark.parametrize("options", [GREEDY, {**GREEDY, "eos_token_id": 0}], ids=["to the length", "with an end"])
+def test_the_state_of_an_answer_starts_the_next_turn(model, name, form, options):
+    options = {**options, "return_dict_in_generate": True}
+    whole, state = torch.zeros(1, 0, dtype=torch.long), {}
+    for turn, shown in zip(TURNS, (IMAGES[:1], IMAGES[:1], IMAGES[:2]), strict=True):
+        whole = torch.cat([whole, turn], 1)
+        expected = model.generate(whole, pixel_values=shown, **options).sequences
+        seen = shown if form == "whole conversation" or not state else shown[1:]
+        out = model.generate(
+            whole if form == "whole conversation" else turn,
+            pixel_values=seen if len(seen) else None,
+            **state,
+            **options,
+        )
+        assert torch.equal(out.sequences[:, -6:], expected[:, -6:])
+        if form == "whole conversation":
+            assert torch.equal(out.sequences, expected)
+        assert out.cache_params is out.past_key_values
+        whole, state = expected, {name: out.past_key_values}
+        with torch.no_grad():
+            read = model(whole, IMAGES[:1] if len(shown) == 1 else shown).cache_params
+        for ours, theirs in zip(out.cache_params.layers, read.layers, strict=True):
+            torch.testing.assert_close(ours.ssm, theirs.ssm, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours.conv, theirs.conv, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GREEDY,
+        {**BEAMS, "num_return_sequences": 2},
+        {**GREEDY, "do_sample": True, "top_k": 1, "num_return_sequences": 2},
+    ],
+    ids=["greedy", "beams", "samples"],
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["new part", "whole conversation"])
+def test_the_states_of_a_batch_start_its_next_turns(model, options, side, form):
+    """Answers of unequal length, whose state must not have read the padding behind the shorter ones."""
+    ids, mask = pad(ROWS, side)
+    end = int(alone(model, **GREEDY)[0][0, 2])
+    options = {**options, "eos_token_id": end, "pad_token_id": 0, "return_dict_in_generate": True}
+    first = model.generate(ids, attention_mask=mask, pixel_values=IMAGES, **options)
+    each = len(first.sequences) // 4
+    plain = {**GREEDY, "return_dict_in_generate": True}
+    next_turns = [prompt(3 + i, seed=20 + i) for i in range(len(first.sequences))]
+    answers = first.sequences[:, ids.shape[1] :].tolist()
+    answers = [row[: row.index(end) + 1] if end in row else row for row in answers]
+    assert len({len(row) for row in answers}) > 1
+    talks = [
+        torch.cat([ROWS[i // each], torch.tensor([answer]), turn], 1)
+        for i, (answer, turn) in enumerate(zip(answers, next_turns, strict=True))
+    ]
+    expected = [
+        model.generate(talk, pixel_values=SEEN[i // each], **plain).sequences[:, talk.shape[1] :]
+        for i, talk in enumerate(talks)
+    ]
+    given, given_mask = pad(talks if form == "whole conversation" else next_turns, side)
+    shown = None
+    if form == "whole conversation":
+        shown = torch.cat([SEEN[i // each] for i in range(len(talks)) if SEEN[i // each] is not None])
+    out = model.generate(given, attention_mask=given_mask, pixel_values=shown, cache_params=first.cache_params, **plain)
+    assert torch.equal(out.sequences[:, given.shape[1] :], torch.cat(expected))
+
+
+def test_a_state_is_given_once_and_with_something_new(model):
+    out = model.generate(ROWS[2], return_dict_in_generate=True, **GREEDY)
+    with pytest.raises(ValueError, match="given twice"):
+        model.generate(ROWS[2], cache_params=out.cache_params, past_key_values=out.cache_params, **GREEDY)
+    with pytest.raises(ValueError, match="given twice"):
+        model(ROWS[2], cache_params=out.cache_params, past_key_values=out.cache_params)
+    with pytest.raises(ValueError, match="prompt 0 is what the state has read already"):
+        model.generate(out.sequences, past_key_values=out.past_key_values, **GREEDY)
+    with torch.no_grad():
+        ours = model(ROWS[2], past_key_values=out.cache_params)
+        theirs = model(torch.cat([out.sequences, ROWS[2]], 1))
+    torch.testing.assert_close(ours.logits[:, -1], theirs.logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert ours.past_key_values is ours.cache_params
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_what_the_model_does_not_return_is_refused_by_every_way_to_ask(model, name, monkeypatch):
+    with pytest.raises(ValueError, match=f"cannot use {name}"):
+        model.generate(ROWS[2], return_dict_in_generate=True, **{name: True}, **GREEDY)
+    monkeypatch.setattr(model.config, name, True)
+    with pytest.raises(ValueError, match="returns no hidden states"):
+        model(ROWS[2])
+    model(ROWS[2], **{name: False})
