@@ -69,7 +69,9 @@ def client(server, folders, tmp_path_factory):
     """Versions 1 and 2, and 3 whose weights are cut short; 1 comes with a stored example, and is champion."""
     storage = tmp_path_factory.mktemp("client")
     client = tracking.connect(storage)
-    drawn_example("not what it says").save(storage / "example")
+    asked = drawn_example("")
+    answer = answer_of(folders["1"], asked.question, asked.image, asked.max_tokens)
+    drawn_example(answer).save(storage / "example")
     add_model(client, NAME, folders["1"], storage / "example", scores={"overall": 0.8})
     add_model(client, NAME, folders["2"])
     add_model(client, NAME, folders["3"])
@@ -132,7 +134,8 @@ def test_a_model_is_downloaded_once_whole_and_only_a_few_are_kept(client, folder
     assert first.folder.is_relative_to(tmp_path / "models")
     weights = first.folder / "model.safetensors"
     assert weights.read_bytes() == (folders["1"] / "model.safetensors").read_bytes()
-    assert Example.load(first.example).answer == "not what it says"
+    asked = Example.load(first.example)
+    assert asked.answer == answer_of(folders["1"], asked.question, asked.image, asked.max_tokens)
     stamp = weights.stat().st_mtime_ns
     assert resolve_model(f"models:/{NAME}/1", tmp_path) == first
     assert weights.stat().st_mtime_ns == stamp
