@@ -316,6 +316,11 @@ class DataConfig(StrictModel):
     exclude_evaluation_images: bool = True
     """Set aside every training record that shows an image of the recipe's own `validation` or `test` sources (the same
     file, to the byte)."""
+    similar_evaluation_images: Annotated[float | None, Decides.WHEN_SET] = Field(default=None, ge=0.5, le=1)
+    """Also set aside every training record with an image that looks like one of those that are kept out: re-encoded,
+    resized, cropped by a tenth, grey, mirrored or with text on it. How much alike counts, up to 1; 0.85 is a start for
+    photographs, see [how far it reaches](../explanation/near-duplicates.md). Without it only equal files count. It is
+    not for drawings or rendered scenes, which look alike and are not the same."""
     exclude_images_of: list[SourceConfig] = Field(default=[])
     """More evaluation sets whose images training must not show. Only their images count, not their text."""
     tokenizer: TokenizerConfig
@@ -342,6 +347,12 @@ class DataConfig(StrictModel):
             if twice:
                 raise ValueError(f"{split} has two sources called {twice[0]!r}: set a different `name` on each")
         return self
+
+    @property
+    def compares_looks(self) -> bool:
+        """Whether training images are compared with those of evaluation sets by what they look like."""
+        own = self.exclude_evaluation_images and (self.validation or self.test)
+        return self.similar_evaluation_images is not None and bool(own or self.exclude_images_of)
 
     def evaluation_sets(self) -> dict[str, SourceConfig]:
         """The sources besides `validation` whose images training must not show, by a name for people."""

@@ -16,7 +16,11 @@ from pipelines.schema import DIGEST_BYTES
 from pipelines.tokenize import iter_outcomes
 
 CONTAMINATED, DUPLICATE_ID, DUPLICATE_CONTENT = "contaminated", "duplicate_id", "duplicate_content"
-_REASONS = (CONTAMINATED, DUPLICATE_ID, DUPLICATE_CONTENT)
+NEAR = "near_contaminated"
+_REASONS = (CONTAMINATED, DUPLICATE_ID, DUPLICATE_CONTENT, NEAR)
+Alike = dict[str, list[tuple[int, int, int, float]]]
+"""As `alike.find_alike` gives it."""
+_OF_A_SET = (_REASONS.index(CONTAMINATED), _REASONS.index(NEAR))
 _REMOVAL = np.dtype([("owner", "<i4"), ("row", "<i4"), ("reason", "u1"), ("cause_owner", "<i4"), ("cause_row", "<i4")])
 
 
@@ -28,6 +32,8 @@ class Removal:
     cause: tuple[str, int]
     """The earlier record: name of its partition, row in its outcomes. Of a contaminated one: evaluation set, number of
     the record's image."""
+    alike: str = ""
+    """Of one whose image only looks like another: that one, and how much."""
 
 
 class Removals:
@@ -35,6 +41,7 @@ class Removals:
 
     def __init__(self):
         self._splits: dict[str, tuple[list[str], list[str], np.ndarray, np.ndarray]] = {}
+        self._alike: dict[tuple[str, int], str] = {}
 
     def add(self, partitions: list[Partition], sets: list[str], removals: np.ndarray) -> None:
         """Take out records of one split.
@@ -45,7 +52,7 @@ class Removals:
             removals: array of _REMOVAL.
         """
         names = [partition.name for partition in partitions]
-        earlier = removals[removals["reason"] != 0]
+        earlier = removals[~np.isin(removals["reason"], _OF_A_SET)]
         causes = np.unique(earlier[["cause_owner", "cause_row"]])
         removals = np.sort(removals, order=["owner", "row"])
         self._splits |= dict.fromkeys(names, (names, sets, removals, causes))
@@ -57,8 +64,13 @@ class Removals:
         names, sets, removals, _ = self._splits[partition]
         found = {}
         for _, row, reason, owner, cause in _part(removals, "owner", names.index(partition)).tolist():
-            found[row] = Removal(_REASONS[reason], ((names if reason else sets)[owner], cause))
+            of = sets if reason in _OF_A_SET else names
+            found[row] = Removal(_REASONS[reason], (of[owner], cause), self._alike.get((partition, row), ""))
         return found
+
+    def add_alike(self, partition: str, row: int, text: str) -> None:
+        """Say which image a record's image looks like."""
+        self._alike[partition, row] = text
 
     def causes(self, partition: str) -> set[int]:
         """Rows of a partition that are the reason for a later record's removal."""
@@ -68,7 +80,9 @@ class Removals:
         return set(_part(causes, "cause_owner", names.index(partition))["cause_row"].tolist())
 
 
-def find_removals(partitions: list[Partition], work: str, excluded: Excluded, deduplicate: bool) -> Removals:
+def find_removals(
+    partitions: list[Partition], work: str, excluded: Excluded, deduplicate: bool, alike: Alike | None = None
+) -> Removals:
     """Decide for all splits.
 
     Args:
@@ -76,12 +90,17 @@ def find_removals(partitions: list[Partition], work: str, excluded: Excluded, de
         work: folder of their files.
         excluded: images that the train split must not show.
         deduplicate: whether records of one content are removed; those of one id always are.
+        alike: training images that look like one of `excluded`.
     """
     removals = Removals()
     for split in dict.fromkeys(partition.split for partition in partitions):
         own = [partition for partition in partitions if partition.split == split]
         sets = list(excluded.counts) if split == "train" else []
-        removals.add(own, sets, _decide(own, work, excluded if sets else Excluded(), deduplicate))
+        near = (alike or {}) if sets else {}
+        removals.add(own, sets, _decide(own, work, excluded if sets else Excluded(), deduplicate, near))
+        for name, found in near.items():
+            for row, _, twin, much in reversed(found):  # the first image of a record is told
+                removals.add_alike(name, row, f"{excluded.twins[twin][1]} ({much:.2f})")
     return removals
 
 
@@ -97,17 +116,21 @@ def first_of_each(keys: np.ndarray) -> np.ndarray:
     return first
 
 
-def _decide(partitions: list[Partition], work: str, excluded: Excluded, deduplicate: bool) -> np.ndarray:
+def _decide(partitions: list[Partition], work: str, excluded: Excluded, deduplicate: bool, alike: Alike) -> np.ndarray:
     """The removals of one split, as an array of _REMOVAL."""
     owners, rows, ids, contents = [], [], [], []
     removed = []
     columns = ["reason", "id", "content", *(["digests"] if excluded else [])]
-    for owner, (_, outcomes) in enumerate(iter_outcomes(partitions, work, columns)):
+    for owner, (partition, outcomes) in enumerate(iter_outcomes(partitions, work, columns)):
         usable = outcomes["reason"].is_null().to_numpy().copy()
         if excluded:
             found = _contaminated(outcomes["digests"].combine_chunks(), excluded)
             removed += [(owner, row, _REASONS.index(CONTAMINATED), *cause) for row, cause in found.items()]
             usable[list(found)] = False
+            near = {row: (excluded.twins[twin][0], n) for row, n, twin, _ in reversed(alike.get(partition.name, []))}
+            near = {row: cause for row, cause in near.items() if usable[row]}
+            removed += [(owner, row, _REASONS.index(NEAR), *cause) for row, cause in near.items()]
+            usable[list(near)] = False
         place = np.flatnonzero(usable)
         owners.append(np.full(len(place), owner, dtype=np.int32))
         rows.append(place.astype(np.int32))

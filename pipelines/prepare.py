@@ -14,6 +14,7 @@ from itertools import islice
 
 from mlmamba.image_colours import PIXELS
 from pipelines import storage, tokenizer
+from pipelines.alike import find_alike
 from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
 from pipelines.dedup import Removals, find_removals
 from pipelines.exclusion import ExclusionError, read_excluded
@@ -142,7 +143,15 @@ def _make_tokenizer(config: DataConfig, out: str, tokens_per_image: int, on_prog
     whole = needs_whole_text(worker, sample, named or "trained here")
     sizes, limits = (config.max_tokens, tokens_per_image), config.images.limits()
     return TokenizeSettings(
-        folder, digest, chosen.eos_token, *sizes, config.too_long, limits, whole, worker.special_tokens
+        folder,
+        digest,
+        chosen.eos_token,
+        *sizes,
+        config.too_long,
+        limits,
+        whole,
+        worker.special_tokens,
+        looks=config.compares_looks,
     )
 
 
@@ -200,7 +209,11 @@ def _remove(
         raise PrepareError(str(error)) from error
     total = sum(partition.records for partition in partitions)
     meter = ProgressMeter("deduplicate", "records", on_progress, total)
-    removals = find_removals(partitions, work, excluded, config.deduplicate)
+    alike = None
+    if config.compares_looks:
+        train = [partition for partition in partitions if partition.split == "train"]
+        alike = find_alike(train, work, excluded.keys, config.similar_evaluation_images, on_progress)
+    removals = find_removals(partitions, work, excluded, config.deduplicate, alike)
     tallies = write_quarantine(out, work, partitions, removals)
     meter.add(total, quarantined=sum(tally.quarantined.total() for tally in tallies.values()))
     if sum(tally.bad for tally in tallies.values()) > allowed(config.max_quarantined, total):

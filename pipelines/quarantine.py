@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.dedup import CONTAMINATED, DUPLICATE_ID, Removal, Removals
+from pipelines.dedup import CONTAMINATED, DUPLICATE_ID, NEAR, Removal, Removals
 from pipelines.records import Partition
 from pipelines.schema import QUARANTINE
 from pipelines.tokenize import iter_outcomes
@@ -139,6 +139,8 @@ def none_left(split: str, tally: Tally) -> str:
     counts = tally.by_reason()
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items())) or "none set aside"
     remedy = f"check data.{split}"
+    if counts and max(counts, key=counts.get) == NEAR:
+        remedy = "all look like an image of an evaluation set. Raise similar_evaluation_images, or leave it out"
     if counts and max(counts, key=counts.get) == CONTAMINATED:
         remedy = (
             "all show an image of an evaluation set. Take other images, or set exclude_evaluation_images: false (and "
@@ -156,5 +158,7 @@ def _shown(row: dict) -> str:
 def _detail(removal: Removal, causes: dict[tuple[str, int], str]) -> str:
     if removal.reason == CONTAMINATED:
         return f"image {removal.cause[1]} is one of {removal.cause[0]}"
+    if removal.reason == NEAR:
+        return f"image {removal.cause[1]} looks like the image of {removal.alike} of {removal.cause[0]}"
     what = "the id of" if removal.reason == DUPLICATE_ID else "the same images and text as"
     return f"{what} {causes[removal.cause]}"

@@ -50,8 +50,12 @@ OUTCOMES = pa.schema(
     ]
 )
 
-# The digests of the images of an evaluation set.
+# Where images are also compared by what they look like (looks.py): their keys, beside `digests`.
+LOOKS = pa.field("looks", _BYTES)
+
+# The digests of the images of an evaluation set; where they are compared by looks, also keys and names.
 IMAGES = pa.schema([("image", _DIGEST)])
+IMAGES_WITH_LOOKS = pa.schema([("image", _DIGEST), ("looks", pa.binary()), ("name", pa.string())])
 
 # The table of records that were set aside, for people to read.
 QUARANTINE = pa.schema([(name, pa.string()) for name in ("split", "record_id", "source", "reason", "detail")])

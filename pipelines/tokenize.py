@@ -7,7 +7,7 @@ outcomes file carries the right digest is not done again, which is what makes a 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -16,6 +16,7 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL.Image import Image
 from pydantic import TypeAdapter
 
 from mlmamba import __version__
@@ -24,8 +25,9 @@ from mlmamba.images import LIMITS, ImageLimits
 from pipelines import storage
 from pipelines.config import SourceConfig
 from pipelines.execution import run_tasks
+from pipelines.looks import all_fields, fields, keys
 from pipelines.records import Partition, read_records
-from pipelines.schema import OUTCOMES, TOKENS, WORK_VERSION, digest, one_row
+from pipelines.schema import LOOKS, OUTCOMES, TOKENS, WORK_VERSION, digest, one_row
 from pipelines.sources import Problem, Record, Source, open_source
 from pipelines.tokenizer import TOKENIZER_FILE, WorkerTokenizer
 from pipelines.validate import check_record, read_images
@@ -53,6 +55,8 @@ class TokenizeSettings:
     """Whether a conversation is tokenized as one text (pipelines/tokenizer_check.py)."""
     special_tokens: Sequence[str] = ()
     """The tokenizer's, which must not stand in a message."""
+    looks: bool = False
+    """Whether the outcomes get what each image looks like: its key, and of a validation image all keys (looks.py)."""
 
     def __post_init__(self):
         if isinstance(self.images, dict):  # as it comes out of JSON
@@ -70,6 +74,7 @@ class TokenizeSettings:
             self.tokens_per_image,
         ]
         parts += [self.too_long, self.whole_text, *([] if self.images == LIMITS else [self.images])]
+        parts += ["looks"] if self.looks else []
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -101,6 +106,7 @@ def tokenize(
             "outcomes": partition.outcomes_file(work),
             "sources": configs[partition.split],
             "settings": asdict(settings),
+            "wanted": partition.split != "train",
         }
         for partition in partitions
     ]
@@ -146,12 +152,16 @@ def iter_outcomes(
 
 
 def encode_record(
-    record: Record, source: Source, tokenizer, settings: TokenizeSettings
+    record: Record,
+    source: Source,
+    tokenizer,
+    settings: TokenizeSettings,
+    seen: Callable[[Image], None] | None = None,
 ) -> tuple[EncodedConversation, list[bytes], int] | Problem:
     """Turn a record into a sample: its encoding, its encoded images, how many turns it lost; or say what is wrong.
 
     The sample ends with the last answer that fits into `max_tokens`; a question after the last answer is dropped
-    (it has no loss). Images that only dropped turns show are dropped with them.
+    (it has no loss). Images that only dropped turns show are dropped with them. `seen` is called with every image.
     """
     problem = check_record(record, settings.eos_token, settings.special_tokens)
     if problem:
@@ -167,7 +177,7 @@ def encode_record(
             return Problem("too_long", f"{what} has {size} tokens, a row has {settings.max_tokens}")
         length = fitting[-1]
     positions = [position for position in encoded.image_positions if position < length]
-    images, problem = read_images(record, source, settings.images)
+    images, problem = read_images(record, source, settings.images, seen)
     if problem:
         return problem
     encoded = EncodedConversation(
@@ -205,6 +215,8 @@ def _tokenize_partition(task: dict) -> pa.Table:
     tokenizer = _worker_tokenizer(settings.tokenizer, settings.tokenizer_digest, settings.eos_token)
     metadata = {_DIGEST_KEY: task["digest"]}
     tokens_schema = TOKENS.with_metadata(metadata)
+    outcomes_schema = OUTCOMES.append(LOOKS) if settings.looks else OUTCOMES
+    shrink = all_fields if task.get("wanted") else fields
     rows = []
     with (
         storage.atomic_file(task["tokens"]) as path,
@@ -212,8 +224,10 @@ def _tokenize_partition(task: dict) -> pa.Table:
         pa.ipc.new_file(sink, tokens_schema) as writer,
     ):
         for record in read_records(task["records"]):
+            shown: list[bytes] = []
+            seen = (lambda image, shown=shown: shown.append(shrink(image))) if settings.looks else None
             try:
-                sample = encode_record(record, _source(task, record), tokenizer, settings)
+                sample = encode_record(record, _source(task, record), tokenizer, settings, seen)
             except Exception as error:  # whatever is wrong with this record, the others of its partition must go on
                 sample = Problem("malformed", f"{type(error).__name__}: {error}")
             row = {"record_id": record.id, "source": record.source, "length": 0, "images": 0, "cut_turns": 0}
@@ -223,7 +237,7 @@ def _tokenize_partition(task: dict) -> pa.Table:
             encoded, images, cut_turns = sample
             sizes = {"length": len(encoded.input_ids), "images": len(images), "cut_turns": cut_turns}
             ids = np.array(encoded.input_ids, dtype=np.int32)
-            rows.append(row | sizes | _digests(record, ids, images))
+            rows.append(row | sizes | _digests(record, ids, images) | {"looks": shown[: len(images)]})
             columns = {
                 "record_id": record.id,
                 "source": record.source,
@@ -233,7 +247,10 @@ def _tokenize_partition(task: dict) -> pa.Table:
                 "images": images,
             }
             writer.write_batch(one_row(tokens_schema, columns))
-    outcomes = pa.Table.from_pylist(rows, schema=OUTCOMES.with_metadata(metadata))
+    if settings.looks:
+        made = iter(keys([one for row in rows for one in row.get("looks", ())]))
+        rows = [row | {"looks": list(islice(made, len(row.get("looks", ()))))} for row in rows]
+    outcomes = pa.Table.from_pylist(rows, schema=outcomes_schema.with_metadata(metadata))
     storage.write_table(task["outcomes"], outcomes)
     return outcomes
 

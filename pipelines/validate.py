@@ -7,7 +7,9 @@ same (tests/unit/pipelines/test_image_check.py), in half the time.
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from PIL.Image import Image
 
 from mlmamba.conversation import ASSISTANT, USER, check_turns, clean
 from mlmamba.images import LIMITS, ImageError, ImageLimits, open_image
@@ -20,6 +22,7 @@ REASONS = {
     "duplicate_id": "an earlier record of the source that is used has the same id",
     "duplicate_content": "an earlier record of the split has the same images and text, to the byte",
     "contaminated": "an image is, to the byte, one of an evaluation set's",
+    "near_contaminated": "an image looks like one of an evaluation set's, as far as similar_evaluation_images asks",
     "role_order": "the turns do not alternate user, assistant, or there is no answer",
     "empty_turn": "a turn has no text, or there are no turns",
     "control_text": "a message holds a special token of the tokenizer or a mark of the prompt format",
@@ -34,7 +37,7 @@ REASONS = {
 }
 
 # What a recipe asks to remove. Nothing is wrong with these records, so they do not count against `max_quarantined`.
-REMOVED = ("duplicate_content", "contaminated")
+REMOVED = ("duplicate_content", "contaminated", "near_contaminated")
 
 _READ_TRIES = 3
 _RETRY_SECONDS = 0.5
@@ -70,17 +73,32 @@ def check_record(
     return None
 
 
-def check_image(data: bytes, limits: ImageLimits = LIMITS) -> Problem | None:
-    """The first thing wrong with an encoded image, or None. Reads it to its end; of an animation, the first frame."""
+def check_image(
+    data: bytes, limits: ImageLimits = LIMITS, seen: Callable[[Image], None] | None = None
+) -> Problem | None:
+    """The first thing wrong with an encoded image, or None. Reads it to its end; of an animation, the first frame.
+
+    Args:
+        data: the file's content.
+        limits: what is let through.
+        seen: called with the decoded image, a JPEG at an eighth of its size.
+    """
     try:
-        open_image(data, limits, reduced=True)
+        image = open_image(data, limits, reduced=True)
     except ImageError as error:
         return Problem(error.reason, str(error))
+    if seen:
+        seen(image)
     return None
 
 
-def read_images(record: Record, source: Source, limits: ImageLimits = LIMITS) -> tuple[list[bytes], Problem | None]:
-    """A record's encoded images and the first problem with them. The list is complete only without a problem."""
+def read_images(
+    record: Record, source: Source, limits: ImageLimits = LIMITS, seen: Callable[[Image], None] | None = None
+) -> tuple[list[bytes], Problem | None]:
+    """A record's encoded images and the first problem with them. The list is complete only without a problem.
+
+    `seen` is called with each, as `check_image` decodes it.
+    """
     images = []
     for location in record.images:
         try:
@@ -99,7 +117,7 @@ def read_images(record: Record, source: Source, limits: ImageLimits = LIMITS) ->
         except (OSError, ValueError) as error:
             said = getattr(error, "strerror", None) or error  # which names the file once more
             return images, Problem("image_unreadable", f"{shown_location(location)}: {said}")
-        problem = check_image(data, limits)
+        problem = check_image(data, limits, seen)
         if problem:
             return images, Problem(problem.reason, f"{shown_location(location)}: {problem.detail}")
         images.append(data)

@@ -40,3 +40,12 @@ def encoded(
     buffer = io.BytesIO()
     image(seed, size, blocks).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def scene(seed: int) -> Image.Image:
+    """Light and dark spots of many sizes, as photographs have them."""
+    rng, pixels = np.random.default_rng(seed), np.zeros((384, 512, 3))
+    for size in (3, 6, 12, 24):
+        spots = Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8))
+        pixels += np.asarray(spots.resize((512, 384), Image.Resampling.BICUBIC), dtype=float) / size**0.7
+    return Image.fromarray((255 * (pixels - pixels.min()) / np.ptp(pixels)).astype(np.uint8))

@@ -8,8 +8,9 @@ from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.prepare import PrepareError, prepare
 from pipelines.reader import PackedDataset
+from tests.benchmarks.studies.near_duplicates import DISGUISES, jpeg
 from tests.helpers.corpora import conversation, write_files
-from tests.helpers.images import encoded
+from tests.helpers.images import encoded, scene
 
 TOKENS_PER_IMAGE, SEED = 4, 7
 
@@ -154,6 +155,42 @@ def test_an_evaluation_set_that_cannot_be_read_stops_the_run(root, tmp_path):
     ):
         with pytest.raises(PrepareError, match=message + ".*repair it, or leave the set out"):
             prepare(config(root, [llava(root, "a")], test=[test]), str(tmp_path / "set"), TOKENS_PER_IMAGE, SEED)
+
+
+def test_an_image_that_looks_like_one_of_an_evaluation_set_is_set_aside_with_its_twin(root, tmp_path):
+    photographs = [scene(i) for i in range(30)]
+    files = {f"{i}.jpg": jpeg(photographs[i]) for i in range(30)}
+    shown = {0: "grey", 1: "mirrored", 2: "half the size", 3: "with text on it"}
+    files |= {f"{30 + i}.jpg": DISGUISES[name](photographs[i]) for i, name in shown.items()}
+    places = [*range(4, 20), *range(30, 34)]
+    train = [entry(f"t{i}", i) | {"image": f"{i}.jpg"} for i in places]
+    validation = [entry(f"v{i}", i) | {"image": f"{i}.jpg"} for i in (0, 20)]
+    test = [{"image_id": f"{i}.jpg", "question": "?", "answer": "!"} for i in (1, 2, 3, 19)]
+    write_files(tmp_path, files | {"train.json": train, "validation.json": validation, "test.json": test})
+    sources = {
+        "validation": [llava(tmp_path, "validation")],
+        "test": [questions(tmp_path, "test") | {"image_suffix": ""}],
+        "exclude_images_of": [],
+    }
+    recipe = config(tmp_path, [llava(tmp_path, "train")], **sources, similar_evaluation_images=0.8)
+    manifest = prepare(recipe, str(tmp_path / "set"), TOKENS_PER_IMAGE, SEED)
+    found = set_aside(str(tmp_path / "set"))
+    texts = {name: (reason, text) for (_, name, reason), text in found.items()}
+    assert texts.keys() == {"t19", "t30", "t31", "t32", "t33"}
+    assert texts["t19"] == ("contaminated", "image 1 is one of test/test")
+    for name, twin in (("t30", "v0 of validation/validation"), ("t31", "1.jpg of test/test")):
+        reason, text = texts[name]
+        assert reason == "near_contaminated"
+        assert text.startswith("image 1 looks like the image of ")
+        assert twin.split()[0] in text
+        assert text.endswith(twin.split(" ", 1)[1])
+    assert manifest.splits["train"].quarantined == {"contaminated": 1, "near_contaminated": 4}
+    plain = config(tmp_path, [llava(tmp_path, "train")], **sources)
+    assert prepare(plain, str(tmp_path / "plain"), TOKENS_PER_IMAGE, SEED).splits["train"].quarantined == {
+        "contaminated": 1
+    }
+    one = config(tmp_path, [llava(tmp_path, "train")], **sources, similar_evaluation_images=0.8, partition_records=1)
+    assert prepare(one, str(tmp_path / "one"), TOKENS_PER_IMAGE, SEED).digest == manifest.digest
 
 
 class Killed(Exception):

@@ -37,6 +37,7 @@ NOT_ALONE = {
     "mlmamba.ops.naive": "unit/mlmamba/test_ops.py: imports it",
     "mlmamba.selective_scan": "unit/mlmamba/test_mamba2.py: imports it",
     "mlmamba.state": "unit/mlmamba/test_mamba2.py: imports it",
+    "pipelines.alike": "integration/test_prepare_mixture.py: through prepare",
     "pipelines.contact_sheet": "unit/pipelines/test_inspect.py: imports it",
     "pipelines.exclusion": "unit/pipelines/test_dedup.py: imports it",
     "pipelines.manifest": "unit/pipelines/test_reader.py: imports it",
