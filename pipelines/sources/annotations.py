@@ -14,7 +14,8 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.sources.entries import EntryError, check_path, question_and_answer, shown
 from pipelines.sources.images import DATA_URI, decode_data_uri, open_images
-from pipelines.sources.json_stream import BrokenLine, one_object, read_entries
+from pipelines.sources.json_buffer import BrokenLine
+from pipelines.sources.json_stream import one_object, read_entries
 from pipelines.sources.source import Record
 from pipelines.sources.unread import unread_key
 

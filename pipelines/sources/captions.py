@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pipelines import storage
 from pipelines.sources.annotations import AnnotatedImages
 from pipelines.sources.entries import EntryError, captioned, check_path, check_text
-from pipelines.sources.json_stream import refuse_utf16
+from pipelines.sources.json_buffer import refuse_utf16
 from pipelines.sources.source import Record
 
 _LONGEST_ROW = 1000  # lines of one row with line breaks in its quotes

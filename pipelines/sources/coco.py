@@ -11,7 +11,8 @@ from pipelines import storage
 from pipelines.config import CocoCaptionsSource, Vqav2Source
 from pipelines.sources.annotations import AnnotatedImages, JsonAnnotations
 from pipelines.sources.entries import EntryError, captioned, check_path, question_and_answer, shown
-from pipelines.sources.json_stream import BrokenLine, read_member
+from pipelines.sources.json_buffer import BrokenLine
+from pipelines.sources.json_stream import read_member
 from pipelines.sources.source import Record
 
 

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from pipelines.sources import json_stream
-from pipelines.sources.json_stream import BrokenLine, parse_json, read_entries, read_member
+from pipelines.sources import json_buffer
+from pipelines.sources.json_buffer import BrokenLine
+from pipelines.sources.json_stream import parse_json, read_entries, read_member
 
 DEEP = 200_000
 
@@ -19,7 +20,7 @@ def read(text: str) -> list:
 @pytest.fixture(params=[3, 7, 1 << 20])
 def chunk(request, monkeypatch):
     """Characters that are read at a time."""
-    monkeypatch.setattr(json_stream, "_CHUNK", request.param)
+    monkeypatch.setattr(json_buffer, "_CHUNK", request.param)
     return request.param
 
 
@@ -61,9 +62,9 @@ def test_what_is_wrong_is_said_with_its_place(text, message, chunk):
 )
 @pytest.mark.parametrize("size", [500, 1 << 20])
 def test_what_python_does_not_read_costs_itself(bad, detail, size, monkeypatch):
-    monkeypatch.setattr(json_stream, "_CHUNK", size)
+    monkeypatch.setattr(json_buffer, "_CHUNK", size)
     if "2,000" in detail:
-        monkeypatch.setattr(json_stream, "LONGEST_ENTRY", 2000)
+        monkeypatch.setattr(json_buffer, "LONGEST_ENTRY", 2000)
     for text, place in ((f'[{{"n": 1}}, {bad} , {{"n": 2}}]', "entry 1"), (f'{{"n": 1}}\n{bad}\n{{"n": 2}}', "line 2")):
         first, broken, last = read(text)
         assert (first, last) == ({"n": 1}, {"n": 2})
@@ -108,11 +109,11 @@ def test_random_values_survive_any_chunk(chunk):
 
 
 def test_reading_grows_with_the_entry_so_that_a_long_one_is_not_tried_at_every_chunk(monkeypatch):
-    monkeypatch.setattr(json_stream, "_CHUNK", 10)
+    monkeypatch.setattr(json_buffer, "_CHUNK", 10)
     tried = []
-    decode = json_stream._DECODER.raw_decode
+    decode = json_buffer.DECODER.raw_decode
     monkeypatch.setattr(
-        json_stream, "_DECODER", type("Counting", (), {"raw_decode": lambda _, *a: tried.append(a) or decode(*a)})()
+        json_buffer, "DECODER", type("Counting", (), {"raw_decode": lambda _, *a: tried.append(a) or decode(*a)})()
     )
     assert read(json.dumps(["x" * 100_000])) == ["x" * 100_000]
     assert len(tried) < 20

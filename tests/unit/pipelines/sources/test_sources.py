@@ -11,7 +11,8 @@ from mlmamba.conversation import Turn
 from pipelines.config import CaptionsSource, EasyVQASource, LlavaSource, QuestionsSource
 from pipelines.sources import Record, open_source
 from pipelines.sources.easy_vqa import question_type
-from pipelines.sources.json_stream import BrokenLine, read_entries
+from pipelines.sources.json_buffer import BrokenLine
+from pipelines.sources.json_stream import read_entries
 from pipelines.sources.open import share
 from tests.helpers.corpora import conversation, write_files
 from tests.helpers.images import encoded
@@ -179,7 +180,7 @@ class TestLlava:
 
 
 def test_entries_that_cross_chunks(monkeypatch):
-    monkeypatch.setattr("pipelines.sources.json_stream._CHUNK", 3)
+    monkeypatch.setattr("pipelines.sources.json_buffer._CHUNK", 3)
     values = [{"a": [1, 2, {"b": "]}"}]}, 12345, "text, text", [], None]
     assert list(read_entries(io.StringIO(json.dumps(values)), "x")) == values
     assert list(read_entries(io.StringIO("  [ ]"), "x")) == []
