@@ -8,8 +8,9 @@ import logging
 
 from mlmamba.image_colours import PIXELS
 from pipelines import storage
-from pipelines.config import SPLITS_TO_PACK, DataConfig, SourceConfig
+from pipelines.config import SPLITS_TO_PACK, DataConfig
 from pipelines.manifest import MANIFEST_FILE, TOKENIZER_PATH, Manifest, ShardInfo
+from pipelines.source_config import SourceConfig
 from pipelines.sources import open_source
 
 _log = logging.getLogger("mlmamba")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from pipelines import storage
-from pipelines.config import SourceConfig
+from pipelines.source_config import SourceConfig
 from pipelines.sources import open_source
 from pipelines.sources.files import FileSet
 from pipelines.sources.images import open_images

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from mlmamba.conversation import Turn
 from pipelines import storage
-from pipelines.config import SourceConfig
 from pipelines.losses import Losses
+from pipelines.source_config import SourceConfig
 from pipelines.sources import Problem, Record, open_source
 
 _LARGEST = 64 << 20  # characters of a partition's descriptions, which the driver holds

@@ -23,11 +23,11 @@ from mlmamba import __version__
 from mlmamba.conversation import EncodedConversation, encode, encode_whole
 from mlmamba.images import LIMITS, ImageLimits
 from pipelines import storage
-from pipelines.config import SourceConfig
 from pipelines.execution import run_tasks
 from pipelines.looks import all_fields, fields, keys
 from pipelines.records import Partition, read_records
 from pipelines.schema import LOOKS, OUTCOMES, TOKENS, WORK_VERSION, digest, one_row
+from pipelines.source_config import SourceConfig
 from pipelines.sources import Problem, Record, Source, open_source
 from pipelines.tokenizer import TOKENIZER_FILE, WorkerTokenizer
 from pipelines.validate import check_record, read_images

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.config import CocoCaptionsSource, Vqav2Source
+from pipelines.source_config import CocoCaptionsSource, Vqav2Source
 from pipelines.sources.annotations import AnnotatedImages, JsonAnnotations
 from pipelines.sources.entries import EntryError, captioned, check_path, question_and_answer, shown
 from pipelines.sources.json_buffer import BrokenLine

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from importlib import resources
 
 from mlmamba.conversation import Turn
-from pipelines.config import EasyVQASource
 from pipelines.shuffle import permutation
+from pipelines.source_config import EasyVQASource
 from pipelines.sources.source import Record
 
 _SHAPES = ("circle", "rectangle", "triangle")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 
-from pipelines.config import SourceBase, SourceConfig
 from pipelines.shuffle import permutation
+from pipelines.source_config import SourceBase, SourceConfig
 from pipelines.sources.source import Record, Source
 
 _BLOCK = 1024  # records among which a share is chosen at a time

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipelines import storage
-from pipelines.config import ParquetSource
+from pipelines.source_config import ParquetSource
 from pipelines.sources.entries import EntryError, check_text, one_each, text_turns
 from pipelines.sources.files import FileSet, location, parse_location
 from pipelines.sources.json_stream import parse_json

@@ -16,7 +16,7 @@ from itertools import islice
 from pyarrow import fs
 
 from pipelines import storage
-from pipelines.config import WebDatasetSource
+from pipelines.source_config import WebDatasetSource
 from pipelines.sources.entries import EntryError, check_text, one_each, text_turns
 from pipelines.sources.files import FileSet, RangeReader, location, parse_location
 from pipelines.sources.json_stream import parse_json

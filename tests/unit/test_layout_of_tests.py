@@ -49,6 +49,7 @@ NOT_ALONE = {
     "pipelines.schema": "unit/pipelines/test_dedup.py: imports it",
     "pipelines.sheet_text": "unit/pipelines/test_inspect.py: imports it",
     "pipelines.shuffle": "unit/pipelines/test_planner.py: imports it",
+    "pipelines.source_config": "unit/pipelines/test_config.py: imports it",
     "pipelines.sources.annotations": "unit/pipelines/sources/test_sources.py: opened by their type",
     "pipelines.sources.captions": "unit/pipelines/sources/test_sources.py: opened by their type",
     "pipelines.sources.easy_vqa": "unit/pipelines/sources/test_sources.py: imports it",

@@ -11,8 +11,8 @@ from typing import Protocol
 from pydantic import TypeAdapter
 
 from mlmamba.conversation import clean
-from pipelines.config import SourceConfig
 from pipelines.packed import PackedDataset
+from pipelines.source_config import SourceConfig
 from pipelines.sources import open_source
 from pipelines.sources.images import open_images
 from pipelines.storage import write_atomic

@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipelines.config import DataConfig, SourceBase
+from pipelines.config import DataConfig
 from pipelines.manifest import Manifest
+from pipelines.source_config import SourceBase
 from workflows.errors import UsageError
 
 FILL = 0.97

@@ -32,7 +32,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Images
 
-from pipelines.config import EasyVQASource
+from pipelines.source_config import EasyVQASource
 from pipelines.sources import open_source
 from tests.helpers.processes import free_port
 from workflows.evaluate.results import Answered, read_answers

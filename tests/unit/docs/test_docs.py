@@ -14,7 +14,8 @@ import click
 import pytest
 import yaml
 
-from pipelines.config import DataConfig, SourceConfig
+from pipelines.config import DataConfig
+from pipelines.source_config import SourceConfig
 from tests.helpers.documents import (
     LANGUAGES,
     NOT_RUN,

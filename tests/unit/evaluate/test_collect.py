@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.config import EasyVQASource
+from pipelines.source_config import EasyVQASource
 from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.questions import load_questions, majority_answer
 from workflows.evaluate.results import table

@@ -3,10 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from pipelines.config import (
+from pipelines.config import DataConfig
+from pipelines.source_config import (
     CaptionsSource,
     CocoCaptionsSource,
-    DataConfig,
     EasyVQASource,
     LlavaSource,
     ParquetSource,

@@ -12,8 +12,9 @@ from PIL import Image
 from mlmamba.conversation import IGNORE_INDEX, Turn, encode
 from mlmamba.images import ImageLimits
 from pipelines import storage, tokenize
-from pipelines.config import LlavaSource, TokenizerConfig
+from pipelines.config import TokenizerConfig
 from pipelines.records import cut, read_records
+from pipelines.source_config import LlavaSource
 from pipelines.sources import Problem, Record
 from pipelines.tokenize import TokenizeSettings, encode_record, read_outcomes, tokenize_partition
 from pipelines.tokenizer import load_or_train, save

@@ -12,7 +12,8 @@ from PIL import Image
 from mlmamba import images
 from mlmamba.conversation import Turn
 from pipelines import validate
-from pipelines.config import ImageRules, LlavaSource
+from pipelines.config import ImageRules
+from pipelines.source_config import LlavaSource
 from pipelines.sources import Problem, Record
 from pipelines.sources.images import open_images
 from pipelines.storage import NotReadable, TooLarge

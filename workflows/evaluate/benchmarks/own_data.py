@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 
 from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, IMAGE_TOKEN, USER
 from pipelines import storage
-from pipelines.config import LlavaSource, SourceConfig
 from pipelines.identity import digest
 from pipelines.manifest import TOKENIZER_PATH, Manifest
 from pipelines.packed import PackedDataset, PackedRow
+from pipelines.source_config import LlavaSource, SourceConfig
 from pipelines.sources import open_source
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, ImageFolder, Item, Score, absolute, normalise

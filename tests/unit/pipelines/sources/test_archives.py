@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import storage
-from pipelines.config import LlavaSource, ParquetSource, WebDatasetSource
+from pipelines.source_config import LlavaSource, ParquetSource, WebDatasetSource
 from pipelines.sources import open_source
 from pipelines.sources.files import FileSet, location, parse_location
 from pipelines.sources.images import open_images

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mlmamba.conversation import Turn
-from pipelines.config import CocoCaptionsSource, Vqav2Source
+from pipelines.source_config import CocoCaptionsSource, Vqav2Source
 from pipelines.sources import open_source
 from pipelines.sources.coco import CocoCaptions, Vqav2
 from tests.helpers.corpora import write_files

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pipelines.config import LlavaSource
+from pipelines.source_config import LlavaSource
 from pipelines.sources import open_source
 from pipelines.sources.llava import Llava
 from pipelines.validate import check_record, read_images

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from pipelines import storage
-from pipelines.config import CaptionsSource, LlavaSource, ParquetSource, WebDatasetSource
 from pipelines.guess import guess
+from pipelines.source_config import CaptionsSource, LlavaSource, ParquetSource, WebDatasetSource
 from pipelines.sources import open_source
 
 MAKE = {

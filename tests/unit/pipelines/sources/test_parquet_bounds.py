@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.config import ParquetSource
+from pipelines.source_config import ParquetSource
 from pipelines.sources import open_source
 from pipelines.sources.parquet_bounds import characters, most_text, no_images
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.config import ParquetSource
+from pipelines.source_config import ParquetSource
 from pipelines.sources import open_source, parquet_bounds
 from pipelines.sources.parquet_pages import pages
 

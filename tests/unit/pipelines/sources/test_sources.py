@@ -8,7 +8,7 @@ from importlib import resources
 import pytest
 
 from mlmamba.conversation import Turn
-from pipelines.config import CaptionsSource, EasyVQASource, LlavaSource, QuestionsSource
+from pipelines.source_config import CaptionsSource, EasyVQASource, LlavaSource, QuestionsSource
 from pipelines.sources import Record, open_source
 from pipelines.sources.easy_vqa import question_type
 from pipelines.sources.json_buffer import BrokenLine
