@@ -5,7 +5,7 @@
 A tiny model is served by Ray Serve with API keys, as `mlmamba serve` does. Each attack of tests/helpers/attacks.py is
 sent four at a time under one key for some seconds, by a process that yields the cores to the others (they stand for
 other machines), while eight clients of another key ask short questions and one asks for /healthz. Printed: the good
-clients' p50 and p99, and memory, as ratios to those without an attack just before. Exits 1 unless p99 stays within 3
+clients' p50 and p99, and memory, as ratios to those without an attack just before, the memory to that before all. Exits 1 unless p99 stays within 3
 times that (or 1 s), memory within 20%, every health check answers within 1 s, no good request fails, and no attack gets
 a 5xx. Measure alone: nothing else may run.
 """
@@ -132,14 +132,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = save_tiny(Path(folder) / "tiny")
         with serve_model(str(model), Path(folder), port=a.port, block=False) as server:
-            watch(server.url, 3)  # warm
+            before = watch(server.url, 3).megabytes  # and warm
             print(f"{'':42}{'p50':>8}{'p99':>8}{'ratio':>8}{'memory':>9}{'health':>8}  answered", flush=True)
             for name in ATTACKS:
                 if a.only not in name:
                     continue
                 calm = watch(server.url, a.seconds / 2)
                 seen, answered = beside(name, server.url, a.seconds, a.at_once)
-                slower, larger = seen.at(0.99) / calm.at(0.99), seen.megabytes / calm.megabytes
+                slower, larger = seen.at(0.99) / calm.at(0.99), seen.megabytes / before
                 health = max(seen.health, default=float("inf"))
                 bad = (slower > SLOWER and seen.at(0.99) > LONGEST) or larger > LARGER or health > LONGEST
                 bad = bad or bool(seen.failed) or any(str(status)[0] == "5" for status in answered)
