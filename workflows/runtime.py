@@ -28,9 +28,6 @@ def quiet_libraries() -> None:
     """Keep the libraries' own messages below errors off the terminal. Call before importing them."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
-        # Ray's own ports listen on every interface of this machine; who has not this user's token is turned away.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed logs its search for an accelerator
     warnings.filterwarnings("ignore", category=FutureWarning)

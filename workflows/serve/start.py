@@ -102,6 +102,8 @@ def serve_model(
 
     joined = not ray.is_initialized()
     connect_ray()
+    if joined and os.environ.get("RAY_ADDRESS", "") in ("", "local") and os.environ.get("RAY_AUTH_MODE") != "token":
+        _say("note: Ray runs without its token check, and its ports listen on every interface; set RAY_AUTH_MODE=token")
     server = Server(f"http://{_address(host)}:{port}", joined)
     try:
         options = _options(ray.cluster_resources(), reference, storage, replicas, max_replicas, threads, gpus)

@@ -5,9 +5,9 @@
 A tiny model is served by Ray Serve with API keys, as `mlmamba serve` does. Each attack of tests/helpers/attacks.py is
 sent four at a time under one key for some seconds, by a process that yields the cores to the others (they stand for
 other machines), while eight clients of another key ask short questions and one asks for /healthz. Printed: the good
-clients' p50 and p99, and memory, as ratios to those without an attack just before, the memory to that before all. Exits 1 unless p99 stays within 3
-times that (or 1 s), memory within 20%, every health check answers within 1 s, no good request fails, and no attack gets
-a 5xx. Measure alone: nothing else may run.
+clients' p50 and p99, the latter as a ratio to that without an attack just before, and memory as a ratio to that before
+all attacks. Exits 1 unless p99 stays within 3 times that (or 1 s), memory within 20%, every health check answers within
+1 s, no good request fails, and no attack gets a 5xx. Measure alone: nothing else may run.
 """
 
 import argparse
