@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines import storage as files
 from pipelines.manifest import MANIFEST_FILE, Manifest
 from workflows.errors import UsageError, WorkflowError
-from workflows.plan.rows import count_rows
+from workflows.plan.data import count_rows
 from workflows.plan.train import GIB, disk_of, meta_model
 from workflows.recipe.evaluate import EvaluateRecipe
 from workflows.recipe.model import ModelRecipe

@@ -26,7 +26,7 @@ from workflows.tracking.tracker import Tracker, git_revision
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(tracking, "_LAST_WORDS", 60.0)
+    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 60.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 

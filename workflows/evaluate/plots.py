@@ -17,7 +17,7 @@ from mlmamba.conversation import clean
 from mlmamba.images import WIDEST, open_image
 from pipelines.sources import open_source
 from workflows.evaluate.benchmarks.base import normalise
-from workflows.evaluate.calibration import Calibration
+from workflows.evaluate.intervals import Calibration
 from workflows.evaluate.questions import Image, sample_images
 from workflows.evaluate.statistics import Interval
 from workflows.recipe.schema import Recipe

@@ -24,8 +24,7 @@ from pipelines.storage import write_atomic
 from workflows.evaluate import plots
 from workflows.evaluate.benchmarks import benchmark_class
 from workflows.evaluate.benchmarks.base import normalise
-from workflows.evaluate.calibration import calibration_of
-from workflows.evaluate.intervals import Intervals, find_intervals
+from workflows.evaluate.intervals import Intervals, calibration_of, find_intervals
 from workflows.evaluate.plots import Bar
 from workflows.evaluate.results import MARGIN, OVERALL, SCORES, Answered, read_answers, read_image, read_scores
 from workflows.evaluate.statistics import Interval

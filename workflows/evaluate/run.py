@@ -36,8 +36,7 @@ from workflows.evaluate.scoring import Incomplete, missing_items, row_of, write_
 from workflows.recipe.schema import Recipe
 from workflows.registry.history import read_tag
 from workflows.registry.register import Example
-from workflows.tracking.names import metric_names
-from workflows.tracking.tracker import Tracker
+from workflows.tracking.tracker import Tracker, metric_names
 
 OnProgress = Callable[[int, int], None]
 
@@ -272,7 +271,7 @@ def log_evaluation(client: MlflowClient, run_id: str, name: str, folder: Path, r
 
     Args:
         name: of the benchmark; metrics of a partial one are called NAME/partial/...; characters that MLflow refuses
-            are written as workflows/tracking/names.py says.
+            are written as workflows/tracking/tracker.py says.
     """
     prefix = f"{name}/" if result.get("complete", True) else f"{name}/partial/"
     now = int(time.time() * 1000)

@@ -1,14 +1,190 @@
-"""The plan of a preparation: samples, rows, shards, bytes, and hours and memory by the number of nodes."""
+"""How many packed rows a data set has: read from its manifest where it is prepared, else estimated from counts.
 
+Estimates say where their counts come from. Counts of published sets are those of their files; tokens of text per record
+are rounded means with the GPT-NeoX tokenizer's granularity (a token is about four letters) and may be off by a fifth.
+
+The plan of a preparation stands on them: samples, rows, shards, bytes, and hours and memory by the number of nodes.
+"""
+
+import json
 import math
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from pipelines.config import DataConfig
+from pipelines.manifest import Manifest
+from pipelines.source_config import SourceBase
 from workflows.errors import UsageError
-from workflows.plan.rows import Rows, check_labels, count_rows
 from workflows.recipe.schema import DataRecipe, Recipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import data_folder, layout_of
 from workflows.train.initial import image_tokens
+
+FILL = 0.97
+"""Share of a packed row that is no padding, as pipelines/planner.py reaches it on lengths like LLaVA's."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a source of records."""
+
+    records: int
+    images: float
+    """Images per record."""
+    text: int
+    """Tokens of text per record, prompts and marks of the turns included."""
+    loss: int
+    """Of these, tokens with loss."""
+    bytes: int = 100_000
+    """Of one encoded image."""
+
+
+# By the name of the file of records. blip_laion_cc_sbu_558k.json has 558,128 captions; llava_v1_5_mix665k.json has
+# 665,298 conversations, 40,688 of them (ShareGPT's) without an image; LVIS-Instruct4V has 222,697. Bytes of an image:
+# the size of the published archives over their files.
+PUBLISHED: dict[str, Published] = {
+    "blip_laion_cc_sbu_558k.json": Published(558_128, 1.0, 32, 14, 48_000),
+    "llava_v1_5_mix665k.json": Published(665_298, 624_610 / 665_298, 330, 215, 150_000),
+    "lvis_instruct4v_220k.json": Published(222_697, 1.0, 330, 280, 160_000),
+}
+EASY_VQA = {"train": (4000, 38_575), "test": (1000, 9_673)}
+"""Images and questions of the easy-vqa package, by split."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training rows of one data set. `None` where nothing is known."""
+
+    rows: int | None
+    samples: int | None
+    images: int | None
+    tokens: int | None
+    """Without padding."""
+    loss_tokens: int | None
+    bytes: int | None
+    """Of the shards, which hold the encoded images."""
+    estimated: bool
+    how: str
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def count_rows(data: DataConfig, folder: Path, tokens_per_image: int, given: dict[str, tuple[int, int | None]]) -> Rows:
+    """Rows of the training split.
+
+    Args:
+        folder: where the data set is or will be.
+        given: records, and tokens of text per record if known, by the source's label; from --records.
+    """
+    with suppress(FileNotFoundError, ValueError):  # there is none, or one that will be made anew
+        split = Manifest.load(str(folder)).splits["train"]
+        size = sum(shard.bytes for shard in split.shards)
+        return Rows(split.rows, split.samples, split.images, split.tokens, split.loss_tokens, size, False, "prepared")
+    parts = [(source, _published(source, given.get(source.label))) for source in data.train]
+    missing = [source.label for source, part in parts if part is None]
+    if missing:
+        advice = f"--records {missing[0]}=COUNT, or prepare the data first"
+        return Rows(None, None, None, None, None, None, True, f"nothing is known of {', '.join(missing)}: {advice}")
+    samples = images = tokens = loss = size = 0.0
+    for source, part in parts:
+        records = min(part.records, source.limit or part.records) * source.weight
+        length = min(part.text + part.images * tokens_per_image, data.max_tokens)
+        samples, images, tokens = samples + records, images + records * part.images, tokens + records * length
+        loss, size = loss + records * part.loss, size + records * part.images * part.bytes
+    rows = math.ceil(tokens / (data.max_tokens * FILL))
+    size += 16 * rows * data.max_tokens  # ids, labels and boundaries
+    how = ", ".join(f"{source.label} {part.records:,} records of {part.text} tokens of text" for source, part in parts)
+    counts = (round(count) for count in (samples, images, tokens, loss, size))
+    return Rows(rows, *counts, True, f"estimated from {how}")
+
+
+def parse_records(options: list[str]) -> dict[str, tuple[int, int | None]]:
+    """--records LABEL=COUNT or LABEL=COUNTxTOKENS. Raises UsageError."""
+    given = {}
+    for option in options:
+        label, mark, numbers = option.partition("=")
+        count, _, tokens = numbers.partition("x")
+        if not mark or not count.isdigit() or (tokens and not tokens.isdigit()) or not int(count):
+            raise UsageError(
+                f"--records {option}: write SOURCE=COUNT, or SOURCE=COUNTxTOKENS with the tokens of text per record"
+            )
+        given[label] = (int(count), int(tokens) if tokens else None)
+    return given
+
+
+def check_labels(given: dict[str, tuple[int, int | None]], sets: list[DataConfig]) -> None:
+    """Raise UsageError when --records names a source that no data set has."""
+    labels = {source.label for data in sets for source in data.train}
+    if unknown := sorted(given.keys() - labels):
+        raise UsageError(f"--records {unknown[0]}: the recipe's training sources are {', '.join(sorted(labels))}")
+
+
+def _published(source: SourceBase, given: tuple[int, int | None] | None) -> Published | None:
+    """What is known of a source: what the user gives, else what is published."""
+    known = _known(source)
+    if given is None:
+        return known
+    base = known or Published(0, 1.0, 100, 60)
+    text = given[1] or base.text
+    return Published(given[0], base.images, text, round(base.loss * text / base.text), base.bytes)
+
+
+def _known(source: SourceBase) -> Published | None:
+    if source.type == "easy_vqa":
+        images, questions = EASY_VQA["test" if source.split == "test" else "train"]
+        share = source.validation_images / images
+        part = {"train": 1 - share, "validation": share, "test": 1.0}[source.split]
+        each = questions / images  # a record is an image with all its questions, of 16 tokens with the answer
+        return Published(round(images * part), 1.0, round(each * 16), round(each * 2), 2_000)
+    file = getattr(source, "annotations", None) or getattr(source, "table", None) or ""
+    return PUBLISHED.get(Path(str(file)).name)
+
+
+# Entries with `<image>` added: GPT-NeoX-20B has 50,277 (paper, section 1.5 of its code: rows 50,288 after rounding up).
+KNOWN = {"EleutherAI/gpt-neox-20b": 50_278}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Stands for a tokenizer where only its size counts."""
+
+    size: int
+    eos_token_id: int = 0
+    pad_token_id: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """The last id, which `<image>` has when it was added."""
+        return self.size - 1
+
+
+def vocabulary_of(data: DataConfig, folder: Path) -> tuple[Vocabulary, str]:
+    """The vocabulary of a data set, and where its size comes from.
+
+    Args:
+        folder: the data set's; its tokenizer counts if it is prepared.
+    """
+    for file, origin in ((folder / "tokenizer" / "tokenizer.json", "prepared"), (_local(data), "tokenizer.json")):
+        if file is not None and file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            ids = [*content["model"]["vocab"].values(), *(entry["id"] for entry in content.get("added_tokens", ()))]
+            entries = len(set(ids))
+            image = any(entry["content"] == "<image>" for entry in content.get("added_tokens", ()))
+            return Vocabulary(entries if image else entries + 1), origin
+    name = data.tokenizer.name
+    if name in KNOWN:
+        return Vocabulary(KNOWN[name]), f"known size of {name}"
+    if name is None:
+        return Vocabulary(data.tokenizer.train_vocab_size), "train_vocab_size; a small corpus gives fewer"
+    return Vocabulary(KNOWN["EleutherAI/gpt-neox-20b"]), f"taken for GPT-NeoX's, because {name} is not prepared yet"
+
+
+def _local(data: DataConfig) -> Path | None:
+    return Path(data.tokenizer.name, "tokenizer.json") if data.tokenizer.name else None
 
 
 def plan_data(

@@ -9,10 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mlmamba.connector import build_connector
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from workflows.errors import UsageError
-from workflows.plan.communication import halved, sent
-from workflows.plan.flops import Forward, forward_flops, training_flops
+from workflows.plan.data import Rows, check_labels, count_rows, vocabulary_of
+from workflows.plan.flops import Forward, forward_flops, halved, sent, training_flops
 from workflows.plan.memory import STAGES, activations, model_states, saved_bytes
-from workflows.plan.rows import Rows, check_labels, count_rows, vocabulary_of
 from workflows.recipe.schema import Recipe
 from workflows.recipe.train import PARTS, StageRecipe, TrainRecipe
 from workflows.storage.folder import Folder

@@ -20,9 +20,8 @@ from pipelines.config import DataConfig
 from pipelines.identity import digest
 from pipelines.storage import join, shown
 from workflows.errors import UsageError
-from workflows.recipe.load import load_any, load_recipe
+from workflows.recipe.load import load_any, load_recipe, refuse_secrets, secret_in, without_secrets
 from workflows.recipe.schema import DataRecipe, Recipe
-from workflows.recipe.uris import refuse_secrets, secret_in, without_secrets
 from workflows.runtime import REQUIRED
 from workflows.storage.folder import Folder
 from workflows.storage.layout import data_folder, run_name

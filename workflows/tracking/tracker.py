@@ -4,14 +4,24 @@ Workers never touch MLflow: they report to Ray Train, and the driver logs. So th
 one machine, and a restarted workflow goes on in the same run (tag `mlmamba.workflow`). What comes during training goes
 through a journal (workflows/tracking/journal.py), so that the server may be slow or away; opening the run at the
 start and registering the model at the end need it.
+
+MLflow refuses a metric's or parameter's name with other characters than letters and digits of any script, "_", "-",
+".", ":", " " and "/", one that would be another name as a path ("", "a//b", "./a", "..a", "a/"), and one of over 250
+characters. Names made of a user's words ("what is it?", "Farbe (rot)") hold such characters. So each of them becomes
+`_xHEX_`, its code point in hexadecimal capitals, as in Office Open XML: "what is it?" is "what is it_x3F_". A "_" of
+the text that begins such a sequence becomes `_x5F_` itself, so that two texts never have the same name, and
+`text_of` gives the text of a name. The name of no text at all is `_x00_`. A name that would be too long is cut and ends
+in a digest of the whole: it is the only kind that cannot be read back.
 """
 
+import hashlib
 import json
 import logging
 import os
+import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -26,6 +36,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus, Ru
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH
 
 from pipelines.manifest import MANIFEST_FILE, Manifest
 from pipelines.storage import shown
@@ -34,12 +45,11 @@ from workflows.recipe.schema import Recipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
 from workflows.tracking.journal import Journal, Refused, short_reason
-from workflows.tracking.names import metric_name, metric_names
 
 WORKFLOW_TAG = "mlmamba.workflow"
 SAMPLES = "samples.json"
 """Artifact with the answers during training, a table in MLflow's pages."""
-_LAST_WORDS = 30.0
+_DRAIN_SECONDS = 30.0
 """Seconds that a workflow's end waits for the server."""
 SERVER = os.environ.get("MLFLOW_TRACKING_URI")  # read once: mlflow.set_tracking_uri overwrites it
 
@@ -167,7 +177,7 @@ class Tracker:
 
     def finish(self, status: str) -> None:
         """Send what is left and close the run as FINISHED, FAILED or KILLED."""
-        if not self._journal.close(_LAST_WORDS):
+        if not self._journal.close(_DRAIN_SECONDS):
             self._note(
                 f"MLflow did not take {self._journal.unsent} entries; they are in the run folder, and the same command "
                 "sends them when it runs again"
@@ -249,3 +259,37 @@ def git_revision() -> str:
 
 def _say(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+_REFUSED = re.compile(r"[^/\w.\- :]")
+_LIKE_OURS = re.compile(r"_(?=x[0-9A-F])")
+_EMPTY_SEGMENT = re.compile(r"(?<=/)/|^/|/$")
+_DOTS = re.compile(r"(?:(?<=/)|^)\.{1,2}(?=/|$)|^\.\.")
+_OURS = re.compile(r"_x([0-9A-F]+)_")
+_EMPTY = "_x00_"  # a code point is written without zeros before it, so this one is free
+_DIGEST = 16
+
+
+def metric_name(text: str) -> str:
+    """The name of a metric or parameter for a text; most texts are their own name (see the top of this file)."""
+    name = _LIKE_OURS.sub(_escaped, text)
+    for refused in (_REFUSED, _EMPTY_SEGMENT, _DOTS):
+        name = refused.sub(_escaped, name)
+    if len(name) > MAX_ENTITY_KEY_LENGTH:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST]
+        name = f"{name[: MAX_ENTITY_KEY_LENGTH - _DIGEST - 1]}_{digest}"
+    return name or _EMPTY
+
+
+def metric_names(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers by the names that MLflow takes for them."""
+    return {metric_name(text): value for text, value in numbers.items()}
+
+
+def text_of(name: str) -> str:
+    """The text that a name was made of; of a name that was cut, what is left of it and the digest."""
+    return "" if name == _EMPTY else _OURS.sub(lambda found: chr(int(found[1], 16)), name)
+
+
+def _escaped(found: re.Match) -> str:
+    return "".join(f"_x{ord(character):X}_" for character in found[0])

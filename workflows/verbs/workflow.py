@@ -109,8 +109,7 @@ def train(a: argparse.Namespace) -> dict:
 
 def _plan(a: argparse.Namespace, training: bool = True) -> dict:
     """What it would take; nothing is written, started or fetched."""
-    from workflows.plan.data import plan_data
-    from workflows.plan.rows import parse_records
+    from workflows.plan.data import parse_records, plan_data
     from workflows.plan.text import data_text, training_text
     from workflows.plan.train import machine_of, plan_training
     from workflows.recipe.load import load_any, load_recipe

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.evaluations import HOSTILE, hostile, pope_rows, vqa_rows, write_evaluation
-from workflows.evaluate.calibration import calibrate, calibration_of
+from workflows.evaluate.intervals import calibrate, calibration_of
 from workflows.evaluate.plots import shorten
 from workflows.evaluate.report import OTHER, best, confusion, cut, worst, write_report
 

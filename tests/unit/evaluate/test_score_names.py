@@ -11,8 +11,7 @@ from workflows.evaluate.benchmarks.own_data import TestSources
 from workflows.evaluate.results import read_scores, table, type_name
 from workflows.evaluate.run import finish, flat_scores, log_evaluation
 from workflows.evaluate.scoring import score_predictions
-from workflows.tracking.names import text_of
-from workflows.tracking.tracker import connect
+from workflows.tracking.tracker import connect, text_of
 
 
 def write_questions(root, types: list[str]):

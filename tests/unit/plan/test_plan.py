@@ -10,8 +10,7 @@ from pipelines.manifest import Manifest, SplitInfo
 from tests.helpers.manifests import find
 from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import main
-from workflows.plan.data import DRIVER_SECONDS, plan_nodes
-from workflows.plan.rows import Rows
+from workflows.plan.data import DRIVER_SECONDS, Rows, plan_nodes
 from workflows.recipe.load import load_recipe
 
 

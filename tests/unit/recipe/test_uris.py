@@ -6,8 +6,7 @@ import yaml
 from tests.helpers.toy_workflow import recipe, write_recipe
 from workflows.cli import main
 from workflows.errors import UsageError
-from workflows.recipe.load import load_any
-from workflows.recipe.uris import secret_in, without_secrets
+from workflows.recipe.load import load_any, secret_in, without_secrets
 from workflows.submit.bundle import make_shipment
 
 WITH = [

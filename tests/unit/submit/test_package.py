@@ -13,8 +13,7 @@ import yaml
 from workflows.cli import main
 from workflows.errors import UsageError
 from workflows.submit import package as packing
-from workflows.submit.package import pack
-from workflows.submit.secrets import SECRET_NAMES
+from workflows.submit.package import SECRET_NAMES, pack
 
 START = Path(packing.__file__).with_name("start.py")
 

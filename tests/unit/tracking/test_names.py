@@ -9,8 +9,7 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 
 from tests.helpers.toy_workflow import recipe
 from workflows.recipe.schema import Recipe
-from workflows.tracking.names import metric_name, text_of
-from workflows.tracking.tracker import Tracker
+from workflows.tracking.tracker import Tracker, metric_name, text_of
 
 HARD = [
     "what is it?",
