@@ -35,7 +35,7 @@ def test_every_damaged_record_is_set_aside_for_its_reason_and_every_good_one_kep
     good = {key for key, reason in corpus.expected.items() if not reason}
     assert len(damaged) >= 1000
     assert len(corpus.kinds) >= 12
-    assert {*damaged.values()} == {*REASONS} - {"shard_damaged"}
+    assert {*damaged.values()} == {*REASONS} - {"shard_damaged", "near_contaminated"}  # the latter only where asked for
 
     table = storage.open_arrow(f"{out}/quarantine.arrow").read_all().to_pylist()
     again = Counter()

@@ -87,7 +87,7 @@ def test_the_source_of_the_page_reads_records(copy):
     page = "docs/how-to/add-a-source.md"
     write(find(page, "pipelines/sources/pairs.py"), copy)
     model = next(block for block in blocks(ROOT / page) if block.text.startswith("class PairsSource"))
-    config = copy / "pipelines" / "config.py"
+    config = copy / "pipelines" / "source_config.py"
     text = config.read_text()
     config.write_text(
         text.replace(
