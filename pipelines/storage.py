@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import posixpath
+import re
 import shutil
 import stat
 import tempfile
@@ -54,11 +55,17 @@ def _bucket(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.FileSystem.from_uri(uri)
 
 
+_SECRET_OPTION = re.compile(r"(?i)([?&;][^=&;]*(?:key|secret|token|password|signature|credential)[^=&;]*=)[^&;#]*")
+
+
 def shown(uri: str) -> str:
-    """The URI for messages and logs: without the user:password@ that may stand before the host."""
+    """The URI for messages and logs: without the user:password@ that may stand before the host, and without the values
+    of options that hold a secret (secret_key, session_token, ...)."""
     scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return uri
     authority, slash, path = rest.partition("/")
-    return scheme + mark + authority.rpartition("@")[2] + slash + path
+    return _SECRET_OPTION.sub(r"\1...", scheme + mark + authority.rpartition("@")[2] + slash + path)
 
 
 def join(uri: str, *names: str) -> str:

@@ -114,3 +114,18 @@ def test_an_unknown_scheme_or_option_is_named_without_the_password(uri):
         storage.open_fs(uri)
     assert "secret" not in str(error.value)
     assert storage.shown("/data/a@b/c") == "/data/a@b/c"
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://a:b@bucket/x", "s3://bucket/x"),
+        ("s3://bucket/x?access_key=A&secret_key=B&region=r", "s3://bucket/x?access_key=...&secret_key=...&region=r"),
+        ("s3://bucket?session_token=T;scheme=http", "s3://bucket?session_token=...;scheme=http"),
+        ("https://host/x?X-Amz-Signature=abc&v=1", "https://host/x?X-Amz-Signature=...&v=1"),
+        ("s3://bucket/x?region=eu&scheme=http", "s3://bucket/x?region=eu&scheme=http"),
+        ("/a/folder?secret_key=x", "/a/folder?secret_key=x"),
+    ],
+)
+def test_no_secret_of_a_uri_is_shown(uri, expected):
+    assert storage.shown(uri) == expected
