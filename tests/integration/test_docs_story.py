@@ -58,7 +58,7 @@ def said(place) -> dict[str, str]:
             described.add(block.page)
             prepare(block, place)
         if line.startswith(SERVERS):
-            outputs[line] = serve(block, line, place)
+            outputs[line] = outputs.get(line, "") + serve(block, line, place)  # several pages have the same line
         elif line not in outputs:
             outputs[line] = run(line, place)
     return outputs
