@@ -135,8 +135,9 @@ class Gate:
 def _check_page(method: str, headers: dict[bytes, bytes], allowed: frozenset[bytes]) -> None:
     """Refuse what a page of another site can send without the browser asking the service first."""
     origin, own = headers.get(b"origin"), headers.get(b"host", b"").lower()
-    if origin is not None and origin not in allowed and urlsplit(origin.decode("latin-1")).netloc.encode() != own:
-        raise ApiError(403, "a service without API keys answers no page of another site", code="foreign_origin")
+    if origin is not None and origin not in allowed and origin.partition(b"://")[2].lower() != own:
+        message = "a service without API keys answers no page of another site; access.origins names those that may ask"
+        raise ApiError(403, message, code="foreign_origin")
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if method == "POST" and kind != b"application/json":
         raise ApiError(415, "send the header `Content-Type: application/json`", code="not_json")

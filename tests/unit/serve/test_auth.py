@@ -57,11 +57,14 @@ def test_open_paths_need_none(path):
     checked(Gate(["k1"]), path=path)
 
 
+ODD = ("", "http://[bad", "127.0.0.1:8000", "\xff", "http://", "http://u@127.0.0.1:8000", "http://127.0.0.1:8000/x")
+
+
 def test_without_keys_no_page_of_another_site_is_answered():
     gate, json = Gate(), "application/json; charset=utf-8"
     checked(gate, method="POST", host="127.0.0.1:8000", origin="http://127.0.0.1:8000", content_type=json)
     checked(gate, method="POST", host="localhost:8000", content_type=json)
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:8001", "http://127.0.0.1:8000.evil.example"):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:8001", "http://127.0.0.1:8000.evil.example", *ODD):
         with pytest.raises(ApiError) as caught:
             checked(gate, method="POST", host="127.0.0.1:8000", origin=origin, content_type=json)
         assert caught.value.status == 403
