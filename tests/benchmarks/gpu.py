@@ -24,7 +24,7 @@ from mlmamba.positions import find_positions
 from mlmamba.presets import preset
 from tests.helpers.closeness import gradients, relative_error
 from tests.helpers.ops_inputs import conv_inputs, ssd_inputs
-from workflows.plan.flops import forward_flops, training_flops
+from workflows.plan.cost import forward_flops, training_flops
 
 
 @dataclass(frozen=True)

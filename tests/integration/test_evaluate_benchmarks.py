@@ -245,8 +245,18 @@ def test_benchmarks_of_a_recipe_are_scored_and_logged_beside_the_test_sources(mo
     content = Recipe.model_validate(recipe(tmp_path, evaluate=settings | {"benchmarks": [asked, own]}))
     root = tmp_path / "evaluation"
     tracker = Tracker(tmp_path, content, "tiny-run", tmp_path / "run", print)
+    read, listed = [], []
+
+    def counting(file, mode):
+        read.append(Path(file).name)
+        return Path(file).open(mode)
+
+    monkeypatch.setattr(evaluation, "open", counting, raising=False)
+    monkeypatch.setattr(own_data, "load_questions", lambda sources: listed.append(1) or load_questions(sources))
     result = evaluate_recipe(content, root, model, Console(), tracker).result
     tracker.finish("FINISHED")
+    assert read.count("model.safetensors") == 1  # to name the evaluations, however many benchmarks there are
+    assert listed == [1, 1]  # the recipe's test sources, and the benchmark of a folder's own data
     assert result["questions"]["overall"] == 36
     assert result["scores"]["overall/low"] <= result["scores"]["overall"] <= result["scores"]["overall/high"]
     assert 0 <= result["scores"]["vsr/zeroshot/f1"] <= 1
@@ -258,18 +268,9 @@ def test_benchmarks_of_a_recipe_are_scored_and_logged_beside_the_test_sources(mo
     files = {file.path for file in tracker.client.list_artifacts(tracker.run_id)}
     assert files >= {"samples.png", "scores.json", "report.html", "evaluation"}
     capsys.readouterr()
-    read, listed = [], []
-
-    def counting(file, mode):
-        read.append(Path(file).name)
-        return Path(file).open(mode)
-
-    monkeypatch.setattr(evaluation, "open", counting, raising=False)
-    monkeypatch.setattr(own_data, "load_questions", lambda sources: listed.append(1) or load_questions(sources))
     again = evaluate_recipe(content, root, model, Console(), tracker)
     assert again.result == result
     assert "done before, skipped" in capsys.readouterr().err
-    assert read.count("model.safetensors") == 1  # however many benchmarks there are
-    assert listed == [1, 1]  # the recipe's test sources, and the benchmark of a folder's own data
+    assert (read.count("model.safetensors"), len(listed)) == (2, 4)  # as often once more, and nothing is asked
     assert again.example.answer
     assert Path(again.shown["image"]).exists()

@@ -79,7 +79,7 @@ NOT_ALONE = {
     "workflows.evaluate.questions": "unit/evaluate/test_benchmarks.py: imports it",
     "workflows.evaluate.run": "unit/evaluate/test_results.py: imports it",
     "workflows.plan.data": "unit/plan/test_plan.py: imports it",
-    "workflows.plan.flops": "unit/plan/test_memory.py: imports it",
+    "workflows.plan.cost": "unit/plan/test_memory.py: imports it",
     "workflows.plan.text": "unit/plan/test_plan.py: through the command",
     "workflows.plan.train": "unit/plan/test_plan.py: imports it",
     "workflows.recipe.evaluate": "unit/recipe/test_load.py: imports it",

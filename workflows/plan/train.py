@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mlmamba.connector import build_connector
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from workflows.errors import UsageError
+from workflows.plan.cost import Forward, forward_flops, halved, sent, training_flops
 from workflows.plan.data import Rows, check_labels, count_rows, vocabulary_of
-from workflows.plan.flops import Forward, forward_flops, halved, sent, training_flops
 from workflows.plan.memory import STAGES, activations, model_states, saved_bytes
 from workflows.recipe.schema import Recipe
 from workflows.recipe.train import PARTS, StageRecipe, TrainRecipe

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from tests.helpers.tiny import tiny_model
-from workflows.plan.flops import HALVED, halved, sent
+from workflows.plan.cost import HALVED, halved, sent
 from workflows.train.optim import BF16_MODULES
 
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlmamba.mamba2 import Mamba2Block
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import preset
-from workflows.plan.flops import block_flops, forward_flops, training_flops
+from workflows.plan.cost import block_flops, forward_flops, training_flops
 from workflows.plan.memory import activations, block_bytes, model_states, saved_bytes
 
 
