@@ -1,6 +1,8 @@
 """What training costs: floating point operations, and bytes that a worker sends.
 
-Operations count multiply and add apart. Language model, per position and block: projections 2 d (2 e + 2 g n + h) + 2 e d, convolution 2 w (e + 2 g n), and the
+Operations count multiply and add apart.
+
+Language model, per position and block: projections 2 d (2 e + 2 g n + h) + 2 e d, convolution 2 w (e + 2 g n), and the
 scan in its chunked form (Dao and Gu 2024, arXiv 2405.21060, section 6: within chunks 2 q (g n + e), states in and out
 4 e n). Position-wise that is the 2 N per token of the usual estimate (Kaplan et al. 2020, arXiv 2001.08361, section
 2.1) and the scan beside it. The head counts at positions with loss only. Encoder and connector are counted by torch's
