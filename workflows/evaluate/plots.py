@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import PIL.Image
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from mlmamba.conversation import clean
 from mlmamba.images import WIDEST, open_image
+from pipelines.sheet_text import Style, Typesetter
 from pipelines.sources import open_source
 from workflows.evaluate.benchmarks.base import normalise
 from workflows.evaluate.intervals import Calibration
@@ -25,7 +27,9 @@ from workflows.recipe.schema import Recipe
 MODEL, BLIND, MAJORITY, INK, GRID = "#0072B2", "#D55E00", "#8a8f98", "#1c1c1c", "#dfe2e6"
 _WIDTH, _DPI = 7.2, 150
 _LABEL = 22  # characters of an answer in a figure
-_LINE = 400  # of a question and its answer on the sheet, where what does not fit is cut off
+_CARD, _TALLEST, _GAP = 340, 340, 20  # pixels of the sheet: width of an image, its height at most, space between
+_QUESTIONS, _LINES, _LONGEST = 4, 8, 240  # of an image; lines of one, and characters of one and of its answer
+_RIGHT, _WRONG, _QUIET = Style("#1c1c1c"), Style("#c0143c"), Style("#8a8f98")
 
 
 @dataclass(frozen=True)
@@ -163,31 +167,52 @@ def draw_sheet(
         images: the recipe's test sources, as `load_questions` lists them.
         predictions: prediction by question id.
     """
-    chosen = sample_images(recipe, images, columns * rows)
     sources = [open_source(config) for config in recipe.data.test]
-    figure = Figure(figsize=(3.6 * columns, 3.9 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image in zip(axes.flat, chosen, strict=False):
-        axis.imshow(open_image(sources[image.source].read_image(image.location), WIDEST))
-        axis.set_title(shorten(image.record_id, 60), fontsize=8, color="0.4", parse_math=False)
-        for line, (question, answer, key) in enumerate(
-            list(zip(image.questions, image.answers, image.ids, strict=True))[:4]
-        ):
-            said = predictions[key]
-            right = normalise(said) == normalise(answer)
-            verdict = said if right else f"{said or '(nothing)'}  (right: {answer})"
-            axis.text(
-                0.0,
-                -0.06 - 0.085 * line,
-                shorten(f"{clean(question)} {verdict}", _LINE),
-                transform=axis.transAxes,
-                fontsize=7.5,
-                va="top",
-                color="black" if right else "crimson",
-                parse_math=False,
-            )
-    figure.suptitle(f"{recipe.name}: sample test images, questions and answers (red: wrong)", fontsize=11)
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.93, bottom=0.09, hspace=0.55, wspace=0.12)
-    return saved(figure, dpi=110)
+    cards = []
+    for image in sample_images(recipe, images, columns * rows):
+        shown = open_image(sources[image.source].read_image(image.location), WIDEST).convert("RGB")
+        cards.append(_card(shown, image, predictions))
+    columns = min(columns, max(len(cards), 1))
+    width = _GAP + columns * (_CARD + _GAP)
+    head = Typesetter(18)
+    title = head.lines([(f"{recipe.name}: sample test images, questions and answers (red: wrong)", _RIGHT)], width)
+    lines = [cards[first : first + columns] for first in range(0, len(cards), columns)]
+    top = 2 * _GAP + len(title) * head.line_height
+    sheet = PIL.Image.new("RGB", (width, top + sum(_GAP + max(c.height for c in line) for line in lines)), "white")
+    head.draw(sheet, (_GAP, _GAP), title)
+    for line in lines:
+        for column, card in enumerate(line):
+            sheet.paste(card, (_GAP + column * (_CARD + _GAP), top))
+        top += _GAP + max(card.height for card in line)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _card(shown: PIL.Image.Image, image: Image, predictions: dict[str, str]) -> PIL.Image.Image:
+    """An image, enlarged or made smaller to the card's width, its record's name, and what was asked and said below."""
+    scale = min(_CARD / shown.width, _TALLEST / shown.height)
+    size = tuple(max(1, round(side * scale)) for side in shown.size)
+    smooth = PIL.Image.Resampling.LANCZOS if scale < 1 else PIL.Image.Resampling.NEAREST
+    text, small = Typesetter(13), Typesetter(11)
+    parts = [(small, small.lines([(shorten(image.record_id, 60), _QUIET)], _CARD))]
+    for question, answer, key in list(zip(image.questions, image.answers, image.ids, strict=True))[:_QUESTIONS]:
+        said = predictions[key]
+        right = normalise(said) == normalise(answer)
+        verdict = said if right else f"{said or '(nothing)'}  (right: {answer})"
+        pieces = [
+            (shorten(clean(question), _LONGEST) + " ", _RIGHT),
+            (shorten(verdict, _LONGEST), _RIGHT if right else _WRONG),
+        ]
+        lines = text.lines(pieces, _CARD)
+        if len(lines) > _LINES:
+            lines = [*lines[: _LINES - 1], *text.lines([(f"... {len(lines) - _LINES + 1} more lines", _QUIET)], _CARD)]
+        parts.append((text, lines))
+    height = size[1] + 6 + sum(4 + len(lines) * setter.line_height for setter, lines in parts)
+    card = PIL.Image.new("RGB", (_CARD, height), "white")
+    card.paste(shown.resize(size, smooth), ((_CARD - size[0]) // 2, 0))
+    top = size[1] + 6
+    for setter, lines in parts:
+        setter.draw(card, (0, top), lines)
+        top += 4 + len(lines) * setter.line_height
+    return card

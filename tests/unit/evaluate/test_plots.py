@@ -31,7 +31,7 @@ def test_the_sheet_of_samples(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sheet = draw_sheet(content, images, said)
-    assert Image.open(io.BytesIO(sheet)).size[0] > 1000
+    assert Image.open(io.BytesIO(sheet)).size[0] == 1460
 
 
 def test_the_reports_figures():
