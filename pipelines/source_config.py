@@ -115,6 +115,9 @@ class LlavaSource(SourceBase):
     text_only: Annotated[bool, Decides.WHEN_SET] = False
     """Records that name an image or video under a key that is not read, or have null for one, are wanted as text.
     Otherwise they are set aside as image_missing. Records without any such key are text in either case."""
+    question_type: Annotated[str | None, Decides.WHEN_SET] = None
+    """Field of a record that names the kind of its questions, or a list with one for each: evaluation reports
+    accuracy by it."""
 
 
 class QuestionsSource(SourceBase):

@@ -26,7 +26,8 @@ class Llava(JsonAnnotations):
 
     def fields(self) -> tuple[tuple[str, ...], ...]:
         """The messages. An image is not asked for: a list may be of text alone."""
-        return ((*MESSAGES, PROMPT),)
+        kind = self.config.question_type
+        return ((*MESSAGES, PROMPT), *([(kind,)] if kind else []))
 
     def parse(self, entry: dict, record_id: str) -> Record:
         """Turn an entry into its record. Raises EntryError."""
@@ -41,7 +42,20 @@ class Llava(JsonAnnotations):
         turns = conversation(messages, len(images), rules, name)
         if entry.get("system"):
             turns = self._with_system(turns, entry["system"])
-        return Record(record_id, self.config.label, [self.locate(path) for path in images], turns)
+        kinds = self._kinds(entry, sum(turn.role == "user" for turn in turns))
+        return Record(record_id, self.config.label, [self.locate(path) for path in images], turns, kinds)
+
+    def _kinds(self, entry: dict, questions: int) -> list[str] | None:
+        """The kind of each question, None where the source names no field for it. Raises EntryError."""
+        name = self.config.question_type
+        if name is None:
+            return None
+        given = entry.get(name)
+        kinds = given if isinstance(given, list) else [given] * questions
+        if len(kinds) != questions or not all(isinstance(kind, str) and kind for kind in kinds):
+            found = shown(given) if name in entry else "missing"
+            raise EntryError(f"{name} is {found}, expected a string, or a list of {questions}")
+        return kinds
 
     def _with_system(self, turns: list, system: object) -> list:
         if self.config.system == "quarantine":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlmamba.conversation import clean
 from workflows.errors import UsageError
 from workflows.evaluate.intervals import DIFFERENCE, Draws
 from workflows.evaluate.results import Answered, columns, measure, read_answers, read_scores
@@ -143,7 +144,7 @@ def _same_items(first: Sequence[Answered], second: Sequence[Answered]) -> list[A
 
 
 def _asked(row: Answered) -> tuple:
-    return row.question, row.type, sorted(row.answers), row.image
+    return clean(row.question), row.type, sorted(row.answers), row.image  # older results hold `<image>` in it
 
 
 def _some(ids) -> str:

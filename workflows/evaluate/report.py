@@ -73,6 +73,7 @@ def write_report(
         others=others,
         others_by_kind=others_by_kind,
         few=FEW_IMAGES,
+        answers=answer_rows(rows),
         calibration=calibration,
         yes=yes,
         worst=[example(scores, row) for row in worst(rows, _EXAMPLES)],
@@ -132,7 +133,7 @@ def _data_uri(png: bytes) -> str:
 
 
 OTHER = "(other)"
-_MOST_BARS, _MOST_ANSWERS = 25, 10
+_MOST_BARS, _MOST_ANSWERS, _MOST_CLASSES = 25, 10, 30
 FEW_IMAGES = 30
 
 
@@ -165,8 +166,9 @@ def score_rows(scores: dict, intervals: Intervals) -> tuple[list[ScoreRow], list
         of_kind = any(name.endswith(f"/{kind}") for kind in scores["questions"] if kind != OVERALL)
         (kinds if row.items is not None else others_by_kind if of_kind else others).append(row)
     first = [row for row in kinds if row.name == OVERALL]
-    rest = sorted((row for row in kinds if row.name != OVERALL), key=lambda row: -row.items)
-    return first + rest, others, others_by_kind
+    # A type that all questions are of is "overall" once more.
+    rest = [row for row in kinds if row.name != OVERALL and row.items < scores["questions"][OVERALL]]
+    return first + sorted(rest, key=lambda row: -row.items), others, others_by_kind
 
 
 def bars(rows: Sequence[ScoreRow]) -> list[Bar]:
@@ -192,6 +194,43 @@ def confusion(rows: Sequence[Answered]) -> tuple[np.ndarray, list[str], list[str
             counts[place[right], place.get(said, len(frequent))] += 1
     columns = [*frequent, OTHER]
     return (counts, frequent, columns) if counts[:, -1].any() else (counts[:, :-1], frequent, frequent)
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """How the questions with one reference answer went. `precision`: of those that said it, the share where it is the
+    reference; None where none did. `blind` is the recall with another image."""
+
+    answer: str
+    items: int
+    recall: float
+    precision: float | None
+    blind: float | None
+
+
+def answer_rows(rows: Sequence[Answered]) -> list[AnswerRow]:
+    """The most frequent reference answers, each with its recall: a mean over all hides the rare ones. Empty where the
+    references hardly repeat."""
+    right = [normalise(row.answer) for row in rows]
+    said = [normalise(row.prediction) for row in rows]
+    blind = [None if row.blind_prediction is None else normalise(row.blind_prediction) for row in rows]
+    names = {key: row.answer for key, row in zip(right, rows, strict=True)}
+    frequent = [(key, times) for key, times in Counter(right).most_common(_MOST_CLASSES) if times > 1]
+    if len(frequent) < 2:
+        return []
+    hits = Counter(key for key, other in zip(right, said, strict=True) if key == other)
+    alone = Counter(key for key, other in zip(right, blind, strict=True) if key == other)
+    given, known = Counter(said), all(other is not None for other in blind)
+    return [
+        AnswerRow(
+            names[key],
+            times,
+            hits[key] / times,
+            hits[key] / given[key] if given[key] else None,
+            alone[key] / times if known else None,
+        )
+        for key, times in frequent
+    ]
 
 
 def answer_facts(rows: Sequence[Answered]) -> dict[str, str]:

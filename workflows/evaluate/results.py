@@ -162,11 +162,13 @@ def measure(benchmark: str, table: dict[str, np.ndarray], weights: np.ndarray | 
 def table(result: dict) -> str:
     """The content of scores.json as text: by type with the baselines beside, then the protocol's other scores.
 
-    Of those, the ones of a single type are left to scores.json.
+    Of those, the ones of a single type are left to scores.json. Where all questions are of one type, it is "overall".
     """
     kinds = [kind for kind in result["questions"] if kind in result["scores"]]
     measured = [name for name in result["scores"] if name in result["majority"]]
     others = [name for name in measured if not any(name == kind or name.endswith(f"/{kind}") for kind in kinds[1:])][1:]
+    counts = result["questions"]
+    kinds = kinds[:1] + [kind for kind in kinds[1:] if counts[kind] < counts[OVERALL]]
     width = max(_WIDE, *(len(name) + 2 for name in [*kinds, *others]))
     majority = f"majority ({result['majority_answer']})"
     column = len(majority) + 2

@@ -11,7 +11,8 @@ import pytest
 from tests.helpers.evaluations import HOSTILE, hostile, pope_rows, vqa_rows, write_evaluation
 from workflows.evaluate.intervals import calibrate, calibration_of
 from workflows.evaluate.plots import shorten
-from workflows.evaluate.report import OTHER, best, confusion, cut, worst, write_report
+from workflows.evaluate.report import OTHER, answer_rows, best, confusion, cut, worst, write_report
+from workflows.evaluate.results import table
 
 TAGS = {
     "html",
@@ -186,3 +187,25 @@ def test_labels_and_texts_are_cut_and_say_so():
     assert shorten("  ") == "(nothing)"
     assert cut("short") == "short"
     assert cut("x" * 500).endswith("(500 characters)")
+
+
+def test_every_reference_answer_has_its_recall_and_its_precision(tmp_path):
+    rows = vqa_rows()
+    write_evaluation(tmp_path, rows, "gqa")
+    text = Page(write_report(tmp_path)[0].read_text()).text
+    for answer in ("red", "green", "circle"):
+        asked = [row for row in rows if row.answer == answer]
+        hits = sum(row.prediction == answer for row in asked)
+        blind = sum(row.blind_prediction == answer for row in asked)
+        line = f"{answer} {len(asked)} {hits / len(asked):.1%} {blind / len(asked):.1%} 100.0%"
+        assert line in text  # a wrong answer is "blue", so precision is whole
+    assert answer_rows([replace(row, answer=row.id) for row in rows]) == []
+
+
+def test_a_single_type_of_question_is_not_named_beside_overall(tmp_path):
+    scores = write_evaluation(tmp_path, [replace(row, type="all") for row in vqa_rows(images=8)], "gqa")
+    text = Page(write_report(tmp_path)[0].read_text()).text
+    assert "overall 24" in text
+    assert "all 24" not in text.replace("overall 24", "")
+    lines = [line.split()[0] for line in table(scores).splitlines()[1:-1]]
+    assert lines == ["overall"]

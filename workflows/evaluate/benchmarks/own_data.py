@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, IMAGE_TOKEN, USER
+from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, IMAGE_TOKEN, USER, clean
 from pipelines import storage
 from pipelines.identity import digest
 from pipelines.manifest import TOKENIZER_PATH, Manifest
@@ -54,7 +54,7 @@ class OwnData(Benchmark):
         self.missing |= _not_there(sources, images)
         self.listed = images
         return [
-            Item(key, question, question, [answer], answer, kind, image.location, image.source)
+            Item(key, clean(question), question, [answer], answer, kind, image.location, image.source)
             for image in images
             for key, question, answer, kind in zip(image.ids, image.questions, image.answers, image.types, strict=True)
         ]

@@ -218,3 +218,15 @@ def test_a_system_text_beside_the_messages(llava):
 def test_the_reader_is_the_one_of_its_type(tmp_path):
     config = LlavaSource(type="llava", annotations=str(tmp_path / "a"), images=str(tmp_path))
     assert isinstance(open_source(config)._source, Llava)
+
+
+def test_the_kind_of_a_question_comes_from_the_entry(llava):
+    two = {"conversations": conversation("<image>What?", "A dog.", "Is it?", "Yes.")}
+    entries = [entry(image="1.png", kind="what"), entry("b", image="1.png", kind=["what", "yes"], **two)]
+    entries += [entry("c", image="1.png"), entry("d", image="1.png", kind=["what", "yes"]), entry("e", image="1.png", kind=3)]
+    records = llava(entries, question_type="kind")
+    assert [record.question_types for record in records[:2]] == [["what"], ["what", "yes"]]
+    problems = [record.problem.detail for record in records[2:]]
+    assert problems[0] == "kind is missing, expected a string, or a list of 1"
+    assert all("kind is" in problem for problem in problems)
+    assert llava(entries)[0].question_types is None
