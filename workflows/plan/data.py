@@ -8,13 +8,17 @@ The plan of a preparation stands on them: samples, rows, shards, bytes, and hour
 
 import json
 import math
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from statistics import mean
 
 from pipelines.config import DataConfig
 from pipelines.manifest import Manifest
 from pipelines.source_config import SourceBase
+from pipelines.sources import open_source
 from workflows.errors import UsageError
 from workflows.recipe.schema import DataRecipe, Recipe
 from workflows.storage.folder import Folder
@@ -48,6 +52,8 @@ PUBLISHED: dict[str, Published] = {
     "llava_v1_5_mix665k.json": Published(665_298, 624_610 / 665_298, 330, 215, 150_000),
     "lvis_instruct4v_220k.json": Published(222_697, 1.0, 330, 280, 160_000),
 }
+LOOKING, _SIZES = 5.0, 32
+"""Seconds that a local corpus is looked at for, and images whose size is."""
 EASY_VQA = {"train": (4000, 38_575), "test": (1000, 9_673)}
 """Images and questions of the easy-vqa package, by split."""
 
@@ -82,7 +88,7 @@ def count_rows(data: DataConfig, folder: Path, tokens_per_image: int, given: dic
         split = Manifest.load(str(folder)).splits["train"]
         size = sum(shard.bytes for shard in split.shards)
         return Rows(split.rows, split.samples, split.images, split.tokens, split.loss_tokens, size, False, "prepared")
-    parts = [(source, _published(source, given.get(source.label))) for source in data.train]
+    parts = [(source, _published(source, given.get(source.label)) or _look(source)) for source in data.train]
     missing = [source.label for source, part in parts if part is None]
     if missing:
         advice = f"--records {missing[0]}=COUNT, or prepare the data first"
@@ -140,6 +146,41 @@ def _known(source: SourceBase) -> Published | None:
         return Published(round(images * part), 1.0, round(each * 16), round(each * 2), 2_000)
     file = getattr(source, "annotations", None) or getattr(source, "table", None) or ""
     return PUBLISHED.get(Path(str(file)).name)
+
+
+def _look(source: SourceBase) -> Published | None:
+    """The counts of a corpus of one's own, listed here; None where its files are far away, missing or many."""
+    paths = [getattr(source, name) for name in source.PATHS]
+    paths = [path for given in paths if given for path in (given if isinstance(given, list) else [given])]
+    if not paths or any("://" in path for path in paths):
+        return None
+    return _listed(type(source), source.model_copy(update={"limit": None, "weight": 1.0}).model_dump_json())
+
+
+@lru_cache
+def _listed(kind: type[SourceBase], fields: str) -> Published | None:
+    config = kind.model_validate_json(fields)
+    until, records, images, letters, said, turns, sizes = time.monotonic() + LOOKING, 0, 0, 0, 0, 0, []
+    try:
+        source = open_source(config)
+        for record in source.records():
+            if time.monotonic() > until:
+                return None
+            if record.problem:
+                continue
+            records, images, turns = records + 1, images + len(record.images), turns + len(record.turns)
+            letters += sum(len(turn.text) for turn in record.turns)
+            said += sum(len(turn.text) for turn in record.turns if turn.role == "assistant")
+            with suppress(OSError, ValueError):  # a missing image is the preparation's to tell
+                sizes += [len(source.read_image(name)) for name in record.images[: _SIZES - len(sizes)]]
+    except (OSError, ValueError):
+        return None
+    if not records:
+        return None
+    text, loss = (letters / 4 + 3 * turns) / records, (said / 4 + turns / 2) / records
+    return Published(
+        records, images / records, math.ceil(text), math.ceil(loss), round(mean(sizes or [Published.bytes]))
+    )
 
 
 # Entries with `<image>` added: GPT-NeoX-20B has 50,277 (paper, section 1.5 of its code: rows 50,288 after rounding up).

@@ -128,8 +128,8 @@ def test_a_gpu_that_is_too_small_is_said(plan):
 
 
 def test_unknown_data_leaves_the_rows_open_until_they_are_given(plan, tmp_path):
-    write_corpus(tmp_path, count=8)
     content = recipe(tmp_path)
+    content["data"]["train"][0] |= {"annotations": "s3://bucket/train.json"}
     content["train"]["stages"][1] |= {"epochs": 2}
     del content["train"]["stages"][1]["steps"]
     file = write_recipe(tmp_path / "recipe.yaml", content)
@@ -142,6 +142,18 @@ def test_unknown_data_leaves_the_rows_open_until_they_are_given(plan, tmp_path):
     assert stage["rows"]["tokens"] == 1000 * 104  # four tokens an image
     assert stage["steps"] == 2 * (stage["rows"]["rows"] // 2)
     assert stage["hours"] is None  # nothing is presumed of a CPU
+
+
+def test_a_corpus_on_this_machine_is_looked_at(plan, tmp_path):
+    write_corpus(tmp_path, count=40)
+    file = write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
+    (data,) = json.loads(plan("prepare", file, "--json"))["data"]
+    rows = data["rows"]
+    assert (rows["samples"], rows["images"], rows["estimated"]) == (40, 40, True)
+    images = sum(path.stat().st_size for path in (tmp_path / "train").iterdir())
+    assert images * 0.8 < rows["bytes"] < images * 1.5
+    letters = len("What colour is it?" "green" "Is it green?" "yes" "Is it round?" "no")
+    assert 40 * (letters / 4 + 4) < rows["tokens"] < 40 * (letters + 4)  # tokens are of one to four letters
 
 
 def test_prepared_data_is_counted_and_not_estimated(tmp_path, capsys):
