@@ -102,7 +102,6 @@ NOT_ALONE = {
     "workflows.storage.remote": "unit/storage/test_folder.py: through Folder",
     "workflows.submit.client": "integration/test_submit_cluster.py: through the command",
     "workflows.submit.start": "integration/test_submit_cluster.py: through the command",
-    "workflows.tracking.tracker": "integration/test_evaluate_benchmarks.py: imports it",
     "workflows.train.entry": "integration/test_train_stages.py: in training workers",
     "workflows.train.trainer": "unit/train/test_checks.py: imports it",
     "workflows.train.export": "integration/test_train_stages.py: in training workers",

@@ -33,6 +33,9 @@ class Recipe(StrictModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     """Name in folders and runs."""
+    experiment: Annotated[str | None, Decides.NOTHING] = Field(default=None, pattern=r"^\S(.*\S)?$", max_length=250)
+    """MLflow experiment of the runs; the recipe's name by default. Recipes that are tries on one corpus name the same
+    one, so that their runs stand in one table."""
     seed: int = 7
     """Seed of initialisation, packing and data order."""
     data: DataConfig

@@ -32,7 +32,7 @@ import mlflow
 import yaml
 from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
+from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
@@ -106,7 +106,7 @@ class Tracker:
                 self._logged[name] = max(entry["step"], self._logged.get(name, 0))
 
     def _open(self, storage: Path, recipe: Recipe, workflow: str) -> str:
-        experiment = self._experiment(recipe.name, storage)
+        experiment = self._experiment(recipe.experiment or recipe.name, storage)
         found = self.client.search_runs(
             [experiment],
             filter_string=f"tags.`{WORKFLOW_TAG}` = '{workflow}'",
@@ -125,6 +125,11 @@ class Tracker:
 
     def _experiment(self, name: str, storage: Path) -> str:
         existing = self.client.get_experiment_by_name(name)
+        if existing and existing.lifecycle_stage != LifecycleStage.ACTIVE:
+            raise WorkflowError(
+                f"the MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore --experiment-id "
+                f"{existing.experiment_id}) or name another in the recipe's `experiment`"
+            )
         if existing:
             return existing.experiment_id
         location = None if SERVER else (storage / "mlflow").as_uri()

@@ -152,7 +152,7 @@ def test_a_corpus_on_this_machine_is_looked_at(plan, tmp_path):
     assert (rows["samples"], rows["images"], rows["estimated"]) == (40, 40, True)
     images = sum(path.stat().st_size for path in (tmp_path / "train").iterdir())
     assert images * 0.8 < rows["bytes"] < images * 1.5
-    letters = len("What colour is it?" "green" "Is it green?" "yes" "Is it round?" "no")
+    letters = len("What colour is it?greenIs it green?yesIs it round?no")
     assert 40 * (letters / 4 + 4) < rows["tokens"] < 40 * (letters + 4)  # tokens are of one to four letters
 
 

@@ -223,7 +223,9 @@ def test_the_reader_is_the_one_of_its_type(tmp_path):
 def test_the_kind_of_a_question_comes_from_the_entry(llava):
     two = {"conversations": conversation("<image>What?", "A dog.", "Is it?", "Yes.")}
     entries = [entry(image="1.png", kind="what"), entry("b", image="1.png", kind=["what", "yes"], **two)]
-    entries += [entry("c", image="1.png"), entry("d", image="1.png", kind=["what", "yes"]), entry("e", image="1.png", kind=3)]
+    entries += [
+        entry(name, image="1.png", **kind) for name, kind in (("c", {}), ("d", {"kind": []}), ("e", {"kind": 3}))
+    ]
     records = llava(entries, question_type="kind")
     assert [record.question_types for record in records[:2]] == [["what"], ["what", "yes"]]
     problems = [record.problem.detail for record in records[2:]]
