@@ -7,15 +7,16 @@
 - CMYK, YCbCr, HSV and LAB by Pillow's formulas, without the file's colour profile; a palette by its colours; 1 bit
   becomes black and white. Of an animation, the first frame counts.
 
-`PIXELS` is the version of these rules. Data sets carry it in their manifest, so that training reads a set by the rules
-that it was prepared under.
+`PIXELS` is the version of these rules and of the resize (`images.to_pixels`). Data sets carry it in their manifest, so
+that training reads a set by the rules that it was prepared under.
 """
 
 import numpy as np
 from PIL import Image
 
-PIXELS = 2
-"""1: transparency was dropped, which showed the colour that lies under it, and 16 bits were divided by 256."""
+PIXELS = 3
+"""1: transparency was dropped, which showed the colour that lies under it, and 16 bits were divided by 256.
+2: images were resized by Pillow."""
 
 _BITS = (8, 12, 16)
 

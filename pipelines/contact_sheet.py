@@ -245,5 +245,5 @@ def _tile(data: bytes, side: int, pixels: int) -> tuple[Image.Image, str]:
         image = open_image(data, WIDEST, pixels)
     except ImageError as error:
         return Image.new("RGB", (side, side), "#d0103a"), str(error)
-    tile = Image.fromarray(to_pixels(image, side).transpose(1, 2, 0))
+    tile = Image.fromarray(to_pixels(image, side, pixels).transpose(1, 2, 0))
     return tile, f"{image.width} x {image.height} {format_of(data)}, {len(data) / 1024:,.1f} KiB"

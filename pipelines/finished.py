@@ -6,7 +6,6 @@ each shard once before training does.
 
 import logging
 
-from mlmamba.image_colours import PIXELS
 from pipelines import storage
 from pipelines.config import SPLITS_TO_PACK, DataConfig
 from pipelines.manifest import MANIFEST_FILE, TOKENIZER_PATH, Manifest, ShardInfo
@@ -52,7 +51,7 @@ def find_finished(config: DataConfig, out: str, recipe: str) -> Manifest | None:
     if found:
         _log.warning("%s is made again: %s%s", storage.shown(out), found[0], _more(found))
         return None
-    if manifest.pixels < PIXELS:
+    if manifest.pixels < 2:
         _log.warning(
             "%s was prepared by an earlier version: images in it that are transparent or have 16 bits are read as "
             "then; to have them read as evaluation and serving do, delete its %s and prepare it again",

@@ -115,6 +115,28 @@ def test_the_aspect_is_ignored():
     assert to_pixels(two_halves(64, 4), 16).shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("size", [(640, 480), (101, 67), (400, 20), (9, 5), (1, 1), (2, 2)])
+@pytest.mark.parametrize("side", [16, 64, 224])
+def test_the_resize_is_that_of_earlier_sets_but_for_rounding(size, side):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    now, before = (to_pixels(image, side, version).astype(int) for version in (3, 2))
+    assert np.abs(now - before).max() <= 2
+    assert (now != before).mean() <= 1 / 40
+
+
+def test_an_image_of_the_right_size_is_not_touched_by_the_resize():
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    assert (to_pixels(Image.fromarray(noise), 48) == noise.transpose(2, 0, 1)).all()
+
+
+def test_a_set_keeps_the_resize_that_it_was_prepared_under():
+    data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)))
+    one, two = (load_pixels(data, 24, version) for version in (2, 3))
+    assert (one != two).any()
+    assert (one == to_pixels(open_image(data), 24, 2)).all()
+
+
 def test_bytes_become_pixels_in_one_call():
     assert (load_pixels(encode(two_halves()), 8) == to_pixels(two_halves(), 8)).all()
     with pytest.raises(ImageError):
