@@ -9,6 +9,7 @@ import re
 import shutil
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,10 +19,12 @@ from PIL import Image
 from mlmamba.images import as_image
 from tests.helpers.images import encoded
 from tests.helpers.processes import wait_for
-from tests.helpers.serving import load_tiny, running, serve
+from tests.helpers.serving import load_tiny, raw, running, serve
+from workflows.registry.register import Example
 from workflows.serve import http as playground
 from workflows.serve.auth import Access
 from workflows.serve.options import Limits
+from workflows.serve.service import Served
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here; Debian's package `chromium` has it")
@@ -167,6 +170,39 @@ def test_words_appear_while_they_come_and_stop_frees_the_slot(page, service, loa
         assert page.locator(".numbers").inner_text() == "stopped"
     finally:
         service.limits = LIMITS
+
+
+@in_browser
+def test_the_versions_own_example_is_offered_and_asked(page, service, tmp_path):
+    assert page.get_by_role("button", name="Ask the example").count() == 0  # hidden: there is none
+    Example(encoded(3), "<image>\nwhat is shown?", "a shape", 20).save(tmp_path / "example")
+    before = service.served
+    service.served = Served(before.engine, replace(before.source, example=tmp_path / "example"))
+    try:
+        page.reload()
+        page.get_by_role("button", name="Ask the example").click()
+        page.wait_for_selector("#log li:nth-child(2):not(.waiting)")
+        keep(page, "desk-example")
+        image, text = page.bodies[0]["messages"][0]["content"]
+        assert text["text"] == "what is shown?"
+        assert base64.b64decode(image["image_url"]["url"].partition(",")[2]) == encoded(3)
+        assert page.locator(".theirs .bubble").inner_text()
+    finally:
+        service.served = before
+
+
+def test_an_example_needs_a_key_and_one_that_cannot_be_read_is_no_fault(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLMAMBA_API_KEYS", "k" * 20)
+    service = serve(loaded, LIMITS)
+    with running(service) as url:
+        assert raw(url, "/example")[0] == 401
+        key = {"Authorization": "Bearer " + "k" * 20}
+        assert raw(url, "/example", headers=key)[0] == 404
+        service.served = Served(service.served.engine, replace(service.served.source, example=tmp_path))
+        assert raw(url, "/readyz")[1]["x-model-example"] == "1"
+        status, _, body = raw(url, "/example", headers=key)
+        assert (status, body["error"]["message"]) == (404, "the version's example cannot be read")
+    service.served.engine.close()
 
 
 @in_browser

@@ -8,6 +8,7 @@
     GET  /version               the version of mlmamba
     GET  /openapi.json          this interface as an OpenAPI document
     GET  /                      the playground: a page to try the model
+    GET  /example               of the playground: the question about an image that the version carries, if it does
 
 Every response carries `x-model-version` (name/version of the registered model, or the folder's name) and, for a
 registered model, `x-model-run-id` (the MLflow run that made it). With API keys, every path needs one except `/`,
@@ -16,6 +17,7 @@ refused, unless `access.origins` names the site.
 Prompts, images and answers are never logged.
 """
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -29,6 +31,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from mlmamba import __version__
+from mlmamba.conversation import clean
+from mlmamba.image_files import format_of
+from workflows.registry.register import Example
 from workflows.serve.intake import Bodies
 from workflows.serve.openai import ApiError, ErrorBody, add_request_schema
 from workflows.serve.request_log import Record, RequestLog
@@ -103,13 +108,30 @@ def build_app(service: Service) -> FastAPI:
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         """Whether a model is loaded and answers."""
-        return JSONResponse({"status": "ready" if service.ready else "not ready"}, 200 if service.ready else 503)
+        if not service.ready:
+            return JSONResponse({"status": "not ready"}, 503)
+        offers = service.access.playground and service.loaded().source.example is not None
+        return JSONResponse({"status": "ready"}, headers={"x-model-example": "1"} if offers else None)
 
     if service.access.playground:
 
         @app.get("/", include_in_schema=False)
         async def playground() -> HTMLResponse:
             return HTMLResponse(HTML, headers={"content-security-policy": POLICY})
+
+        @app.get("/example", include_in_schema=False)
+        async def example() -> JSONResponse:
+            """The question that registration stored with the version, for the page to offer."""
+            folder = service.loaded().source.example
+            if folder is None:
+                raise ApiError(404, "the served version carries no example", code="not_found")
+            try:
+                stored = await asyncio.to_thread(Example.load, folder)
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise ApiError(404, "the version's example cannot be read", code="not_found") from error
+            kind = (format_of(stored.image) or "png").lower().replace("mpo", "jpeg")
+            image = f"data:image/{kind};base64,{base64.b64encode(stored.image).decode()}"
+            return JSONResponse({"question": clean(stored.question), "image": image})
 
     return app
 
