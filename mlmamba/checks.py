@@ -136,20 +136,20 @@ def check_state(state: MambaState | None, rows: int, config) -> None:
         raise TypeError(f"cache_params is a {type(state).__name__}; expected the MambaState of an earlier call")
     if not state.layers:
         return
-    expected = config.text_config.num_hidden_layers
+    expected = config.text_config.states
     if len(state.layers) != expected:
         raise ValueError(f"the state (cache_params) has {len(state.layers)} layers, the model {expected}")
-    held = state.layers[0].ssm.shape[0]
-    if held != rows:
+    if state.rows != rows:
         raise ValueError(
-            f"the state (cache_params) is of {held} sequences, the input of {rows}; choose rows with MambaState.select"
+            f"the state (cache_params) is of {state.rows} sequences, the input of {rows}; choose rows with "
+            "MambaState.select"
         )
 
 
 def check_device(device: torch.device, state: MambaState | None, tensors: dict[str, Tensor | None]) -> None:
     """Check that all inputs lie on the model's device. Raises ValueError."""
     if state is not None and state.layers:
-        tensors = {**tensors, "cache_params": state.layers[0].ssm}
+        tensors = {**tensors, "cache_params": state.layers[0].parts[0]}
     for name, value in tensors.items():
         if value is not None and value.device != device:
             raise ValueError(f"{name} is on {value.device}, the model on {device}; move one to the other with .to()")

@@ -1,9 +1,87 @@
-"""Configuration classes: the language model (transformers' own Mamba2Config), the vision encoders and the connector."""
+"""Configuration classes: the language model (transformers' Mamba2Config and what hybrids add), encoders, connector."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import Mamba2Config, PreTrainedConfig
 
-Mamba2TextConfig = Mamba2Config
+KINDS = {"mamba2": 1, "attention": 1, "mlp": 0, "both": 2}
+"""What a block's mixer may be, and how many states (mlmamba/state.py) it has. `both` is Mamba-2 beside attention."""
+
+
+@strict
+class Mamba2TextConfig(Mamba2Config):
+    """Language model: transformers' Mamba2Config, and what a hybrid of Mamba-2, attention and MLPs says besides.
+
+    Without `layers` it is a pure Mamba-2 and nothing below counts. Every block is residual, with one norm and one
+    mixer: what other families call a layer of a mixer and an MLP is two blocks here.
+
+    Args:
+        layers: kind of each block, of `KINDS`.
+        num_attention_heads, num_key_value_heads, attention_head_dim: of attention; queries share keys in groups.
+        attention_bias: whether its projections have one.
+        max_position_embeddings: most tokens of a sequence, for which attention keeps keys and values.
+        rope_theta: base of rotary positions; None for none.
+        partial_rotary_factor: the part of a head that is rotated.
+        mlp_size: inner width of an MLP.
+        embedding_multiplier, residual_multiplier, logits_scaling: Granite's (transformers' granitemoehybrid):
+            embeddings and what a block adds are multiplied, logits are divided by it.
+        attention_multiplier: Granite's scale of queries times keys; None for 1 / sqrt(head dim).
+    """
+
+    layers: list[str] | None = None
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    attention_head_dim: int = 0
+    attention_bias: bool = False
+    max_position_embeddings: int | None = None
+    rope_theta: float | None = None
+    partial_rotary_factor: float = 1.0
+    mlp_size: int = 0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attention_multiplier: float | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.layers is None:
+            return
+        if unknown := sorted({*self.layers} - {*KINDS}):
+            raise ValueError(f"layers holds {unknown[0]!r}; a block is one of {', '.join(KINDS)}")
+        if len(self.layers) != self.num_hidden_layers:
+            raise ValueError(f"layers lists {len(self.layers)} blocks, num_hidden_layers is {self.num_hidden_layers}")
+        if "mlp" in self.layers and self.mlp_size < 1:
+            raise ValueError(f"layers has mlp blocks, and mlp_size is {self.mlp_size}; give their inner width")
+        if {"attention", "both"} & {*self.layers}:
+            self._check_attention()
+
+    def _check_attention(self) -> None:
+        heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.attention_head_dim
+        if min(heads, groups, width) < 1 or heads % groups:
+            raise ValueError(
+                f"layers has attention, with {heads} heads in {groups} groups of {width} channels; give "
+                "num_attention_heads, num_key_value_heads that divide them, and attention_head_dim"
+            )
+        if not self.max_position_embeddings or self.max_position_embeddings < 1:
+            raise ValueError("layers has attention, and max_position_embeddings is not given: the tokens it keeps")
+        if self.rope_theta is not None and int(width * self.partial_rotary_factor) % 2:
+            raise ValueError(f"rotary positions turn pairs of channels; {width * self.partial_rotary_factor} are odd")
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kind of each block."""
+        return ["mamba2"] * self.num_hidden_layers if self.layers is None else self.layers
+
+    @property
+    def states(self) -> int:
+        """How many states a sequence has."""
+        return sum(KINDS[kind] for kind in self.kinds)
+
+
+def as_text_config(config: Mamba2Config) -> Mamba2TextConfig:
+    """The same config; transformers' own Mamba2Config as one of ours."""
+    if isinstance(config, Mamba2TextConfig):
+        return config
+    return Mamba2TextConfig.from_dict(config.to_dict())
 
 
 @strict
@@ -67,7 +145,7 @@ class MLMambaConfig(PreTrainedConfig):
 
     model_type = "mlmamba"
     sub_configs = {  # noqa: RUF012 - the name and form that transformers reads
-        "text_config": Mamba2Config,
+        "text_config": Mamba2TextConfig,
         "vision_config": VisionConfig,
         "connector_config": ConnectorConfig,
     }

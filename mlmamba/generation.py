@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 
 from mlmamba.checks import check_prompts
-from mlmamba.state import LayerState, MambaState
+from mlmamba.state import MambaState
 
 _REFUSED = {
     "assistant_model": "assisted generation takes tokens back",
@@ -165,7 +165,7 @@ class MLMambaGenerationMixin(GenerationMixin):
         else:
             own = out.past_key_values.in_place()
             read = self(input_ids=new[:, -1:], cache_params=own, use_cache=True, logits_to_keep=1)
-        state = MambaState([LayerState(layer.conv, layer.ssm) for layer in read.cache_params.layers])
+        state = MambaState([layer.own(in_place=False) for layer in read.cache_params.layers])
         before = getattr(start, "read", None) if start is not None else [[]] * len(ids)
         if before is not None:
             rows = [row[kept].tolist() for row, kept in zip(sequences, mask.bool(), strict=True)]

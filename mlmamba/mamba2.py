@@ -10,7 +10,8 @@ Shapes: b batch, l length, d model width, e inner width (heads x head dim).
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mlmamba import ops
+from mlmamba.attention import MLP, Attention
+from mlmamba.configuration import KINDS, as_text_config
 from mlmamba.ops.linear import Linear
 from mlmamba.selective_scan import RMSNorm, SelectiveScan
-from mlmamba.state import LayerState, MambaState
+from mlmamba.state import KeyValueState, LayerState, MambaState
 
 logger = logging.getLogger(__name__)
 
@@ -76,33 +79,73 @@ class Mamba2Mixer(SelectiveScan):
         return self.out_proj(y), LayerState(conv, ssm) if keep_state else None
 
 
-class Mamba2Block(nn.Module):
-    """Pre-norm residual block around one mixer."""
+class BothMixer(nn.Module):
+    """Mamba-2 and attention beside each other on the same input, summed. Its state is a pair."""
 
     def __init__(self, config):
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = Mamba2Mixer(config)
-        self.residual_in_fp32 = config.residual_in_fp32
+        self.mamba, self.attention = Mamba2Mixer(config), Attention(config)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None, keep_state: bool = True):
+    @property
+    def in_proj(self) -> Linear:
+        return self.mamba.in_proj
+
+    def forward(self, x: Tensor, state=None, mask=None, seq_idx=None, keep_state: bool = True):
+        """(b, l, d) -> (b, l, d) and the two states afterwards."""
+        first, second = state or (None, None)
+        y, first = self.mamba(x, first, mask, seq_idx, keep_state)
+        z, second = self.attention(x, second, mask, seq_idx, keep_state)
+        return y + z, (first, second)
+
+
+MIXERS = {"mamba2": Mamba2Mixer, "attention": Attention, "mlp": MLP, "both": BothMixer}
+
+
+class Mamba2Block(nn.Module):
+    """Pre-norm residual block around one mixer, of any kind."""
+
+    def __init__(self, config, kind: str = "mamba2"):
+        super().__init__()
+        self.kind = kind
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = MIXERS[kind](config)
+        self.residual_in_fp32, self.scale = config.residual_in_fp32, config.residual_multiplier
+
+    def forward(self, x: Tensor, state=None, mask=None, seq_idx=None, keep_state: bool = True):
+        """(b, l, d) -> (b, l, d) and the mixer's state afterwards: of its kind, a pair of `both`, None of an MLP."""
         y, state = self.mixer(self.norm(x).to(self.mixer.in_proj.weight.dtype), state, mask, seq_idx, keep_state)
+        y = y if self.scale == 1 else y * self.scale
         return (x.float() if self.residual_in_fp32 else x) + y, state
+
+    def own_state(self, states: Iterator) -> LayerState | KeyValueState | tuple | None:
+        """The mixer's state out of those of a model, in order."""
+        own = tuple(islice(states, KINDS[self.kind]))
+        return own if len(own) > 1 else own[0] if own else None
+
+    def as_list(self, state) -> list:
+        """The mixer's state as entries of a model's, of which an MLP has none."""
+        return [] if KINDS[self.kind] == 0 else [*state] if isinstance(state, tuple) else [state]
 
 
 class Mamba2Backbone(nn.Module):
-    """Embeddings, blocks and the final norm."""
+    """Embeddings, blocks of the kinds that the config lists, and the final norm.
+
+    `embedding_multiplier` and `logits_scaling` (Granite's) act on what the blocks get and on what the head gets.
+    """
 
     def __init__(self, config):
         super().__init__()
+        config = as_text_config(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Mamba2Block(config, kind) for kind in config.kinds)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.scale_in, self.scale_out = config.embedding_multiplier, config.logits_scaling
         self.gradient_checkpointing = False
         self._compiled_step: Callable | None = None
         nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
-        for layer in self.layers:  # GPT-2's scheme, as state-spaces does it: one residual branch per block
-            layer.mixer.out_proj.weight.data.div_(math.sqrt(config.num_hidden_layers))
+        for name, weight in self.layers.named_parameters():
+            if name.endswith("out_proj.weight"):  # GPT-2's scheme, as state-spaces does it: one residual branch a block
+                weight.data.div_(math.sqrt(config.num_hidden_layers))
 
     def compile_decoding(self) -> bool:
         """Compile the step of one token with torch.compile: one graph for some blocks together, which the others share;
@@ -110,8 +153,11 @@ class Mamba2Backbone(nn.Module):
 
         Pays where a step's many small operations weigh beside reading the weights: small models and batches. Every new
         batch size may compile once more. Returns whether it is compiled; without a working compiler the reason is
-        logged and decoding goes on as before.
+        logged and decoding goes on as before, as it does for a hybrid, whose attention sees another length each step.
         """
+        if any(layer.kind != "mamba2" for layer in self.layers):
+            logger.warning("decoding is not compiled: the model has blocks other than Mamba-2")
+            return False
         step, blocks = torch.compile(_step), list(self.layers[:_COMPILED_TOGETHER])
         weight = self.embeddings.weight
         x = torch.zeros(1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
@@ -143,7 +189,7 @@ class Mamba2Backbone(nn.Module):
         Returns:
             Hidden states (b, l, d) after the final norm, and the new state, or None.
         """
-        x, after = embeds, []
+        x, after = embeds if self.scale_in == 1 else embeds * self.scale_in, []
         if mask is not None:
             # Padding to the end of each row, so that what comes follows directly on the state.
             order = torch.argsort(mask.int(), dim=1, descending=True, stable=True)
@@ -156,14 +202,16 @@ class Mamba2Backbone(nn.Module):
         known = state is not None and state.layers  # an empty state is a start
         if known and self._compiled_step is not None and x.shape[1] == 1 and mask is seq_idx is None:
             return self._decode(x, state)
-        for i, layer in enumerate(self.layers):
-            before = state.layers[i] if known else None
+        states = iter(state.layers if known else ())
+        for layer in self.layers:
+            before = layer.own_state(states) if known else None
             if self.gradient_checkpointing and self.training:
                 x, layer_state = checkpoint(layer, x, before, mask, seq_idx, keep_state, use_reentrant=False)
             else:
                 x, layer_state = layer(x, before, mask, seq_idx, keep_state)
-            after.append(layer_state)
+            after += layer.as_list(layer_state)
         x = self.norm_f(x).to(self.embeddings.weight.dtype)
+        x = x if self.scale_out == 1 else x / self.scale_out
         x = x if mask is None else _reorder(x, torch.argsort(order, dim=1))
         return x, MambaState(after) if keep_state else None
 

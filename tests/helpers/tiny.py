@@ -33,6 +33,18 @@ TEXT = {
     "eos_token_id": 0,
 }
 
+HYBRID = {
+    "layers": ["mamba2", "mlp", "attention", "mlp", "both"],
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_head_dim": 8,
+    "max_position_embeddings": 96,
+    "rope_theta": 10_000.0,
+    "mlp_size": 24,
+}
+"""What `tiny_model` takes as `text` for a hybrid of every kind of block."""
+
 
 def tiny_config(text: dict | None = None, **changes) -> MLMambaConfig:
     parts = {

@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from mlmamba.state import LayerState, MambaState
+from mlmamba.state import KeyValueState, LayerState, MambaState
 from workflows.serve.detokenize import TokenText
 from workflows.serve.openai import without_message
 from workflows.serve.options import Limits
@@ -222,11 +222,16 @@ class Batch:
 
 
 class StatePool:
-    """States of up to `size` sequences. Memory is allocated with the first state, which gives the shapes."""
+    """States of up to `size` sequences. Memory is allocated with the first state, which gives the shapes.
 
-    def __init__(self, size: int):
-        self.size, self.used = size, 0
-        self._layers: list[LayerState] = []
+    Args:
+        size: number of slots.
+        limit: most tokens of a sequence, prompt and answer. Attention keeps room for so many in every slot.
+    """
+
+    def __init__(self, size: int, limit: int = 0):
+        self.size, self.limit, self.used = size, limit, 0
+        self._layers: list[LayerState | KeyValueState] = []
 
     @property
     def nbytes(self) -> int:
@@ -235,14 +240,12 @@ class StatePool:
 
     def view(self) -> MambaState:
         """The states in use, not copied: a step of one token may write its new states into the slots."""
-        return MambaState([LayerState(s.conv[: self.used], s.ssm[: self.used]) for s in self._layers]).in_place()
+        return MambaState([slots.head(self.used) for slots in self._layers]).in_place()
 
     def write(self, state: MambaState) -> None:
         """Store the states after a step, unless the step has written them into the slots itself."""
-        for own, new in zip(self._layers, state.layers, strict=True):
-            for slots, rows in ((own.conv, new.conv), (own.ssm, new.ssm)):
-                if rows.data_ptr() != slots.data_ptr():
-                    slots[: self.used].copy_(rows)
+        for slots, new in zip(self._layers, state.layers, strict=True):
+            slots.take(new)
 
     def append(self, state: MambaState, row: int) -> int:
         """Copy row `row` of a state into a free slot. Returns the slot's number.
@@ -253,28 +256,25 @@ class StatePool:
         if self.used == self.size:
             raise IndexError(f"all {self.size} slots are in use")
         if not self._layers:
-            self._layers = [LayerState(self._room(s.conv), self._room(s.ssm)) for s in state.layers]
-        for own, new in zip(self._layers, state.layers, strict=True):
-            own.conv[self.used].copy_(new.conv[row])
-            own.ssm[self.used].copy_(new.ssm[row])
+            self._layers = [own.slots(self.size, self.limit) for own in state.layers]
+        for slots, new in zip(self._layers, state.layers, strict=True):
+            slots.put(self.used, new, row)
         self.used += 1
         return self.used - 1
 
     def remove(self, slot: int) -> None:
         """Free a slot. The last slot in use moves to its place."""
         self.used -= 1
-        if slot == self.used:
-            return
-        for own in self._layers:
-            own.conv[slot].copy_(own.conv[self.used])
-            own.ssm[slot].copy_(own.ssm[self.used])
+        for slots in self._layers:
+            if slot != self.used:
+                slots.put(slot, slots, self.used)
+            slots.keep(self.used)
 
     def clear(self) -> None:
         """Free every slot."""
         self.used = 0
-
-    def _room(self, tensor: Tensor) -> Tensor:
-        return tensor.new_zeros(self.size, *tensor.shape[1:])
+        for slots in self._layers:
+            slots.keep(0)
 
 
 def stack(states: list[MambaState | None]) -> MambaState | None:
@@ -284,7 +284,6 @@ def stack(states: list[MambaState | None]) -> MambaState | None:
         return None
     layers = []
     for i, layer in enumerate(known.layers):
-        start = LayerState(torch.zeros_like(layer.conv), torch.zeros_like(layer.ssm))
-        rows = [start if state is None else state.layers[i] for state in states]
-        layers.append(LayerState(torch.cat([row.conv for row in rows]), torch.cat([row.ssm for row in rows])))
+        rows = [layer.start() if state is None else state.layers[i] for state in states]
+        layers.append(layer.join(rows))
     return MambaState(layers)
