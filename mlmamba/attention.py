@@ -6,6 +6,8 @@ the end of a row (`Mamba2Backbone` sees to it), where causality hides it.
 Shapes: b batch, l length, d model width, h heads, g groups of keys and values, p head dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,9 +29,12 @@ class Attention(nn.Module):
             config.attention_head_dim,
         )
         width, bias = self.heads * self.head_dim, config.attention_bias
-        self.in_proj = Linear(config.hidden_size, width + 2 * self.groups * self.head_dim, bias=bias)
-        self.out_proj = Linear(width, config.hidden_size, bias=bias)
         self.scale = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        self.sizes = (width, self.groups * self.head_dim, self.groups * self.head_dim)
+        every, keys = config.attention_in_multiplier, config.key_multiplier
+        self.factors, self.out_factor = (every, every * keys, every), config.attention_out_multiplier
+        self.in_proj = Linear(config.hidden_size, sum(self.sizes), bias=bias)
+        self.out_proj = Linear(width, config.hidden_size, bias=bias)
         self.theta = config.rope_theta
         self.rotated = int(self.head_dim * config.partial_rotary_factor)
         self.limit = config.max_position_embeddings
@@ -53,8 +58,8 @@ class Attention(nn.Module):
         """
         length = x.shape[1]
         places = _positions(x, state, seq_idx)
-        sizes = [self.heads, self.groups, self.groups]
-        q, k, v = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(sizes, dim=1)
+        qkv = scaled(self.in_proj(x), self.sizes, self.factors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.groups, self.groups], dim=1)
         if self.theta is not None:
             q, k = (rotate(t, places, self.theta, self.rotated) for t in (q, k))
         if length == 1 and state is not None and mask is seq_idx is None:
@@ -66,7 +71,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=self.scale, enable_gqa=self.heads > self.groups
         )
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        y = times(self.out_proj(y.transpose(1, 2).flatten(2)), self.out_factor)
         return y, self._state_after(k, v, state, mask, seq_idx) if keep_state else None
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState) -> tuple[Tensor, KeyValueState]:
@@ -90,7 +95,7 @@ class Attention(nn.Module):
         q = q.reshape(b, self.groups, -1, self.head_dim)
         known = (t[:, :, :longest].to(q) for t in (keys, values))
         y = F.scaled_dot_product_attention(q, *known, attn_mask=visible, scale=self.scale)
-        y = self.out_proj(y.reshape(b, 1, -1))
+        y = times(self.out_proj(y.reshape(b, 1, -1)), self.out_factor)
         return y, KeyValueState(keys, values, lengths, longest, state.in_place)
 
     def _state_after(self, k: Tensor, v: Tensor, state: KeyValueState | None, mask, seq_idx) -> KeyValueState:
@@ -126,17 +131,33 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated MLP: silu of one half of in_proj times the other (Shazeer 2020, SwiGLU)."""
+    """MLP: silu of one half of in_proj times the other (Shazeer 2020, SwiGLU), or the square of relu of it."""
 
     def __init__(self, config):
         super().__init__()
-        self.in_proj = Linear(config.hidden_size, 2 * config.mlp_size, bias=False)
-        self.out_proj = Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gated, self.size = config.mlp_activation == "swiglu", config.mlp_size
+        self.in_proj = Linear(config.hidden_size, (1 + self.gated) * self.size, bias=config.mlp_bias)
+        self.out_proj = Linear(self.size, config.hidden_size, bias=config.mlp_bias)
+        self.factor, self.out_factor = config.mlp_multipliers or (1.0, 1.0)
 
     def forward(self, x: Tensor, state=None, mask=None, seq_idx=None, keep_state: bool = True):
         """(b, l, d) -> (b, l, d), and None: it remembers nothing."""
+        if not self.gated:
+            return self.out_proj(F.relu(self.in_proj(x)).square()), None
         gate, up = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * up), None
+        return times(self.out_proj(F.silu(times(gate, self.factor)) * up), self.out_factor), None
+
+
+def times(y: Tensor, factor: float) -> Tensor:
+    """y times a factor; y itself where that is 1."""
+    return y if factor == 1 else y * factor
+
+
+def scaled(y: Tensor, sizes: Sequence[int], factors: Sequence[float]) -> Tensor:
+    """The parts of y (..., sum of sizes), each times its factor; y itself where all are 1."""
+    if all(factor == 1 for factor in factors):
+        return y
+    return torch.cat([times(part, factor) for part, factor in zip(y.split(sizes, -1), factors, strict=True)], -1)
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float, width: int) -> Tensor:

@@ -21,10 +21,15 @@ class Mamba2TextConfig(Mamba2Config):
         max_position_embeddings: most tokens of a sequence, for which attention keeps keys and values.
         rope_theta: base of rotary positions; None for none.
         partial_rotary_factor: the part of a head that is rotated.
-        mlp_size: inner width of an MLP.
+        mlp_size, mlp_bias: of an MLP: its inner width, and whether its projections have a bias.
+        mlp_activation: "swiglu", gated, or "relu2", the square of relu (Nemotron-H), not gated.
+        mixer_norm: of a Mamba-2 mixer: "gated" as ever, "before_gate" or "none" (Falcon-H1).
         embedding_multiplier, residual_multiplier, logits_scaling: Granite's (transformers' granitemoehybrid):
             embeddings and what a block adds are multiplied, logits are divided by it.
         attention_multiplier: Granite's scale of queries times keys; None for 1 / sqrt(head dim).
+        ssm_multipliers: of z, x, B, C and dt, as in_proj gives them; ssm_out_multiplier: of what out_proj gives.
+        attention_in_multiplier, key_multiplier, attention_out_multiplier: of attention's input, keys and output.
+        mlp_multipliers: of the MLP's gate and output. These three lines are Falcon-H1's (transformers' falcon_h1).
     """
 
     layers: list[str] | None = None
@@ -36,13 +41,30 @@ class Mamba2TextConfig(Mamba2Config):
     rope_theta: float | None = None
     partial_rotary_factor: float = 1.0
     mlp_size: int = 0
+    mlp_bias: bool = False
+    mlp_activation: str = "swiglu"
+    mixer_norm: str = "gated"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     attention_multiplier: float | None = None
+    ssm_multipliers: list[float] | None = None
+    ssm_out_multiplier: float = 1.0
+    attention_in_multiplier: float = 1.0
+    key_multiplier: float = 1.0
+    attention_out_multiplier: float = 1.0
+    mlp_multipliers: list[float] | None = None
+
+    def validate_architecture(self):
+        """Part of the @strict validation. A hybrid's Mamba-2 is as wide as its heads, whatever `expand` says."""
+        if self.layers is None:
+            super().validate_architecture()
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for name, known in (("mlp_activation", ("swiglu", "relu2")), ("mixer_norm", ("gated", "before_gate", "none"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
         if self.layers is None:
             return
         if unknown := sorted({*self.layers} - {*KINDS}):

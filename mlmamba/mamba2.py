@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mlmamba import ops
-from mlmamba.attention import MLP, Attention
+from mlmamba.attention import MLP, Attention, scaled, times
 from mlmamba.configuration import KINDS, as_text_config
 from mlmamba.ops.linear import Linear
 from mlmamba.selective_scan import RMSNorm, SelectiveScan
@@ -35,7 +35,8 @@ class Mamba2Mixer(SelectiveScan):
     """The Mamba-2 mixer: in_proj, causal scan, gated norm, out_proj (Dao and Gu 2024, section 7.1)."""
 
     def __init__(self, config):
-        inner = config.expand * config.hidden_size
+        config = as_text_config(config)
+        inner = config.num_heads * config.head_dim
         super().__init__(
             inner,
             config.num_heads,
@@ -46,18 +47,25 @@ class Mamba2Mixer(SelectiveScan):
             config.use_conv_bias,
         )
         self.in_proj = Linear(config.hidden_size, inner + self.conv_dim + self.heads, bias=config.use_bias)
-        self.norm = RMSNorm(inner, config.layer_norm_epsilon, config.n_groups)
+        self.norm = None
+        if config.mixer_norm != "none":
+            self.norm = RMSNorm(inner, config.layer_norm_epsilon, config.n_groups, config.mixer_norm == "before_gate")
         self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
+        shared = config.n_groups * config.state_size
+        self.sizes = (inner, inner, shared, shared, self.heads)
+        self.factors, self.out_factor = config.ssm_multipliers or (1.0,) * 5, config.ssm_out_multiplier
         self.dt_limit = tuple(config.time_step_limit)
+        self.fusible = config.mixer_norm == "gated" and self.out_factor == 1
 
     def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None, keep_state: bool = True):
         """(b, l, d) -> (b, l, d) and the layer's state afterwards, or None."""
-        zxBCdt = self.in_proj(x)
-        if state is mask is None and ops.fuses(zxBCdt, self.conv_dim, self.conv1d.kernel_size[0]):
+        zxBCdt = scaled(self.in_proj(x), self.sizes, self.factors)
+        if state is mask is None and self.fusible and ops.fuses(zxBCdt, self.conv_dim, self.conv1d.kernel_size[0]):
             return self._fused(zxBCdt, seq_idx, keep_state)
         z, xBC, dt = zxBCdt.split([self.inner, self.conv_dim, self.heads], dim=-1)
         y, state = self.scan(xBC, dt, state, mask, seq_idx, keep_state)
-        return self.out_proj(self.norm(y, z)), state
+        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        return times(self.out_proj(y), self.out_factor), state
 
     def _fused(self, zxBCdt: Tensor, seq_idx: Tensor | None, keep_state: bool):
         """`forward` after in_proj, from the start of sequences without padding: how a GPU trains and reads prompts."""
@@ -114,8 +122,7 @@ class Mamba2Block(nn.Module):
     def forward(self, x: Tensor, state=None, mask=None, seq_idx=None, keep_state: bool = True):
         """(b, l, d) -> (b, l, d) and the mixer's state afterwards: of its kind, a pair of `both`, None of an MLP."""
         y, state = self.mixer(self.norm(x).to(self.mixer.in_proj.weight.dtype), state, mask, seq_idx, keep_state)
-        y = y if self.scale == 1 else y * self.scale
-        return (x.float() if self.residual_in_fp32 else x) + y, state
+        return (x.float() if self.residual_in_fp32 else x) + times(y, self.scale), state
 
     def own_state(self, states: Iterator) -> LayerState | KeyValueState | tuple | None:
         """The mixer's state out of those of a model, in order."""
@@ -189,7 +196,7 @@ class Mamba2Backbone(nn.Module):
         Returns:
             Hidden states (b, l, d) after the final norm, and the new state, or None.
         """
-        x, after = embeds if self.scale_in == 1 else embeds * self.scale_in, []
+        x, after = times(embeds, self.scale_in), []
         if mask is not None:
             # Padding to the end of each row, so that what comes follows directly on the state.
             order = torch.argsort(mask.int(), dim=1, descending=True, stable=True)
@@ -211,7 +218,7 @@ class Mamba2Backbone(nn.Module):
                 x, layer_state = layer(x, before, mask, seq_idx, keep_state)
             after += layer.as_list(layer_state)
         x = self.norm_f(x).to(self.embeddings.weight.dtype)
-        x = x if self.scale_out == 1 else x / self.scale_out
+        x = times(x, 1 / self.scale_out)
         x = x if mask is None else _reorder(x, torch.argsort(order, dim=1))
         return x, MambaState(after) if keep_state else None
 

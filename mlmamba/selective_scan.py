@@ -14,16 +14,22 @@ from mlmamba.state import LayerState
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over each of `groups` equal parts, in float32. With a gate: norm(x * silu(gate))."""
+    """Root mean square norm over each of `groups` equal parts, in float32.
 
-    def __init__(self, width: int, eps: float, groups: int = 1):
+    With a gate: norm(x * silu(gate)), or norm(x) * silu(gate) where the norm comes `before_gate`.
+    """
+
+    def __init__(self, width: int, eps: float, groups: int = 1, before_gate: bool = False):
         super().__init__()
+        self.before_gate = before_gate
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
         self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         dtype = x.dtype
+        if self.before_gate and gate is not None:
+            return (self.forward(x.float()) * F.silu(gate.float())).to(dtype)
         x = x.float()
         if gate is not None:
             x = x * F.silu(gate.float())

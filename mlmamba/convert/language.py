@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, Mamba2Config
 
 from mlmamba.configuration import MLMambaConfig
+from mlmamba.convert.families import FAMILIES, from_family, from_family_names
 from mlmamba.convert.folders import copy_tokenizer, find_folder, new_folder
 from mlmamba.convert.layouts import check_supported, from_state_spaces, to_state_spaces
 from mlmamba.mamba2 import Mamba2LanguageModel
@@ -31,7 +33,7 @@ class LanguageModel:
     Attributes:
         config: as transformers has it; `vocab_size` is the number of rows of the embedding.
         tensors: by transformers' names, complete and of the right shapes. A tied head is not among them.
-        layout: where it comes from: "state-spaces", "transformers" or "mlmamba".
+        layout: where it comes from: "state-spaces", "transformers", "mlmamba", or a hybrid's model_type.
         folder: the folder it was read from.
     """
 
@@ -57,6 +59,8 @@ def read_language_model(source: str | Path) -> LanguageModel:
     found = read_folder(folder)
     if layout == "mlmamba":
         found = {name.removeprefix(_OURS): value for name, value in found.items() if name.startswith(_OURS)}
+    elif layout in FAMILIES:
+        found = from_family_names(found, layout)
     return LanguageModel(config, _complete(found, config, str(source)), layout, folder)
 
 
@@ -73,6 +77,11 @@ def write_language_model(model: LanguageModel, destination: str | Path, layout: 
     """
     if layout not in ("transformers", "state-spaces"):
         raise ValueError(f"a language model is written as transformers or state-spaces, not {layout!r}")
+    if getattr(model.config, "layers", None) is not None:
+        raise ValueError(
+            f"{model.folder} is a hybrid, of {', '.join(sorted({*model.config.layers}))} blocks; only a pure Mamba-2 "
+            f"is written as {layout}"
+        )
     tensors, tied = dict(model.tensors), model.config.tie_word_embeddings
     with new_folder(destination) as partial:
         if layout == "state-spaces":
@@ -111,7 +120,8 @@ def load_language_model(module: Mamba2LanguageModel, model: LanguageModel) -> No
             "not share a tokenizer, or the model needs more rows"
         )
     for name in (EMBEDDING, HEAD):
-        tensors[name] = torch.cat([tensors[name].to(own[name]), own[name][rows:]])
+        if tensors[name].shape[1:] == own[name].shape[1:]:
+            tensors[name] = torch.cat([tensors[name].to(own[name]), own[name][rows:]])
     check_tensors(tensors, own, str(model.folder))
     module.load_state_dict(tensors)
 
@@ -143,17 +153,22 @@ def _read_config(folder: Path) -> tuple[str, Mamba2Config]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind == "mlmamba":
-        return "mlmamba", MLMambaConfig.from_pretrained(folder).text_config
-    if kind == "mamba2":
-        config = AutoConfig.from_pretrained(folder)
-        check_supported(config)
-        return "transformers", config
+    try:
+        if kind == "mlmamba":
+            return "mlmamba", MLMambaConfig.from_pretrained(folder).text_config
+        if kind == "mamba2":
+            config = AutoConfig.from_pretrained(folder)
+            check_supported(config)
+            return "transformers", config
+        if kind in FAMILIES:
+            return kind, from_family(AutoConfig.from_pretrained(folder))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
     if isinstance(raw, dict) and {"d_model", "n_layer", "vocab_size"} <= raw.keys():
         return "state-spaces", from_state_spaces(raw)
     raise ValueError(
-        f"{file} describes no Mamba-2 language model: model_type is {kind!r}. Known are transformers' (mamba2), "
-        "mlmamba's, and state-spaces' (without a model_type, with d_model and n_layer)"
+        f"{file} describes no Mamba-2 language model: model_type is {kind!r}. Known are transformers' (mamba2, "
+        f"{', '.join(FAMILIES)}), mlmamba's, and state-spaces' (without a model_type, with d_model and n_layer)"
     )
 
 

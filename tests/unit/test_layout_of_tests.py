@@ -23,6 +23,7 @@ NOT_ALONE = {
     "mlmamba.connectors.plain": "unit/mlmamba/test_connector.py: built through mlmamba.connector",
     "mlmamba.connectors.scan": "unit/mlmamba/test_connector.py: built through mlmamba.connector",
     "mlmamba.connectors.vss": "unit/mlmamba/test_connector.py: built through mlmamba.connector",
+    "mlmamba.convert.families": "unit/mlmamba/test_convert_families.py: through read_language_model",
     "mlmamba.convert.folders": "unit/mlmamba/test_convert.py: through the command",
     "mlmamba.convert.language": "unit/mlmamba/test_convert.py: through the command",
     "mlmamba.convert.layouts": "unit/mlmamba/test_convert.py: imports it",

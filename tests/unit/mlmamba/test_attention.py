@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mlmamba.attention import Attention
 from mlmamba.state import KeyValueState, MambaState
 from tests.helpers.tiny import HYBRID, images, pad, prompt, tiny_config, tiny_model
 
@@ -26,6 +27,28 @@ def alone(model):
     """Logits of each row by itself."""
     with torch.no_grad():
         return [model(row, IMAGES[i : i + 1]).logits[0] for i, row in enumerate(ROWS)]
+
+
+def test_attention_is_what_is_written_out():
+    """Softmax of scaled products over what came before, head by head; positions turn pairs of channels."""
+    config = tiny_config(HYBRID | {"attention_multiplier": 0.3}).text_config
+    torch.manual_seed(0)
+    layer, x = Attention(config), torch.randn(1, 6, config.hidden_size)
+    q, k, v = (layer.in_proj.weight @ x[0].T).T.split([32, 16, 16], -1)
+    out = torch.zeros(6, 32)
+    for head in range(4):
+        own, group = slice(8 * head, 8 * head + 8), slice(8 * (head // 2), 8 * (head // 2) + 8)
+        for t in range(6):
+            scores = torch.stack([turned(q[t, own], t) @ turned(k[s, group], s) for s in range(t + 1)]) * 0.3
+            out[t, own] = scores.softmax(0) @ v[: t + 1, group]
+    close(layer(x)[0][0], out @ layer.out_proj.weight.T)
+
+
+def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+    """Channels i and i + 4 of 8 as a complex number, turned by position / 10000 ** (i / 4)."""
+    angles = position / 10_000 ** (torch.arange(4) / 4)
+    whole = torch.complex(x[:4], x[4:]) * torch.polar(torch.ones(4), angles)
+    return torch.cat([whole.real, whole.imag])
 
 
 def kv(state: MambaState) -> list[KeyValueState]:
