@@ -61,7 +61,8 @@ class Attention(nn.Module):
         qkv = scaled(self.in_proj(x), self.sizes, self.factors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.groups, self.groups], dim=1)
         if self.theta is not None:
-            q, k = (rotate(t, places, self.theta, self.rotated) for t in (q, k))
+            turns = angles(places, self.theta, self.rotated, q.dtype)
+            q, k = rotate(q, *turns), rotate(k, *turns)
         if length == 1 and state is not None and mask is seq_idx is None:
             return self._step(q, k, v, state)
         if state is not None:
@@ -160,17 +161,17 @@ def scaled(y: Tensor, sizes: Sequence[int], factors: Sequence[float]) -> Tensor:
     return torch.cat([times(part, factor) for part, factor in zip(y.split(sizes, -1), factors, strict=True)], -1)
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float, width: int) -> Tensor:
-    """Rotary positions of x (b, h, l, p): pairs (i, i + width/2) of its first `width` channels are turned.
+def angles(positions: Tensor, theta: float, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (b, 1, l, width/2) at positions (b, l): pair i turns by theta ** (-2i / width) each."""
+    rates = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    turned = positions[:, None, :, None].float() * rates
+    return turned.cos().to(dtype), turned.sin().to(dtype)
 
-    Args:
-        positions: (b, l) or (1, l).
-        theta: base; channel pair i turns by theta ** (-2i / width) a position.
-    """
-    rates = theta ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
-    angles = positions[:, None, :, None].float() * rates
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (b, h, l, p) with pairs (i, i + width/2) of its first `width` channels turned; the others stay."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 

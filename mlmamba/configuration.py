@@ -3,8 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import Mamba2Config, PreTrainedConfig
 
-KINDS = {"mamba2": 1, "attention": 1, "mlp": 0, "both": 2}
-"""What a block's mixer may be, and how many states (mlmamba/state.py) it has. `both` is Mamba-2 beside attention."""
+from mlmamba.blocks import ACTIVATIONS, KINDS, MIXER_NORMS, check_blocks
 
 
 @strict
@@ -15,7 +14,7 @@ class Mamba2TextConfig(Mamba2Config):
     mixer: what other families call a layer of a mixer and an MLP is two blocks here.
 
     Args:
-        layers: kind of each block, of `KINDS`.
+        layers: kind of each block, of `mlmamba.blocks.KINDS`.
         num_attention_heads, num_key_value_heads, attention_head_dim: of attention; queries share keys in groups.
         attention_bias: whether its projections have one.
         max_position_embeddings: most tokens of a sequence, for which attention keeps keys and values.
@@ -62,31 +61,10 @@ class Mamba2TextConfig(Mamba2Config):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name, known in (("mlp_activation", ("swiglu", "relu2")), ("mixer_norm", ("gated", "before_gate", "none"))):
+        for name, known in (("mlp_activation", ACTIVATIONS), ("mixer_norm", MIXER_NORMS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        if self.layers is None:
-            return
-        if unknown := sorted({*self.layers} - {*KINDS}):
-            raise ValueError(f"layers holds {unknown[0]!r}; a block is one of {', '.join(KINDS)}")
-        if len(self.layers) != self.num_hidden_layers:
-            raise ValueError(f"layers lists {len(self.layers)} blocks, num_hidden_layers is {self.num_hidden_layers}")
-        if "mlp" in self.layers and self.mlp_size < 1:
-            raise ValueError(f"layers has mlp blocks, and mlp_size is {self.mlp_size}; give their inner width")
-        if {"attention", "both"} & {*self.layers}:
-            self._check_attention()
-
-    def _check_attention(self) -> None:
-        heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.attention_head_dim
-        if min(heads, groups, width) < 1 or heads % groups:
-            raise ValueError(
-                f"layers has attention, with {heads} heads in {groups} groups of {width} channels; give "
-                "num_attention_heads, num_key_value_heads that divide them, and attention_head_dim"
-            )
-        if not self.max_position_embeddings or self.max_position_embeddings < 1:
-            raise ValueError("layers has attention, and max_position_embeddings is not given: the tokens it keeps")
-        if self.rope_theta is not None and int(width * self.partial_rotary_factor) % 2:
-            raise ValueError(f"rotary positions turn pairs of channels; {width * self.partial_rotary_factor} are odd")
+        check_blocks(self)
 
     @property
     def kinds(self) -> list[str]:

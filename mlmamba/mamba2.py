@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mlmamba import ops
 from mlmamba.attention import MLP, Attention, scaled, times
-from mlmamba.configuration import KINDS, as_text_config
+from mlmamba.blocks import KINDS
+from mlmamba.configuration import as_text_config
 from mlmamba.ops.linear import Linear
 from mlmamba.selective_scan import RMSNorm, SelectiveScan
 from mlmamba.state import KeyValueState, LayerState, MambaState

@@ -26,6 +26,7 @@ from huggingface_hub import hf_hub_download
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mlmamba.convert.families import FAMILIES, from_family
 from pipelines import storage as files
 from pipelines.manifest import MANIFEST_FILE, Manifest
 from workflows.errors import UsageError, WorkflowError
@@ -180,8 +181,13 @@ def check_weights(model: ModelRecipe) -> None:
     weights = model.text.weights
     if weights == "random":
         return
-    config = _config(weights)
+    file, config = _config(weights)
     own = config.get("text_config", config)
+    if config.get("model_type") in FAMILIES:
+        try:
+            own = from_family(file).to_dict()
+        except ValueError as error:
+            raise UsageError(f"model.text.weights: {weights}: {error}") from error
     for name, other in (("hidden_size", "d_model"), ("num_hidden_layers", "n_layer")):
         found, wanted = own.get(name, own.get(other)), getattr(model.text, name)
         if found is None:
@@ -195,8 +201,8 @@ def check_weights(model: ModelRecipe) -> None:
             )
 
 
-def _config(weights: str) -> dict:
-    """config.json of a folder or hub name."""
+def _config(weights: str) -> tuple[Path, dict]:
+    """config.json of a folder or hub name, and what is in it."""
     try:
         local = Path(weights).is_dir() or Path(weights).is_absolute() or len(Path(weights).parts) > 2
         file = Path(weights) / "config.json" if local else Path(hf_hub_download(weights, "config.json"))
@@ -209,7 +215,7 @@ def _config(weights: str) -> dict:
         ) from error
     if not isinstance(content, dict):
         raise UsageError(f"model.text.weights: {weights}: config.json is not a mapping")
-    return content
+    return file, content
 
 
 def check_room(recipe: Recipe, layout: Layout, note: Callable[[str], None]) -> None:

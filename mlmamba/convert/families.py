@@ -9,10 +9,12 @@ which would be a second model file; and every mixture of experts.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from mlmamba.configuration import Mamba2TextConfig
 
@@ -162,12 +164,19 @@ FAMILIES = {
 """By transformers' model_type."""
 
 
-def from_family(config: PreTrainedConfig) -> Mamba2TextConfig:
-    """Our config of a hybrid of transformers.
+def from_family(file: str | Path) -> Mamba2TextConfig:
+    """Our config of a hybrid, of its config.json.
 
     Raises:
-        ValueError: it has something that config fields here cannot say; the message has the field and its value.
+        ValueError: it has something that config fields here cannot say; one line, with the field and its value.
     """
+    try:
+        return _text_config(AutoConfig.from_pretrained(file))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _text_config(config: PreTrainedConfig) -> Mamba2TextConfig:
     family = FAMILIES[config.model_type]
     if unknown := [kind for kind in config.layers_block_type if kind not in _KINDS and kind != "moe"]:
         raise ValueError(f"a layer is of type {unknown[0]!r}; known are {', '.join(_KINDS)}")

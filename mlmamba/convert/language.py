@@ -161,7 +161,7 @@ def _read_config(folder: Path) -> tuple[str, Mamba2Config]:
             check_supported(config)
             return "transformers", config
         if kind in FAMILIES:
-            return kind, from_family(AutoConfig.from_pretrained(folder))
+            return kind, from_family(file)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
     if isinstance(raw, dict) and {"d_model", "n_layer", "vocab_size"} <= raw.keys():

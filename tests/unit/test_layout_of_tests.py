@@ -15,6 +15,7 @@ PACKAGES = ("mlmamba", "pipelines", "workflows")
 
 NOT_ALONE = {
     "mlmamba.auto": "unit/mlmamba/test_auto.py: imported by the package, as users do",
+    "mlmamba.blocks": "unit/mlmamba/test_attention.py: its errors, through the config",
     "mlmamba.chat_template": "unit/mlmamba/test_chat_template.py: rendered through the processor",
     "mlmamba.checks": "unit/mlmamba/test_bad_input.py: its errors, through what calls it",
     "mlmamba.configuration": "unit/mlmamba/test_connector.py: imports it",

@@ -68,13 +68,26 @@ def forward_flops(model) -> Forward:
             connector, _ = _count(build, torch.zeros(features.shape), model.vision.grid)
     text = model.config.text_config
     head = 2 * text.hidden_size * text.vocab_size
-    return Forward(vision, connector, text.num_hidden_layers * block_flops(text), head)
+    language = sum(kind_flops(text, kind, config.max_position_embeddings) for kind in text.kinds)
+    return Forward(vision, connector, language, head)
+
+
+def kind_flops(text, kind: str, length: int) -> float:
+    """Operations of one block of a kind per position of a packed row, whose masked products are computed too."""
+    d, queries = text.hidden_size, text.attention_head_dim * text.num_attention_heads
+    if kind == "mamba2":
+        return block_flops(text)
+    if kind == "mlp":
+        return 2 * d * text.mlp_size * (3 if text.mlp_activation == "swiglu" else 2)
+    keys = text.attention_head_dim * text.num_key_value_heads
+    attention = 2 * d * (2 * queries + 2 * keys) + 4 * length * queries
+    return attention + (block_flops(text) if kind == "both" else 0)
 
 
 def block_flops(text) -> float:
     """Operations of one Mamba-2 block per position."""
     d, h, n, g, q = text.hidden_size, text.num_heads, text.state_size, text.n_groups, text.chunk_size
-    e = text.expand * d
+    e = h * text.head_dim
     conv = e + 2 * g * n
     projections = 2 * d * (e + conv + h) + 2 * e * d
     return projections + 2 * text.conv_kernel * conv + 2 * q * (g * n + e) + 4 * e * n

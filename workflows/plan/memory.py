@@ -31,6 +31,10 @@ it with what it keeps):
     dt and its running sum, states that enter the chunks     8 h + 4 e n / q
     gated norm in float32, and out_proj's input              16 e + a e
 
+An MLP of inner width m keeps 4 a m besides residual and input; attention of h heads and g groups of p channels keeps
+a p (2 h + 2 g), with rotary positions a p (2 h + g + 1) more, and 4 h. Its mask of a packed row, a byte for each pair
+of positions, is left out.
+
 mamba_ssm's kernels keep x, B, C and their output in the compute type instead of what the scan and the gated norm have
 here, and no states. With checkpointing each block keeps its residual alone, 4 d, and one block at a time has the rest.
 The cross entropy keeps logits and probabilities of the positions with loss: 8 + a bytes per entry of the vocabulary.
@@ -137,23 +141,39 @@ def activations(text, tokens: int, loss_tokens: int, connector: int, half: bool,
         half: compute in bf16.
         kernels: the scan is that of mamba_ssm, which keeps no float32 copies.
     """
-    block = block_bytes(text, half, kernels) * tokens
     residual = 4 * text.hidden_size * tokens
     # On the torch path the backward pass of one block makes decays of (heads, chunk, chunk), four at a time.
     transient = 0 if kernels else 4 * 4 * text.num_heads * text.chunk_size * tokens
+    blocks = [kind_bytes(text, kind, half, kernels) * tokens for kind in text.kinds]
     return Activations(
-        blocks=text.num_hidden_layers * block + transient,
-        checkpointed=text.num_hidden_layers * residual + block + transient,
+        blocks=sum(blocks) + transient,
+        checkpointed=len(blocks) * residual + max(blocks) + transient,
         loss=loss_tokens * text.vocab_size * (8 + (2 if half else 4)),
         connector=connector,
     )
+
+
+def kind_bytes(text, kind: str, half: bool, kernels: bool) -> float:
+    """Bytes per token that autograd keeps of one block of a kind."""
+    a, d = 2 if half else 4, text.hidden_size
+    around = 8 * d + a * d  # the residual, and the input of in_proj
+    if kind == "mamba2":
+        return block_bytes(text, half, kernels)
+    if kind == "mlp":  # halves and product; or only relu's output and its square
+        return around + a * text.mlp_size * (4 if text.mlp_activation == "swiglu" else 2)
+    queries, keys = (text.attention_head_dim * n for n in (text.num_attention_heads, text.num_key_value_heads))
+    turned = 0
+    if text.rope_theta is not None:  # turned queries and keys, the output in another order, cosines and sines
+        turned = 2 * queries + keys + int(text.attention_head_dim * text.partial_rotary_factor)
+    attention = a * (2 * queries + 2 * keys + turned) + 4 * text.num_attention_heads
+    return attention + (around if kind == "attention" else block_bytes(text, half, kernels))
 
 
 def block_bytes(text, half: bool, kernels: bool) -> float:
     """Bytes per token that autograd keeps of one Mamba-2 block."""
     a = 2 if half else 4
     d, h, n, g, q = text.hidden_size, text.num_heads, text.state_size, text.n_groups, text.chunk_size
-    e = text.expand * d
+    e = h * text.head_dim
     conv = e + 2 * g * n
     kept = 8 * d + a * d + a * (e + conv + h) + a * conv + a * e + 8 * h
     if kernels:

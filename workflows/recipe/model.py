@@ -1,11 +1,13 @@
 """The recipe's model: vision encoders, connector, language model."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mlmamba.blocks import check_blocks
 from mlmamba.presets import PRESETS, with_preset
 from pipelines.config import StrictModel
+from pipelines.identity import Decides
 
 
 class TowerConfig(StrictModel):
@@ -63,17 +65,37 @@ class ConnectorRecipe(StrictModel):
 
 
 class TextRecipe(StrictModel):
-    """The Mamba-2 language model."""
+    """The language model: Mamba-2, or with `layers` a hybrid of Mamba-2, attention and MLPs."""
 
     weights: str = "random"
     """"random", or a folder or hub name of a Mamba-2 checkpoint in the layout of state-spaces
-    (state-spaces/mamba2-2.7b) or of transformers. It must have the sizes below; the rest is as its config.json says."""
+    (state-spaces/mamba2-2.7b) or of transformers, or of a hybrid in transformers' layout (granitemoehybrid, bamba,
+    falcon_h1, nemotron_h). It must have the sizes below; the rest is as its config.json says."""
     hidden_size: int = Field(2560, gt=0)
     """Model width."""
     num_hidden_layers: int = Field(64, gt=0)
     """Blocks."""
+    layers: Annotated[list[Literal["mamba2", "attention", "mlp", "both"]] | None, Decides.WHEN_SET] = None
+    """Hybrids: what each block is; `both` is Mamba-2 beside attention. A layer of a mixer and an MLP, as most families
+    have them, is two blocks. Without it every block is Mamba-2."""
+    num_attention_heads: Annotated[int, Decides.WHEN_SET] = Field(0, ge=0)
+    """Attention: heads of queries."""
+    num_key_value_heads: Annotated[int, Decides.WHEN_SET] = Field(0, ge=0)
+    """Attention: heads of keys and values, which queries share in groups."""
+    attention_head_dim: Annotated[int, Decides.WHEN_SET] = Field(0, ge=0)
+    """Attention: width of one head."""
+    rope_theta: Annotated[float | None, Decides.WHEN_SET] = None
+    """Attention: base of rotary positions; none without it, since Mamba-2 blocks know the order."""
+    partial_rotary_factor: Annotated[float, Decides.WHEN_SET] = Field(1.0, gt=0, le=1)
+    """Attention: the part of a head that is rotated."""
+    max_position_embeddings: Annotated[int, Decides.WHEN_SET] = Field(8192, gt=0)
+    """Attention: most tokens of a sequence, prompt and answer together, that keys and values are kept of."""
+    mlp_size: Annotated[int, Decides.WHEN_SET] = Field(0, ge=0)
+    """MLPs: inner width."""
     state_size: int = Field(128, gt=0)
     """State per channel."""
+    num_heads: Annotated[int | None, Decides.WHEN_SET] = Field(None, gt=0)
+    """Heads of Mamba-2; hidden_size x expand / head_dim when absent, and always without `layers`."""
     head_dim: int = Field(64, gt=0)
     """Width of one head."""
     expand: int = Field(2, gt=0)
@@ -85,20 +107,39 @@ class TextRecipe(StrictModel):
     vocab_multiple: int = Field(16, gt=0)
     """The embedding's rows are the tokenizer's entries rounded up to this."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count_blocks(cls, content):
+        """`layers` says how many there are."""
+        if isinstance(content, dict) and isinstance(content.get("layers"), list):
+            return {"num_hidden_layers": len(content["layers"]), **content}
+        return content
+
     @model_validator(mode="after")
     def _whole_heads(self):
         inner = self.hidden_size * self.expand
-        if inner % self.head_dim:
+        if self.num_heads is None and inner % self.head_dim:
             raise ValueError(f"hidden_size x expand = {inner} is not a multiple of head_dim = {self.head_dim}")
+        if self.layers is None and self.num_heads not in (None, inner // self.head_dim):
+            raise ValueError(
+                f"num_heads is {self.num_heads}; without layers it is hidden_size x expand / head_dim, "
+                f"{inner / self.head_dim:g}"
+            )
+        check_blocks(self)
         return self
+
+    @property
+    def heads(self) -> int:
+        """Heads of a Mamba-2 block."""
+        return self.num_heads or self.hidden_size * self.expand // self.head_dim
 
 
 class ModelRecipe(StrictModel):
     """The model's parts."""
 
     preset: str | None = Field(None, exclude=True)
-    """Name in mlmamba/presets.py (130m, 370m, 780m, 1.3b, 2.7b, tiny, tiny_maps) that gives what the parts below leave
-    out."""
+    """Name in mlmamba/presets.py (130m, 370m, 780m, 1.3b, 2.7b, granite-4.0-h-350m, -1b, -micro, tiny, tiny_maps) that
+    gives what the parts below leave out."""
     vision: VisionRecipe
     """Vision encoders."""
     connector: ConnectorRecipe = ConnectorRecipe()

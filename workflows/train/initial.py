@@ -1,12 +1,14 @@
 """Build the untrained model of a recipe: transformers config, pretrained parts where it names them, and processor."""
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
-from mlmamba.configuration import MLMambaConfig, VisionConfig
+from mlmamba.blocks import has_attention
+from mlmamba.configuration import MLMambaConfig, VisionConfig, as_text_config
 from mlmamba.connector import build_connector, tokens_per_image
 from mlmamba.conversation import IMAGE_TOKEN
 from mlmamba.convert import LanguageModel, load_language_model, read_language_model
@@ -21,6 +23,8 @@ from workflows.storage.folder import Folder
 
 # Fields of a language model: a recipe sets SIZES, and a checkpoint must have the same; FROM_CHECKPOINT only it sets.
 SIZES = ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "expand", "n_groups")
+HYBRID_SIZES = ("layers", "num_attention_heads", "num_key_value_heads", "attention_head_dim", "mlp_size")
+HYBRID_CHOICES = ("rope_theta", "partial_rotary_factor", "max_position_embeddings")
 FROM_CHECKPOINT = (
     "conv_kernel",
     "use_bias",
@@ -29,6 +33,21 @@ FROM_CHECKPOINT = (
     "time_step_limit",
     "residual_in_fp32",
     "tie_word_embeddings",
+    *HYBRID_CHOICES,
+    "attention_bias",
+    "mlp_bias",
+    "mlp_activation",
+    "mixer_norm",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "attention_multiplier",
+    "ssm_multipliers",
+    "ssm_out_multiplier",
+    "attention_in_multiplier",
+    "key_multiplier",
+    "attention_out_multiplier",
+    "mlp_multipliers",
 )
 
 
@@ -70,21 +89,32 @@ def model_config(recipe: Recipe, tokenizer, start: LanguageModel | None = None) 
     text = recipe.model.text
     sizes = {name: getattr(text, name) for name in SIZES}
     kept = {"tie_word_embeddings": True}
+    if text.layers is not None:
+        sizes |= {name: getattr(text, name) for name in HYBRID_SIZES} | {"num_heads": text.heads}
+        kept |= {name: getattr(text, name) for name in HYBRID_CHOICES}
     if start is not None:
-        found = {name: getattr(start.config, name) for name in SIZES}
+        config = as_text_config(start.config)
+        found = {name: getattr(config, name) for name in sizes | {"layers": None}}
+        sizes = sizes | {"layers": text.layers}
         if found != sizes:
             raise UsageError(
                 f"model.text: {text.weights} has {_list(found, sizes)}, the recipe says {_list(sizes, found)}; "
                 "set them to the checkpoint's, or model.preset to its size"
             )
-        kept = {name: getattr(start.config, name) for name in FROM_CHECKPOINT}
+        kept = {name: getattr(config, name) for name in FROM_CHECKPOINT}
+    room = kept.get("max_position_embeddings")
+    if has_attention(text.layers) and room < recipe.data.max_tokens:
+        raise UsageError(
+            f"data.max_tokens is {recipe.data.max_tokens}, attention has room for {room} (max_position_embeddings of "
+            f"{'model.text' if start is None else text.weights})"
+        )
     end = tokenizer.eos_token_id
     return MLMambaConfig(
         text_config={
             **sizes,
             **kept,
             "vocab_size": -(-len(tokenizer) // text.vocab_multiple) * text.vocab_multiple,
-            "num_heads": text.hidden_size * text.expand // text.head_dim,
+            "num_heads": text.heads,
             "chunk_size": text.chunk_size,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": end,
@@ -174,4 +204,12 @@ def _read_text(weights: str) -> LanguageModel:
 
 def _list(values: dict, others: dict) -> str:
     """List the values that differ from the others, as text."""
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value != others[name])
+    return ", ".join(f"{name} {_short(value)}" for name, value in values.items() if value != others[name])
+
+
+def _short(value: object) -> str:
+    """A list of blocks by how many there are of each kind, with the first few; anything else as it is."""
+    if not isinstance(value, list):
+        return str(value)
+    counts = ", ".join(f"{count} {kind}" for kind, count in Counter(value).items())
+    return f"{'-'.join(value[:4])}{'...' if len(value) > 4 else ''} ({counts})"

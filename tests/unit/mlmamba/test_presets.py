@@ -63,7 +63,9 @@ def test_changes_go_over_the_preset_and_leave_it_as_it_was():
 
 
 def test_unknown_presets_and_parts_are_refused():
-    with pytest.raises(ValueError, match=r"unknown preset '3b'; choose one of 130m, .*2\.7b, tiny, tiny_maps"):
+    with pytest.raises(
+        ValueError, match=r"unknown preset '3b'; choose one of 130m, .*2\.7b, granite-4.0-h-350m, .*, tiny, tiny_maps"
+    ):
         preset("3b")
     with pytest.raises(TypeError, match="the parts vision, connector, text; there is no 'visoin'"):
         preset("2.7b", visoin={})

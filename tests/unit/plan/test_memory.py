@@ -7,8 +7,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlmamba.mamba2 import Mamba2Block
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import preset
-from workflows.plan.cost import block_flops, forward_flops, training_flops
-from workflows.plan.memory import activations, block_bytes, model_states, saved_bytes
+from workflows.plan.cost import block_flops, forward_flops, kind_flops, training_flops
+from workflows.plan.memory import activations, block_bytes, kind_bytes, model_states, saved_bytes
+
+HYBRID = {
+    "layers": ["attention", "mlp", "both"],
+    "num_hidden_layers": 3,
+    "num_heads": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_head_dim": 32,
+    "rope_theta": 1e4,
+    "mlp_size": 192,
+}
 
 
 def text(width: int = 128, **changes):
@@ -64,6 +75,21 @@ def test_a_block_keeps_what_autograd_keeps(changes):
     block = Mamba2Block(config)
     kept = saved_bytes(block, torch.randn(1, length, config.hidden_size, requires_grad=True))
     assert length * block_bytes(config, half=False, kernels=False) == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rope_theta": None, "num_key_value_heads": 4}, {"mlp_activation": "relu2", "attention_head_dim": 64}],
+)
+@pytest.mark.parametrize("kind", ["attention", "mlp", "both"])
+def test_blocks_of_hybrids_keep_and_cost_what_torch_says(kind, changes):
+    config, length = text(**HYBRID | changes), 256
+    block = Mamba2Block(config, kind)
+    x = torch.randn(1, length, config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        kept = saved_bytes(block, x)
+    assert length * kind_bytes(config, kind, half=False, kernels=False) == pytest.approx(kept, rel=0.02)
+    assert length * kind_flops(config, kind, length) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_checkpointing_keeps_the_inputs_of_the_blocks_and_one_block():
