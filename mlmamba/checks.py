@@ -155,8 +155,22 @@ def check_device(device: torch.device, state: MambaState | None, tensors: dict[s
             raise ValueError(f"{name} is on {value.device}, the model on {device}; move one to the other with .to()")
 
 
-def check_prompts(input_ids: Tensor | None, attention_mask: Tensor | None, limit: int) -> None:
-    """Check the prompts that `generate` is given.
+def check_room(lengths: list[int], state: MambaState | None, new: int | None, config) -> None:
+    """Check that attention has room for prompts of these lengths, what was read before and `new` tokens of an answer.
+
+    Raises:
+        ValueError: it has not, and generation would end in an error.
+    """
+    room, read = config.text_config.room, 0 if state is None else state.longest
+    if room is not None and new is not None and max(lengths) + read + new - 1 > room:
+        raise ValueError(
+            f"a prompt of {max(lengths) + read} tokens and {new} new ones are over the {room} for which attention has "
+            "room (text_config.max_position_embeddings); lower max_new_tokens"
+        )
+
+
+def check_prompts(input_ids: Tensor | None, attention_mask: Tensor | None, limit: int) -> list[int]:
+    """Check the prompts that `generate` is given, and count their tokens.
 
     Args:
         input_ids: (b, l).
@@ -186,6 +200,7 @@ def check_prompts(input_ids: Tensor | None, attention_mask: Tensor | None, limit
             raise ValueError(
                 f"prompt {row} is {length} tokens long, over the limit of {limit} (max_position_embeddings); shorten it"
             )
+    return lengths
 
 
 def _whole(value: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import Mamba2Config, PreTrainedConfig
 
-from mlmamba.blocks import ACTIVATIONS, KINDS, MIXER_NORMS, check_blocks
+from mlmamba.blocks import ACTIVATIONS, KINDS, MIXER_NORMS, check_blocks, has_attention
 
 
 @strict
@@ -70,6 +70,11 @@ class Mamba2TextConfig(Mamba2Config):
     def kinds(self) -> list[str]:
         """Kind of each block."""
         return ["mamba2"] * self.num_hidden_layers if self.layers is None else self.layers
+
+    @property
+    def room(self) -> int | None:
+        """Most tokens of a sequence; None where no block keeps keys and values, and there is no most."""
+        return self.max_position_embeddings if has_attention(self.layers) else None
 
     @property
     def states(self) -> int:
@@ -162,5 +167,10 @@ class MLMambaConfig(PreTrainedConfig):
             if value is None or isinstance(value, dict):
                 value = {k: v for k, v in (value or {}).items() if k != "model_type"}
                 setattr(self, name, cls(**value))
+        if (room := self.text_config.room) is not None and room < self.max_position_embeddings:
+            raise ValueError(
+                f"max_position_embeddings is {self.max_position_embeddings}, the longest prompt, and attention has "
+                f"room for {room} tokens (text_config.max_position_embeddings)"
+            )
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 
-from mlmamba.checks import check_prompts
+from mlmamba.checks import check_prompts, check_room
 from mlmamba.state import MambaState
 
 _REFUSED = {
@@ -117,13 +117,16 @@ class MLMambaGenerationMixin(GenerationMixin):
                 raise ValueError("the state is given twice, as cache_params and as past_key_values")
             kwargs["cache_params"] = state
         ids, mask = kwargs.pop("input_ids", inputs), kwargs.get("attention_mask")
-        check_prompts(ids, mask, self.config.max_position_embeddings)
+        lengths = check_prompts(ids, mask, self.config.max_position_embeddings)
+        new = kwargs.get("max_new_tokens", (generation_config or self.generation_config).max_new_tokens)
         if mask is not None and bool((mask[:, 1:].bool() < mask[:, :-1].bool()).any()):
             order = torch.argsort(mask.bool().int(), dim=1, stable=True)
             ids, kwargs["attention_mask"] = ids.gather(1, order), mask.gather(1, order)
         whole, read = ids, getattr(kwargs.get("cache_params"), "read", None)
         if read is not None:
             ids, kwargs = new_part(ids, kwargs, read, self.config.image_token_id)
+            lengths = [max(ids.shape[1], 1)]
+        check_room(lengths, kwargs.get("cache_params"), new, self.config)
         out = super().generate(ids, generation_config, **kwargs)
         sequences = out if isinstance(out, Tensor) else out.sequences
         if sequences.shape[1] > ids.shape[1] and not isinstance(out, Tensor) and out.past_key_values is not None:

@@ -162,6 +162,11 @@ class MambaState:
         return self.layers[0].rows if self.layers else 0
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row, where attention keeps them; else 0."""
+        return max((state.longest for state in self.layers if isinstance(state, KeyValueState)), default=0)
+
+    @property
     def device(self) -> torch.device | None:
         return self.layers[0].parts[0].device if self.layers else None
 

@@ -33,7 +33,7 @@ class Batch:
     def __init__(self, model, text: TokenText, limits: Limits):
         self.reading: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.pool = StatePool(limits.max_batch)
+        self.pool = StatePool(limits.max_batch, longest_sequence(model.config, limits) or 0)
         self._ended: list[Sequence] = []
         self._model, self._text, self._limits = model, text, limits
 
@@ -219,6 +219,12 @@ class Batch:
             logger.error("%d prompts failed together, each is tried alone: %s", len(group), without_message(error))
             for sequence in group:
                 self._one_by_one_if_they_fail(work, [sequence])
+
+
+def longest_sequence(config, limits: Limits) -> int | None:
+    """Most tokens of a sequence, prompt and answer; None for a model whose state does not grow."""
+    room = config.text_config.room
+    return None if room is None else min(room, config.max_position_embeddings + limits.max_tokens)
 
 
 class StatePool:

@@ -1,5 +1,6 @@
 """The engine: one model, one worker thread, a bounded queue, and a batch that requests join and leave at any step."""
 
+import dataclasses
 import logging
 import math
 import threading
@@ -86,6 +87,11 @@ class Engine:
         return self._processor.max_length
 
     @property
+    def max_sequence(self) -> int | None:
+        """Tokens of the longest prompt and answer together; None where there is no such limit, as in a pure Mamba-2."""
+        return self._batch.pool.limit or None
+
+    @property
     def alive(self) -> bool:
         """Whether requests are still answered."""
         return self._worker.is_alive() and not self._closed
@@ -131,6 +137,7 @@ class Engine:
         never one client's alone; and in a full queue the newest request of the one that has most gives way.
 
         Args:
+            settings: where the state has room for less than its max_tokens, that is the answer's longest.
             on_delta: called with each piece of the answer, in the engine's thread; must return at once.
             client: who asks; empty for the service itself.
 
@@ -140,6 +147,9 @@ class Engine:
 
         The future's own errors: DeadlineExceeded, QueueFull where it had to give way, or whatever the model raised.
         """
+        if self.max_sequence is not None:  # the last token of an answer is not read any more
+            room = self.max_sequence - len(prompt.input_ids) + 1
+            settings = dataclasses.replace(settings, max_tokens=min(settings.max_tokens, room))
         sequence = Sequence(prompt, settings, self._text, self.limits.deadline_seconds, on_delta, client)
         sequence.metrics = self.metrics
         with self._changed:

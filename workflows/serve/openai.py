@@ -280,9 +280,15 @@ def model_id(source: ResolvedModel) -> str:
     return source.name or source.folder.name
 
 
-def model_entry(source: ResolvedModel, since: int, max_length: int, name: str | None = None) -> dict[str, Any]:
-    """An entry of /v1/models. `max_model_len` is the longest prompt in tokens, by the name that vLLM gave it."""
+def model_entry(
+    source: ResolvedModel, since: int, max_length: int, name: str | None = None, max_sequence: int | None = None
+) -> dict[str, Any]:
+    """An entry of /v1/models. `max_model_len` is the longest prompt in tokens, by the name that vLLM gave it.
+
+    A model with attention has `max_sequence_len` too: most tokens of prompt and answer together.
+    """
     entry = {"id": name or model_id(source), "object": "model", "created": since, "owned_by": "mlmamba"}
+    entry |= {} if max_sequence is None else {"max_sequence_len": max_sequence}
     return entry | {
         "version": source.version,
         "run_id": source.run_id,

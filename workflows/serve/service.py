@@ -62,7 +62,7 @@ class Served:
 
     def entry(self, since: int, name: str | None = None) -> dict[str, Any]:
         """Its entry of /v1/models."""
-        return model_entry(self.source, since, self.engine.max_length, name)
+        return model_entry(self.source, since, self.engine.max_length, name, self.engine.max_sequence)
 
     def is_called(self, name: str | None) -> bool:
         """Whether a request for a model of this name means this one."""
