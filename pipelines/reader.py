@@ -24,7 +24,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int) -> dict[str, torch.Tensor]:
+def collate(
+    rows: list[PackedRow],
+    max_tokens: int,
+    pad_id: int,
+    image_size: int,
+    load: Callable[[bytes, int, int, tuple[int, int]], np.ndarray] | None = None,
+) -> dict[str, torch.Tensor]:
     """Pad rows to one length and decode their images.
 
     Args:
@@ -33,6 +39,8 @@ def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int
         pad_id: id in the padding. It may be that of a real token (GPT-NeoX pads with its end token): the mask and
             the labels say what is padding, the ids do not.
         image_size: S, side in pixels of the encoder's input.
+        load: makes pixels (3, S, S) of an encoded image, S, the version of the rules, and where it is shown: the number
+            of its row among these, and its own in the row. By default `load_pixels`, which shows it as it is.
 
     Returns:
         `input_ids` int64 (B, L), `labels` int64 (B, L) with IGNORE_INDEX on padding, `seq_idx` int32 (B, L) where
@@ -53,7 +61,10 @@ def collate(rows: list[PackedRow], max_tokens: int, pad_id: int, image_size: int
             raise ValueError(f"a row has {n} tokens, over max_tokens = {max_tokens}: use the data set's max_tokens")
         input_ids[i, :n], labels[i, :n], mask[i, :n] = row.input_ids, row.labels, True
         seq_idx[i, :n], seq_idx[i, n:] = row.seq_idx, row.seq_idx[-1] + 1
-    pixels = [load_pixels(data, image_size, row.pixels) for row in rows for data in row.images]
+    load = load or (lambda data, size, version, _: load_pixels(data, size, version))
+    pixels = [
+        load(data, image_size, row.pixels, (i, k)) for i, row in enumerate(rows) for k, data in enumerate(row.images)
+    ]
     stacked = np.stack(pixels) if pixels else np.zeros((0, 3, image_size, image_size), dtype=np.uint8)
     return {
         "input_ids": torch.from_numpy(input_ids),

@@ -47,8 +47,8 @@ def test_every_export_holds_every_tensor(toy, undisturbed):
 
 
 @SLOW
-def test_dropout_resumes_exactly_too(toy, workers, tmp_path):
-    stage = {"lora": {"rank": 2, "dropout": 0.5}}
+def test_dropout_and_changed_images_resume_exactly_too(toy, workers, tmp_path):
+    stage = {"lora": {"rank": 2, "dropout": 0.5}, "augment": {"crop": 0.5, "flip": True, "colour": 0.2}}
     whole = workers.train(toy.job(tmp_path / "whole", stage))
     job = toy.job(tmp_path / "stopped", stage, save_every=3)
     workers.train(job, stop_after=4)

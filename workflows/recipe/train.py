@@ -24,6 +24,26 @@ class LoraRecipe(StrictModel):
     """Regular expression that the full name of an adapted linear layer within the language model matches."""
 
 
+class AugmentRecipe(StrictModel):
+    """Random changes of the training images, for corpora of few images. A resumed stage sees the same ones."""
+
+    crop: float = Field(1.0, gt=0, le=1)
+    """Show a part with at least this share of the area; 1 for the whole image."""
+    flip: bool = False
+    """Mirror half of the images; only where left and right do not matter: no questions about sides, no writing."""
+    colour: float = Field(0.0, ge=0, lt=1)
+    """Brightness, contrast and saturation change by factors of up to 1 - colour and 1 + colour; not where colours are
+    asked for."""
+
+    @model_validator(mode="after")
+    def _changes_something(self):
+        if self.crop == 1 and not self.flip and not self.colour:
+            raise ValueError(
+                "augment changes nothing: give crop under 1, flip: true or colour above 0, or leave it out"
+            )
+        return self
+
+
 class StageRecipe(StrictModel):
     """One training stage. What it trains, what is frozen and what is saved follow from `trains` alone:
     the other parts are frozen, and every export holds the whole model."""
@@ -54,6 +74,8 @@ class StageRecipe(StrictModel):
     """Packed rows in one optimizer step, over all workers."""
     micro_batch_rows: int = Field(1, gt=0)
     """Packed rows that one worker runs at once; the rest is accumulated."""
+    augment: Annotated[AugmentRecipe | None, Decides.WHEN_SET] = None
+    """Random changes of the images; absent: none."""
     clip: float = Field(1.0, ge=0)
     """Global gradient norm limit; 0 for none."""
     data: DataConfig | None = None

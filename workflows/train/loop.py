@@ -5,11 +5,13 @@ from a checkpoint that all ranks wrote wholly, and rank 0 chooses for all which 
 """
 
 import uuid
+from itertools import count
 
 import torch
 import torch.distributed as dist
 
 from mlmamba.modeling import MLMambaForConditionalGeneration
+from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, prefetch, step_indices
 from workflows.storage.folder import Folder
 from workflows.train import restore
@@ -75,7 +77,8 @@ class Worker:
         dist.broadcast_object_list(attempt)
         self.saver = Saver(self.store, attempt[0], rank, world, self.config.keep_checkpoints, self._saved)
         pin = self.engine.device.type == "cuda"
-        self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, model, pin)
+        augment = self.stage.augment and Augmentation(**self.stage.augment.model_dump())
+        self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, model, pin, augment, job.seed)
         if self.config.validate_every:
             rows = self.config.validate_rows
             held_out = PackedDataset(job.data, "validation", self.config.check_shards)
@@ -99,7 +102,8 @@ class Worker:
         meter = Meter(self.stage.batch_rows * self.dataset.manifest.max_tokens)
         self.engine.train()
         order = step_indices(self.dataset, self.job.seed, per_rank, self.rank, self.world, self.done)
-        stream = prefetch(self._make, order, self.job.threads)
+        numbered = zip(count(self.done + 1), order)
+        stream = prefetch(lambda item: self._make(item[1], step=item[0]), numbered, self.job.threads)
         try:
             for step, micro_batches in zip(range(self.done + 1, self.steps + 1), stream, strict=False):
                 seed_step(self.job.seed, step, self.rank)

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.positions import Positions, find_positions
+from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, collate
 
 
@@ -36,28 +38,43 @@ class MicroBatch:
         return {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
 
 
-def batch_maker(dataset: PackedDataset, micro_batch_rows: int, model, pin: bool = False) -> Callable:
+def batch_maker(
+    dataset: PackedDataset,
+    micro_batch_rows: int,
+    model,
+    pin: bool = False,
+    augment: Augmentation | None = None,
+    seed: int = 0,
+) -> Callable:
     """Return a function that turns row indices into a step's micro batches.
 
     Args:
         model: the MLMambaForConditionalGeneration that will read them.
         pin: put them into pinned memory, from which a GPU copies them while the host goes on.
+        augment: how images are changed; as they are by default.
+        seed: of these changes, which depend on it, the step, the row and the image's number in it, and on nothing else.
     """
     config, tokens = model.config, model.connector.tokens(model.vision.grid)
     pad, size = config.text_config.pad_token_id, config.vision_config.image_size
 
-    def make(rows, counts: list[bool] | None = None) -> list[MicroBatch]:
+    def make(rows, counts: list[bool] | None = None, step: int = 0) -> list[MicroBatch]:
         """`counts` says for each row whether its labels do; all, unless it is given."""
         made = []
         for first in range(0, len(rows), micro_batch_rows):
             part = slice(first, first + micro_batch_rows)
-            batch = collate(dataset.rows(rows[part]), dataset.manifest.max_tokens, pad, size)
+            load = augment and partial(_changed, augment, (seed, step), rows[part])
+            batch = collate(dataset.rows(rows[part]), dataset.manifest.max_tokens, pad, size, load)
             if counts is not None:
                 batch["labels"][~torch.tensor(counts[part])] = IGNORE_INDEX
             made.append(_micro_batch(batch, tokens, config, pin))
         return made
 
     return make
+
+
+def _changed(augment: Augmentation, key, rows, data: bytes, size: int, pixels: int, place: tuple[int, int]):
+    """What `collate` calls for each image: `place` is the number of its row in `rows`, and its own in the row."""
+    return augment.load_pixels(data, size, pixels, (*key, int(rows[place[0]]), place[1]))
 
 
 def _micro_batch(batch: dict[str, torch.Tensor], tokens_per_image: int, config, pin: bool) -> MicroBatch:

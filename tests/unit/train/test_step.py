@@ -8,6 +8,7 @@ import torch
 from torch.func import functional_call
 
 from mlmamba.conversation import IGNORE_INDEX
+from pipelines.augment import Augmentation
 from pipelines.packed import PackedRow
 from tests.helpers.fake_gpu import FakeGPU, gradients
 from tests.helpers.host_reads import HostRead, no_host_reads
@@ -54,6 +55,21 @@ def test_rows_that_do_not_count_have_no_labels(model, micro_batches):
     assert second.predicted == 11
     assert second.inputs["positions"].labelled.max() < LENGTH
     assert second.tokens == 2 * 16
+
+
+def test_images_are_changed_by_seed_step_and_row_however_the_step_is_cut(model):
+    def pixels(indices, step, seed=7, micro=2) -> dict[int, torch.Tensor]:
+        made = batch_maker(rows(), micro, model, augment=Augmentation(crop=0.4, flip=True, colour=0.3), seed=seed)
+        batches = made(np.array(indices), step=step)
+        return dict(zip(indices, torch.cat([b.inputs["pixel_values"] for b in batches]), strict=True))
+
+    whole = pixels([0, 1, 2, 3], step=5)
+    alone = pixels([2], step=5, micro=1) | pixels([3, 0], step=5)
+    assert all(torch.equal(alone[row], whole[row]) for row in alone)
+    for other in (pixels([0, 1, 2, 3], step=6), pixels([0, 1, 2, 3], step=5, seed=8)):
+        assert not any(torch.equal(other[row], whole[row]) for row in whole)
+    plain = torch.cat([b.inputs["pixel_values"] for b in batch_maker(rows(), 2, model)(np.arange(4))])
+    assert not any(torch.equal(plain[row], whole[row]) for row in whole)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
