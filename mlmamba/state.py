@@ -45,6 +45,10 @@ class LayerState:
         """The same tensors, for a step that may write over them or, with False, may not."""
         return LayerState(*self.parts, in_place=in_place)
 
+    def to(self, device: torch.device | str) -> "LayerState":
+        """On a device; what lies there already is not copied."""
+        return LayerState(*(t.to(device) for t in self.parts))
+
     def head(self, rows: int) -> "LayerState":
         """The first rows, not copied."""
         return LayerState(*(t[:rows] for t in self.parts))
@@ -107,6 +111,9 @@ class KeyValueState:
 
     def own(self, in_place: bool = True) -> "KeyValueState":
         return KeyValueState(*self.parts, self.longest, in_place)
+
+    def to(self, device: torch.device | str) -> "KeyValueState":
+        return KeyValueState(*(t.to(device) for t in self.parts), self.longest)
 
     def head(self, rows: int) -> "KeyValueState":
         return KeyValueState(*(t[:rows] for t in self.parts), self.longest)
@@ -174,6 +181,10 @@ class MambaState:
         """State of the given rows (k,), in that order. Rows may repeat: one prefix can start many continuations."""
         read = None if self.read is None else [self.read[row] for row in rows.tolist()]
         return MambaState([state.select(rows) for state in self.layers], read)
+
+    def to(self, device: torch.device | str) -> "MambaState":
+        """The state on a device; what lies there already is not copied."""
+        return MambaState([state.to(device) for state in self.layers], self.read)
 
     def in_place(self) -> "MambaState":
         """The same tensors, for decoding without a copy: a step of one token may write the new state over the old one.

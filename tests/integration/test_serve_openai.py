@@ -103,7 +103,8 @@ def test_a_streamed_answer_is_the_whole_answer(client):
     assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == [
         whole.choices[0].finish_reason
     ]
-    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], whole.usage.total_tokens)
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens  # it was read before
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert {(chunk.id, chunk.system_fingerprint, chunk.object) for chunk in chunks} == {
         (chunks[0].id, "shapes/3", "chat.completion.chunk")

@@ -1,8 +1,9 @@
 """Continuous batching for a recurrent model: sequences join and leave the running batch between two steps.
 
-A step encodes some images, reads one piece of some prompts, and gives every running answer its next token. Each part is
-bounded, so a long prompt delays running answers by one piece at most. Padding is masked and rows do not see each other,
-so a greedy answer is the same as for its prompt alone, apart from rounding. `StatePool` holds the recurrent states.
+A step encodes some images, reads one piece of some prompts (reading.py), and gives every running answer its next token.
+Each part is bounded, so a long prompt delays running answers by one piece at most. Padding is masked and rows do not
+see each other, so a greedy answer is the same as for its prompt alone, apart from rounding. `StatePool` holds the
+recurrent states.
 """
 
 import logging
@@ -14,6 +15,7 @@ from mlmamba.state import KeyValueState, LayerState, MambaState
 from workflows.serve.detokenize import TokenText
 from workflows.serve.openai import without_message
 from workflows.serve.options import Limits
+from workflows.serve.reading import Reader
 from workflows.serve.sampling import TokenLogprob, choose, log_probabilities
 from workflows.serve.sequence import Sequence
 
@@ -35,6 +37,8 @@ class Batch:
         self.running: list[Sequence] = []
         self.pool = StatePool(limits.max_batch, longest_sequence(model.config, limits) or 0)
         self._ended: list[Sequence] = []
+        self._reader = Reader(model, limits)
+        self.cache = self._reader.cache
         self._model, self._text, self._limits = model, text, limits
 
     def __len__(self) -> int:
@@ -53,8 +57,8 @@ class Batch:
     def step(self) -> None:
         """Run one step: encode images, read prompts, give every running answer a token, drop what has ended."""
         self._free()
-        self._encode_images()
-        self._read_prompts()
+        self._reader.step(list(dict.fromkeys(sequence.reading for sequence in self.reading)))
+        self._begin_answers()
         self._answer()
         self._free()
 
@@ -72,90 +76,45 @@ class Batch:
 
     def _free(self) -> None:
         """Take ended sequences out of the batch, and free their slots."""
-        self._ended += [sequence for sequence in self.reading if sequence.over]
+        for sequence in self.reading:
+            if sequence.over:  # also one that its client gave up
+                sequence.leave_reading()
+                self._ended.append(sequence)
         self.reading = [sequence for sequence in self.reading if not sequence.over]
         for slot in reversed(range(len(self.running))):
-            if self.running[slot].over:
+            sequence = self.running[slot]
+            if sequence.over:
+                if sequence.answered:  # its state has read all but the last token
+                    self._reader.keep_answer(sequence.reading, sequence.ids[:-1], lambda slot=slot: self.pool.row(slot))
                 self.pool.remove(slot)
                 self._ended.append(self.running[slot])
                 last = self.running.pop()
                 if slot < len(self.running):
                     self.running[slot] = last
 
-    def _encode_images(self) -> None:
-        """Encode the images of the next prompts, at most `images_at_once` together (or one prompt's)."""
-        group: list[Sequence] = []
+    def _begin_answers(self) -> None:
+        """Put the sequences whose prompts are whole into slots, each with the first token of its answer."""
         for sequence in self.reading:
-            if sequence.prompt.pixels is None or sequence.features is not None or sequence.read:
-                continue
-            count = sum(len(s.prompt.pixels) for s in group) + len(sequence.prompt.pixels)
-            if group and count > self._limits.images_at_once:
-                break
-            group.append(sequence)
-        if group:
-            self._one_by_one_if_they_fail(self._encode, group)
-
-    def _encode(self, group: list[Sequence]) -> None:
-        pixels = torch.cat([sequence.prompt.pixels for sequence in group]).to(self._model.device)
-        pieces = pixels.split(self._limits.images_at_once)
-        features = torch.cat([self._model.get_image_features(piece) for piece in pieces])
-        counts = [len(sequence.prompt.pixels) for sequence in group]
-        for sequence, own in zip(group, features.split(counts), strict=True):
-            sequence.features = own.flatten(0, 1)
-
-    def _read_prompts(self) -> None:
-        """Read one piece of each of the first prompts, together at most `prefill_tokens` with their padding."""
-        group: list[Sequence] = []
-        longest = 0
-        for sequence in self.reading:
-            if sequence.over or (sequence.prompt.pixels is not None and sequence.features is None):
-                continue
-            longest = max(longest, self._piece(sequence))
-            if group and (len(group) + 1) * longest > self._limits.prefill_tokens:
-                break
-            group.append(sequence)
-        if group:
-            self._one_by_one_if_they_fail(self._read, group)
-            self.reading = [s for s in self.reading if s.read < len(s.prompt.input_ids) and not s.over]
-
-    def _piece(self, sequence: Sequence) -> int:
-        return min(len(sequence.prompt.input_ids) - sequence.read, self._limits.prefill_tokens)
-
-    def _read(self, group: list[Sequence]) -> None:
-        lengths = [self._piece(sequence) for sequence in group]
-        longest = max(lengths)
-        ids = torch.zeros(len(group), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)  # from lengths: the pad id is also the end token
-        features: list[Tensor] = []
-        for row, (sequence, length) in enumerate(zip(group, lengths, strict=True)):
-            piece = sequence.prompt.input_ids[sequence.read : sequence.read + length]
-            ids[row, longest - length :], mask[row, longest - length :] = piece, 1
-            if sequence.features is not None:
-                features.append(sequence.features[: int((piece == self._model.config.image_token_id).sum())])
-        used = [len(own) for own in features]
-        out = self._model(
-            input_ids=ids.to(self._model.device),
-            image_features=torch.cat(features) if sum(used) else None,
-            attention_mask=mask.to(self._model.device),
-            cache_params=stack([sequence.state for sequence in group]),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        ends = [s.read + length == len(s.prompt.input_ids) for s, length in zip(group, lengths, strict=True)]
-        done = [row for row, end in enumerate(ends) if end]
-        picked = self._pick([group[row] for row in done], out.logits[done, -1]) if done else []
-        counts = iter(used)
-        for row, (sequence, length) in enumerate(zip(group, lengths, strict=True)):
-            sequence.read += length
-            if sequence.features is not None:
-                sequence.features = sequence.features[next(counts) :]
-            if not ends[row]:
-                sequence.state = out.cache_params.select(torch.tensor([row], device=out.logits.device))
-                continue
-            self.pool.append(out.cache_params, row)
-            self.running.append(sequence)
-            sequence.state = sequence.features = None
-            sequence.take(*picked[done.index(row)])
+            if sequence.reading.error is not None:
+                sequence.fail(sequence.reading.error)
+        ready = [sequence for sequence in self.reading if sequence.reading.over and not sequence.over]
+        if not ready:
+            return
+        self.reading = [sequence for sequence in self.reading if sequence not in ready]
+        try:
+            picked = self._pick(ready, torch.stack([sequence.reading.logits for sequence in ready]))
+            for sequence in ready:
+                self.pool.append(sequence.reading.state, 0)
+                self.running.append(sequence)
+        except Exception as error:  # for example when the device is out of memory for the slots
+            logger.error("%d answers could not begin: %s", len(ready), without_message(error))
+            for sequence in ready:
+                sequence.fail(error)
+            self._ended += [sequence for sequence in ready if sequence not in self.running]
+            return
+        for sequence, (token, report, end) in zip(ready, picked, strict=True):
+            sequence.leave_reading()
+            sequence.take(token, report, end)
 
     def _answer(self) -> None:
         """Give every running answer its next token."""
@@ -205,21 +164,6 @@ class Batch:
                 reports[row] = TokenLogprob(self._text.data(tokens[row]), logprob, tuple(top))
         return reports
 
-    def _one_by_one_if_they_fail(self, work, group: list[Sequence]) -> None:
-        """Do the work for a group, or for each alone where that fails, so that one request cannot fail its neighbours.
-
-        `work` must not change a sequence before the last thing that can fail.
-        """
-        try:
-            work(group)
-        except Exception as error:
-            if len(group) == 1:
-                group[0].fail(error)
-                return
-            logger.error("%d prompts failed together, each is tried alone: %s", len(group), without_message(error))
-            for sequence in group:
-                self._one_by_one_if_they_fail(work, [sequence])
-
 
 def longest_sequence(config, limits: Limits) -> int | None:
     """Most tokens of a sequence, prompt and answer; None for a model whose state does not grow."""
@@ -247,6 +191,10 @@ class StatePool:
     def view(self) -> MambaState:
         """The states in use, not copied: a step of one token may write its new states into the slots."""
         return MambaState([slots.head(self.used) for slots in self._layers]).in_place()
+
+    def row(self, slot: int) -> MambaState:
+        """A copy of the state in a slot."""
+        return self.view().select(torch.tensor([slot], device=self._layers[0].parts[0].device))
 
     def write(self, state: MambaState) -> None:
         """Store the states after a step, unless the step has written them into the slots itself."""
@@ -281,15 +229,3 @@ class StatePool:
         self.used = 0
         for slots in self._layers:
             slots.keep(0)
-
-
-def stack(states: list[MambaState | None]) -> MambaState | None:
-    """Stack states of one row each into one batch; None stands for a sequence that has read nothing yet."""
-    known = next((state for state in states if state is not None), None)
-    if known is None:
-        return None
-    layers = []
-    for i, layer in enumerate(known.layers):
-        rows = [layer.start() if state is None else state.layers[i] for state in states]
-        layers.append(layer.join(rows))
-    return MambaState(layers)

@@ -15,12 +15,14 @@ from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
 from mlmamba.images import to_pixels
+from mlmamba.state_cache import Places, image_digest
 from workflows.serve.batch import Batch
 from workflows.serve.detokenize import TokenText
 from workflows.serve.intake import FairQueue
 from workflows.serve.metrics import Metrics
 from workflows.serve.openai import without_message
 from workflows.serve.options import Limits
+from workflows.serve.reading import Reading
 from workflows.serve.sampling import Answer, Delta, Prompt, Settings
 from workflows.serve.sequence import Sequence
 
@@ -66,7 +68,7 @@ class Engine:
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self._model, self._processor = model, processor
-        self._text = TokenText(processor.tokenizer)
+        self._text, self._places = TokenText(processor.tokenizer), Places(processor)
         self._batch = Batch(model, self._text, self.limits)
         self._waiting: FairQueue[Sequence] = FairQueue()
         self._seen: dict[str, float] = {}  # when each client last asked
@@ -90,6 +92,11 @@ class Engine:
     def max_sequence(self) -> int | None:
         """Tokens of the longest prompt and answer together; None where there is no such limit, as in a pure Mamba-2."""
         return self._batch.pool.limit or None
+
+    @property
+    def state_cache_bytes(self) -> int:
+        """Most bytes of kept states; 0 where none are kept."""
+        return self._batch.cache.limit
 
     @property
     def alive(self) -> bool:
@@ -122,7 +129,9 @@ class Engine:
         shown = sum(turn.images for turn in turns)
         if len(pixels) != shown:
             raise ValueError(f"the turns show {shown} images, {len(pixels)} were given")
-        return Prompt(ids, torch.from_numpy(np.stack(pixels)) if pixels else None)
+        images = tuple(map(image_digest, pixels))
+        places = self._places.of(ids.tolist(), images)
+        return Prompt(ids, torch.from_numpy(np.stack(pixels)) if pixels else None, images, places)
 
     def submit(
         self,
@@ -139,7 +148,7 @@ class Engine:
         Args:
             settings: where the state has room for less than its max_tokens, that is the answer's longest.
             on_delta: called with each piece of the answer, in the engine's thread; must return at once.
-            client: who asks; empty for the service itself.
+            client: who asks, and whose kept states are found; empty for the service itself, of which none are kept.
 
         Raises:
             QueueFull: try again later.
@@ -147,26 +156,45 @@ class Engine:
 
         The future's own errors: DeadlineExceeded, QueueFull where it had to give way, or whatever the model raised.
         """
-        if self.max_sequence is not None:  # the last token of an answer is not read any more
-            room = self.max_sequence - len(prompt.input_ids) + 1
-            settings = dataclasses.replace(settings, max_tokens=min(settings.max_tokens, room))
-        sequence = Sequence(prompt, settings, self._text, self.limits.deadline_seconds, on_delta, client)
+        return self.submit_all(prompt, [(settings, on_delta)], client)[0]
+
+    def submit_all(
+        self, prompt: Prompt, answers: list[tuple[Settings, Callable[[Delta], None] | None]], client: str = ""
+    ) -> "list[Future[Answer]]":
+        """`submit`, for several answers to one prompt, which is read once. None is queued where not all are."""
+        reading = Reading(prompt, client, len(answers))
+        room = None if self.max_sequence is None else self.max_sequence - len(prompt.input_ids) + 1
+        queued: list[Sequence] = []
+        try:
+            for settings, on_delta in answers:
+                if room is not None:  # the last token of an answer is not read any more
+                    settings = dataclasses.replace(settings, max_tokens=min(settings.max_tokens, room))
+                deadline = self.limits.deadline_seconds
+                sequence = Sequence(reading, settings, self._text, deadline, on_delta, client)
+                self._queue(sequence)
+                queued.append(sequence)
+        except (QueueFull, EngineClosed):
+            for sequence in queued:
+                sequence.future.cancel()
+            raise
+        return [sequence.future for sequence in queued]
+
+    def _queue(self, sequence: Sequence) -> None:
         sequence.metrics = self.metrics
         with self._changed:
             if self._closed or not self._worker.is_alive():
                 raise EngineClosed
-            if client:
-                self._seen[client] = sequence.arrived
+            if sequence.client:
+                self._seen[sequence.client] = sequence.arrived
             if len(self._waiting) >= self.limits.max_waiting:
                 self._waiting.drop(lambda waiting: waiting.over)
             if len(self._waiting) >= self.limits.max_waiting:
-                last = self._waiting.give_way(client)
+                last = self._waiting.give_way(sequence.client)
                 if last is None:
                     raise self._queue_full()
                 last.fail(self._queue_full())
-            self._waiting.put(client, sequence)
+            self._waiting.put(sequence.client, sequence)
             self._changed.notify()
-        return sequence.future
 
     def _queue_full(self) -> QueueFull:
         rounds = math.ceil(len(self._waiting) / self.limits.max_batch)
@@ -209,13 +237,17 @@ class Engine:
         """Move requests from the queue to the batch, waiting for one; False when closed and all is answered."""
         with self._changed:
             if not len(self._batch):
-                self.metrics.load(0, 0)
+                self.metrics.load(0, 0, self._batch.cache.nbytes)
                 self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                self._batch.cache.close()  # nothing of it is for the model that comes next
             now = time.monotonic()
             rank = self._rank(now) if self._waiting else None
             while self._batch.room and (sequence := self._waiting.take(rank)):
                 sequence.check_deadline(now)
-                if not sequence.over:
+                if sequence.over:
+                    sequence.leave_reading()
+                else:
                     sequence.began = now
                     self._batch.add(sequence)
                     rank = self._rank(now)
@@ -238,7 +270,7 @@ class Engine:
                 self._seconds = 0.8 * self._seconds + 0.2 * (sequence.ended - sequence.began)
             if sequence.future.done() and not sequence.future.cancelled() and sequence.future.exception() is None:
                 sequence.metrics.answer(sequence.future.result())
-        self.metrics.load(len(self._waiting), len(self._batch))
+        self.metrics.load(len(self._waiting), len(self._batch), self._batch.cache.nbytes)
 
     def _waiting_now(self) -> list[Sequence]:
         with self._changed:

@@ -5,10 +5,14 @@
 | mlmamba_requests_total | counter | requests, by `status` |
 | mlmamba_request_seconds | histogram | from the request's head to the response's end |
 | mlmamba_prompt_tokens_total, mlmamba_completion_tokens_total | counter | tokens read and made |
+| mlmamba_cached_tokens_total | counter | prompt tokens that were not read, because a state of them was kept |
+| mlmamba_state_cache_hits_total, mlmamba_state_cache_misses_total | counter | answers whose prompt went on from a \
+kept state, and those whose prompt was read from its beginning |
 | mlmamba_queue_seconds | histogram | from arrival to a slot |
 | mlmamba_first_token_seconds | histogram | from arrival to the first token |
 | mlmamba_token_seconds | histogram | an answer's mean time from token to token |
 | mlmamba_waiting_requests, mlmamba_slots_in_use | gauge | the queue and the batch |
+| mlmamba_state_cache_bytes | gauge | host memory of kept states |
 | mlmamba_model_info | gauge | 1 for the version that is served now, 0 for one that was |
 
 Each carries the tag `version`, the label of the model that answered.
@@ -25,6 +29,9 @@ COUNTERS = {
     "mlmamba_requests_total": "Requests by HTTP status.",
     "mlmamba_prompt_tokens_total": "Prompt tokens read, placeholders of images included.",
     "mlmamba_completion_tokens_total": "Tokens of answers.",
+    "mlmamba_cached_tokens_total": "Prompt tokens that were not read, because a state of them was kept.",
+    "mlmamba_state_cache_hits_total": "Answers whose prompt went on from a kept state.",
+    "mlmamba_state_cache_misses_total": "Answers whose prompt was read from its beginning.",
 }
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
 _TOKEN_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5]
@@ -37,6 +44,7 @@ HISTOGRAMS = {
 GAUGES = {
     "mlmamba_waiting_requests": "Requests that wait for a slot.",
     "mlmamba_slots_in_use": "Requests in slots.",
+    "mlmamba_state_cache_bytes": "Host memory of kept states.",
     "mlmamba_model_info": "1 for the version that is served, 0 for one that was.",
 }
 _GAUGE_SECONDS = 0.5  # a step can take a millisecond, and setting a gauge of Ray's is not free
@@ -53,7 +61,7 @@ class Metrics:
     def __init__(self, version: str = "", parent: "Metrics | None" = None):
         self._tags = {"version": version}
         self._parent = parent
-        self._last: tuple[int, int] | None = None
+        self._last: tuple[int, int, int] | None = None
         self._last_time = 0.0
         self._lock = threading.Lock()
         self.values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
@@ -71,6 +79,8 @@ class Metrics:
         """An answer is whole."""
         self._count("mlmamba_prompt_tokens_total", answer.prompt_tokens)
         self._count("mlmamba_completion_tokens_total", answer.completion_tokens)
+        self._count("mlmamba_cached_tokens_total", answer.cached_tokens)
+        self._count(f"mlmamba_state_cache_{'hits' if answer.cached_tokens else 'misses'}_total", 1)
         if answer.timing is not None:
             self._observe("mlmamba_queue_seconds", answer.timing.queued)
             self._observe("mlmamba_first_token_seconds", answer.timing.first_token)
@@ -78,15 +88,16 @@ class Metrics:
                 gaps = answer.completion_tokens - 1
                 self._observe("mlmamba_token_seconds", (answer.timing.total - answer.timing.first_token) / gaps)
 
-    def load(self, waiting: int, running: int) -> None:
-        """How full queue and slots are. May be called at every step: sent on when it changed, twice a second at most,
-        and whenever all has become idle."""
+    def load(self, waiting: int, running: int, kept: int = 0) -> None:
+        """How full queue and slots are, and the bytes of kept states. May be called at every step: sent on when it
+        changed, twice a second at most, and whenever all has become idle."""
         now = time.monotonic()
-        if (waiting, running) == self._last or (waiting + running and now - self._last_time < _GAUGE_SECONDS):
+        if (waiting, running, kept) == self._last or (waiting + running and now - self._last_time < _GAUGE_SECONDS):
             return
-        self._last, self._last_time = (waiting, running), now
+        self._last, self._last_time = (waiting, running, kept), now
         self._set("mlmamba_waiting_requests", waiting)
         self._set("mlmamba_slots_in_use", running)
+        self._set("mlmamba_state_cache_bytes", kept)
 
     def serving(self, served: bool) -> None:
         """Whether this version is the one that is served."""

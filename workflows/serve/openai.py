@@ -364,10 +364,12 @@ class Completion:
         return {"content": entries, "refusal": None}
 
 
-def usage(answers: list[Answer]) -> dict[str, int]:
-    """Token counts of the answers to one prompt; an image counts with all its placeholders, an answer with its end."""
+def usage(answers: list[Answer]) -> dict[str, Any]:
+    """Token counts of the answers to one prompt; an image counts with all its placeholders, an answer with its end, and
+    as cached what of the prompt was not read because a state of it was kept."""
     prompt, made = answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    details = {"prompt_tokens_details": {"cached_tokens": answers[0].cached_tokens}}
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made, **details}
 
 
 def _entry(data: bytes, logprob: float) -> dict[str, Any]:

@@ -27,6 +27,9 @@ class Limits(StrictModel):
     """Prompt tokens that are read between two steps of the running answers; a longer prompt is read in pieces."""
     images_at_once: int = Field(4, gt=0)
     """Images that are encoded together, between two steps of the running answers."""
+    state_cache_bytes: int = Field(2**30, ge=0)
+    """Host memory for states that are kept after images, prompts and answers, so that what comes after them is all that
+    need be read. Each key holder (without keys: each address) finds only what it asked itself. 0 keeps none."""
     deadline_seconds: float = Field(300, gt=0)
     """Longest time from a request's arrival in the queue to the end of its answer (504)."""
     max_tokens: int = Field(1024, gt=0)

@@ -72,6 +72,7 @@ def _details(conversation: "Conversation") -> dict:
     first = answers[0]
     return details | {
         "prompt_tokens": first.prompt_tokens,
+        "cached_tokens": first.cached_tokens,
         "completion_tokens": sum(answer.completion_tokens for answer in answers),
         "finish_reason": first.finish_reason,
         "queue_seconds": round(first.timing.queued, 4),

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mlmamba.state_cache import Place
+
 LEAST_TEMPERATURE = 0.01  # below it logits / temperature can overflow, so the answer is greedy
 _NUCLEUS = 256  # most likely tokens looked at for top_p; nearly always enough, and faster than sorting the vocabulary
 FinishReason = Literal["stop", "length"]
@@ -17,10 +19,13 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt (l,) and its images, uint8 (n, 3, s, s) or None."""
+    """A tokenized prompt (l,) and its images, uint8 (n, 3, s, s) or None; with the images' digests, and the places at
+    which a state may be found or kept, in ascending order."""
 
     input_ids: Tensor
     pixels: Tensor | None
+    images: tuple[bytes, ...] = ()
+    places: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it took. `ids` are its tokens with the end token, which `completion_tokens` counts too."""
+    """An answer and what it took. `ids` are its tokens with the end token, which `completion_tokens` counts too;
+    `cached_tokens` of the prompt were not read, because a state of them was kept."""
 
     text: str
     finish_reason: FinishReason
@@ -84,6 +90,7 @@ class Answer:
     ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
     timing: Timing | None = field(default=None, compare=False)
+    cached_tokens: int = field(default=0, compare=False)
 
 
 def generator_of(settings: Settings) -> torch.Generator | None:

@@ -5,11 +5,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 
-from torch import Tensor
-
-from mlmamba.state import MambaState
 from workflows.serve.detokenize import TextStream, TokenText
 from workflows.serve.metrics import Metrics
+from workflows.serve.reading import Reading
 from workflows.serve.sampling import Answer, Delta, FinishReason, Prompt, Settings, Timing, TokenLogprob, generator_of
 
 
@@ -34,7 +32,8 @@ class Sequence:
     The future stays cancellable to the end: the engine looks at it before each step and gives up a cancelled request.
 
     Args:
-        prompt, settings: what is asked.
+        reading: of the prompt; shared with other answers to it.
+        settings: how to answer.
         text: of the model's tokenizer.
         deadline: seconds that the answer may take from now on.
         on_delta: called in the engine's thread with each piece of the answer, before the future is done.
@@ -43,24 +42,23 @@ class Sequence:
 
     def __init__(
         self,
-        prompt: Prompt,
+        reading: Reading,
         settings: Settings,
         text: TokenText,
         deadline: float,
         on_delta: Callable[[Delta], None] | None = None,
         client: str = "",
     ):
-        self.prompt, self.settings, self.client = prompt, settings, client
+        self.reading, self.settings, self.client = reading, settings, client
         self.future: Future[Answer] = Future()
-        self.read = 0  # prompt tokens that the state has seen
-        self.features: Tensor | None = None  # one vector for each placeholder of the prompt that is still to be read
-        self.state: MambaState | None = None  # of the prompt so far; once it is read, the state is in a slot
+        self._left = False  # whether it needs its reading no longer
         self.ids: list[int] = []
         self.generator = generator_of(settings)
         self.metrics: Metrics | None = None  # as they were when it came: a version's trial is not counted as its work
         self.began: float | None = None
         self.first: float | None = None
         self.ended: float | None = None
+        self.answered = False
         self.arrived = time.monotonic()
         self._text, self._stream = text, TextStream(text, settings.stop)
         self._deadline, self._on_delta = deadline, on_delta
@@ -70,9 +68,20 @@ class Sequence:
         self._reported = 0
 
     @property
+    def prompt(self) -> Prompt:
+        """What is asked."""
+        return self.reading.prompt
+
+    @property
     def over(self) -> bool:
         """Whether there is nothing left to do: answered, failed or given up by the client."""
         return self.ended is not None or self.future.done()
+
+    def leave_reading(self) -> None:
+        """Its prompt is read and the state in a slot, or it has ended before."""
+        if not self._left:
+            self._left = True
+            self.reading.leave()
 
     def check_deadline(self, now: float) -> None:
         """Fail if there is no time left."""
@@ -135,12 +144,14 @@ class Sequence:
             tuple(self.ids),
             tuple(self._reports[: self._reported]) if self.settings.logprobs is not None else None,
             timing,
+            self.reading.cached,
         )
         self._end(lambda: self.future.set_result(answer))
+        self.answered = True
 
     def _end(self, settle: Callable[[], None]) -> None:
         if self.ended is None:
             self.ended = time.monotonic()
-            self.state = self.features = None
+            self.leave_reading()
             with contextlib.suppress(InvalidStateError):  # cancelled at this moment
                 settle()

@@ -62,7 +62,8 @@ class Served:
 
     def entry(self, since: int, name: str | None = None) -> dict[str, Any]:
         """Its entry of /v1/models."""
-        return model_entry(self.source, since, self.engine.max_length, name, self.engine.max_sequence)
+        entry = model_entry(self.source, since, self.engine.max_length, name, self.engine.max_sequence)
+        return entry | {"state_cache_bytes": self.engine.state_cache_bytes}
 
     def is_called(self, name: str | None) -> bool:
         """Whether a request for a model of this name means this one."""
@@ -199,16 +200,11 @@ class Conversation:
         self._completion = Completion(served.source, settings[0].logprobs is not None)
         self._events = Events()
         self._loop = asyncio.get_running_loop()
-        self._futures: list[Future[Answer]] = []
+        asked = [(own, self._listener(index) if self.streams else None) for index, own in enumerate(settings)]
         try:
-            for index, own in enumerate(settings):
-                listen = self._listener(index) if self.streams else None
-                self._futures.append(served.engine.submit(prompt, own, listen, client))
-        except (QueueFull, EngineClosed) as error:
-            self.cancel()
-            if isinstance(error, QueueFull):
-                raise api_error(error) from error
-            raise
+            self._futures: list[Future[Answer]] = served.engine.submit_all(prompt, asked, client)
+        except QueueFull as error:
+            raise api_error(error) from error
 
     @property
     def id(self) -> str:

@@ -309,7 +309,8 @@ def test_a_compressed_body_is_named(url):
 def test_what_other_servers_clients_ask_for(url):
     assert raw(url, "/health")[:1] == (200,)
     assert raw(url, "/version")[2] == {"version": mlmamba.__version__}
-    assert raw(url, "/v1/models")[2]["data"][0]["max_model_len"] == 300
+    (entry,) = raw(url, "/v1/models")[2]["data"]
+    assert (entry["max_model_len"], entry["state_cache_bytes"]) == (300, LIMITS.state_cache_bytes)
     status, _, content = raw(url, "/v1/completions", {"prompt": "x"})
     assert (status, content["error"]["code"]) == (404, "not_found")
     assert "POST /v1/chat/completions" in content["error"]["message"]

@@ -52,11 +52,13 @@ def value(service, name, **tags):
 
 def test_an_answer_is_counted_and_timed():
     metrics = Metrics()
-    metrics.of_version("m/1").answer(Answer("x", "stop", 10, 5, timing=Timing(0.5, 1.0, 3.0)))
+    metrics.of_version("m/1").answer(Answer("x", "stop", 10, 5, timing=Timing(0.5, 1.0, 3.0), cached_tokens=4))
     tags = (("version", "m/1"),)
     assert metrics.values == {
         ("mlmamba_prompt_tokens_total", tags): 10,
         ("mlmamba_completion_tokens_total", tags): 5,
+        ("mlmamba_cached_tokens_total", tags): 4,
+        ("mlmamba_state_cache_hits_total", tags): 1,
         ("mlmamba_queue_seconds_count", tags): 1,
         ("mlmamba_queue_seconds_sum", tags): 0.5,
         ("mlmamba_first_token_seconds_count", tags): 1,
@@ -64,6 +66,14 @@ def test_an_answer_is_counted_and_timed():
         ("mlmamba_token_seconds_count", tags): 1,
         ("mlmamba_token_seconds_sum", tags): 0.5,
     }
+
+
+def test_an_answer_that_found_no_kept_state_is_counted_as_such():
+    metrics = Metrics()
+    metrics.answer(Answer("x", "stop", 10, 5))
+    names = {name for (name, _), value in metrics.values.items() if value}
+    assert "mlmamba_state_cache_misses_total" in names
+    assert "mlmamba_state_cache_hits_total" not in names
 
 
 def test_the_load_is_sent_seldom_but_always_when_idle():
