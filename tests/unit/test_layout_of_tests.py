@@ -113,7 +113,6 @@ NOT_ALONE = {
     "workflows.train.restore": "integration/test_train_exact.py: in training workers",
     "workflows.train.saver": "integration/test_train_exact.py: in training workers",
     "workflows.train.validation": "integration/test_train_stages.py: in training workers",
-    "workflows.verbs.chat": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.evaluate": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.models": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.serve": "unit/verbs/test_cli.py: through the parser",

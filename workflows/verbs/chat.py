@@ -1,43 +1,57 @@
-"""Asking a model from the terminal: one question, or a conversation in which every turn sees the ones before."""
+"""Asking a model from the terminal: one question, or a conversation in which every turn sees the ones before.
+
+The engine of the service answers, for this one client: a later turn reads only what is new in it.
+"""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from transformers import TextStreamer
+from PIL import Image
 
 from mlmamba.conversation import Turn
 from mlmamba.images import ImageError, open_image
 from mlmamba.loading import load_model
-from workflows.errors import UsageError
+from workflows.errors import UsageError, WorkflowError
 from workflows.registry import resolve_model
+from workflows.serve.engine import Engine
+from workflows.serve.options import Limits
+from workflows.serve.sampling import Delta, Settings
+from workflows.serve.sequence import NoNumbers
+
+_LIMITS = Limits(max_batch=1, deadline_seconds=1e9)  # who asks can stop it
 
 
 def answer_once(
     reference: str, storage: Path, image: str | None, question: str, max_new_tokens: int, precision: str = "auto"
 ) -> str:
     """The model's greedy answer to one question about one image (or none)."""
-    opened = _open(image)
-    model, processor = _load(resolve_model(reference, storage).folder, precision)
-    return _generate(model, processor, [Turn("user", question, images=int(bool(opened)))], opened, max_new_tokens)
+    images = _open(image)
+    engine = _load(resolve_model(reference, storage).folder, precision)
+    return _answer(engine, [Turn("user", question, len(images))], images, max_new_tokens)
 
 
 def talk(reference: str, storage: Path, image: str | None, precision: str = "auto") -> None:
     """Read questions until an empty line or the end of input, streaming each answer."""
-    opened = _open(image)
+    images = _open(image)
     resolved = resolve_model(reference, storage)
-    model, processor = _load(resolved.folder, precision)
+    engine = _load(resolved.folder, precision)
     print(f"{resolved.label}. Ask about {image or 'anything'}; an empty line ends.", file=sys.stderr)
     turns: list[Turn] = []
     while question := _ask():
-        turns.append(Turn("user", question, images=int(bool(opened) and not turns)))
-        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        turns.append(Turn("assistant", _generate(model, processor, turns, opened, 256, streamer)))
+        asked = [*turns, Turn("user", question, 0 if turns else len(images))]
+        try:
+            answer = _answer(engine, asked, images, 256, lambda delta: print(delta.text, end="", flush=True))
+        except UsageError as error:  # the conversation so far stands
+            print(error, file=sys.stderr)
+            continue
+        print()
+        turns = [*asked, Turn("assistant", answer)]
 
 
-def _load(folder: Path, precision: str):
+def _load(folder: Path, precision: str) -> Engine:
     try:
-        return load_model(folder, precision=precision)
+        return Engine(*load_model(folder, precision=precision), _LIMITS)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -49,22 +63,32 @@ def _ask() -> str:
         return ""
 
 
-def _open(image: str | None):
+def _open(image: str | None) -> list[Image.Image]:
     if image is None:
-        return None
+        return []
     try:
-        return open_image(Path(image).read_bytes())
+        return [open_image(Path(image).read_bytes())]
     except OSError as error:
         raise UsageError(f"--image {image}: {error.strerror}") from error
     except ImageError as error:
         raise UsageError(f"--image {image}: {error}") from error
 
 
-@torch.inference_mode()
-def _generate(model, processor, turns, image, max_new_tokens, streamer=None) -> str:
+def _answer(
+    engine: Engine,
+    turns: list[Turn],
+    images: list[Image.Image],
+    max_new_tokens: int,
+    on_delta: Callable[[Delta], None] | None = None,
+) -> str:
     try:
-        inputs = processor(images=image, text=processor.prompt(turns)).to(model.device)
+        prompt = engine.prepare(turns, images)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    future = engine.submit(prompt, Settings(max_new_tokens), on_delta, client="chat")
+    try:
+        return future.result().text
+    except NoNumbers as error:
+        raise WorkflowError(str(error)) from error
+    finally:
+        future.cancel()

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from string import ascii_letters
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mlmamba.state import MambaState
 from tests.helpers.images import image
 from tests.helpers.processes import wait_for
 from tests.helpers.serving import load_tiny
-from tests.helpers.tiny import PER_IMAGE
+from tests.helpers.tiny import PER_IMAGE, VOCABULARY
 from workflows.serve.engine import Engine, QueueFull
 from workflows.serve.options import Limits
 from workflows.serve.reading import Reading
@@ -25,9 +26,9 @@ REPORTED = Settings(12, logprobs=5)
 def loaded(tmp_path_factory):
     """Answers are letters alone, so that they come out of the tokenizer as they went in, and end by their length."""
     model, processor = load_tiny(tmp_path_factory.mktemp("reading") / "tiny")
-    vocabulary = processor.tokenizer.get_vocab()
-    letters = {token for name, token in vocabulary.items() if len(name) == 1 and name.isascii() and name.isalpha()}
-    model.generation_config.suppress_tokens = [i for i in range(len(vocabulary)) if i not in letters]
+    names = processor.tokenizer.get_vocab().items()
+    letters = {token for name, token in names if len(name) == 1 and name in ascii_letters}
+    model.generation_config.suppress_tokens = [token for token in range(VOCABULARY) if token not in letters]
     return model, processor
 
 
