@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.helpers.serve_client import ServiceError, request
 from tests.helpers.serve_load import Clients, post, wait_until_all_serve
 from tests.helpers.swap_models import answer_of, register_models, write_model
 from workflows.registry import promote
+from workflows.serve.start import serve_model
 from workflows.tracking.tracker import connect
 
 pytestmark = pytest.mark.slow
@@ -71,6 +73,34 @@ def test_a_config_file_is_all_it_takes(dashboard, tmp_path):
     assert clients.failed == []
     assert sorted(file.name for file in work.iterdir()) == ["serve.yaml"]
     assert json.loads((storage / "serving" / "shapes@champion.json").read_text())["version"] == "2"
+
+
+def test_a_session_stays_with_the_replica_that_has_kept_its_states(tmp_path):
+    torch.set_num_threads(1)
+    write_model(tmp_path / "model", 1)
+    ray.shutdown()
+    options = {"replicas": 2, "threads": 1, "routing": "session", "block": False}
+    with serve_model(str(tmp_path / "model"), tmp_path, port=free_port(), **options) as server:
+        turns = {f"session {number}": [] for number in range(16)}
+        cached, processes = [], set()
+        for question in ("what is shown?", "where?", "why?"):
+            for session, messages in turns.items():
+                headers = {"Content-Type": "application/json", "x-session-id": session}
+                messages.append({"role": "user", "content": f"{session}: {question}"})
+                body = json.dumps({"messages": messages, "max_tokens": TOKENS}).encode()
+                call = urllib.request.Request(f"{server.url}/v1/chat/completions", body, headers)
+                with urllib.request.urlopen(call, timeout=60) as reply:
+                    content = json.load(reply)
+                messages.append(content["choices"][0]["message"])
+                if question != "what is shown?":
+                    cached.append(content["usage"]["prompt_tokens_details"]["cached_tokens"])
+                seen = urllib.request.Request(f"{server.url}/v1/swap", None, headers)
+                with urllib.request.urlopen(seen, timeout=60) as reply:
+                    processes.add((session, json.load(reply)["pid"]))
+    assert all(cached)
+    assert len(processes) == len(turns)
+    assert len({pid for _, pid in processes}) == 2
+    ray.shutdown()
 
 
 def deploy(work: Path, dashboard: str, config: dict) -> None:

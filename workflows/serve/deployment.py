@@ -11,12 +11,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from pipelines.config import StrictModel
 from workflows.serve.auth import Access
 from workflows.serve.options import Limits
 from workflows.serve.swap import SwapOptions
 
+_BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _ALWAYS_ROOM = 32  # calls beyond batch, queue and arriving bodies that reach the replica: health checks, and refusals
 
 
@@ -48,6 +50,9 @@ class ServeOptions(StrictModel):
     """Processes, each with its own copy of the model."""
     autoscaling: Autoscaling | None = None
     """More processes when there is more to do."""
+    routing: Literal["load", "session"] = "load"
+    """Which replica answers: the one of two with less to do; or `session`, for requests with the same header
+    `x-session-id` the same one, which has kept their states (others are spread evenly, whatever each has to do)."""
     threads: int = Field(1, gt=0)
     """CPU cores, and torch threads, of one replica."""
     gpus: float = Field(0, ge=0, le=1)
@@ -128,6 +133,8 @@ def application(options: ServeOptions) -> Application:
         # A replica that is taken away may finish the answers that it began.
         "graceful_shutdown_timeout_s": limits.deadline_seconds,
     }
+    if options.routing == "session":
+        settings["request_router_config"] = RequestRouterConfig(request_router_class=_BY_SESSION)
     if options.autoscaling is None:
         settings["num_replicas"] = options.replicas
     else:

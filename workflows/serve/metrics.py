@@ -6,8 +6,7 @@
 | mlmamba_request_seconds | histogram | from the request's head to the response's end |
 | mlmamba_prompt_tokens_total, mlmamba_completion_tokens_total | counter | tokens read and made |
 | mlmamba_cached_tokens_total | counter | prompt tokens that were not read, because a state of them was kept |
-| mlmamba_state_cache_hits_total, mlmamba_state_cache_misses_total | counter | answers whose prompt went on from a \
-kept state, and those whose prompt was read from its beginning |
+| mlmamba_state_cache_hits_total, mlmamba_state_cache_misses_total | counter | answers with cached tokens, and without |
 | mlmamba_queue_seconds | histogram | from arrival to a slot |
 | mlmamba_first_token_seconds | histogram | from arrival to the first token |
 | mlmamba_token_seconds | histogram | an answer's mean time from token to token |

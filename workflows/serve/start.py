@@ -66,6 +66,7 @@ def serve_model(
     swap: SwapOptions | None = None,
     limits: Limits | None = None,
     precision: str = "auto",
+    routing: str = "load",
     block: bool = True,
 ) -> Server:
     """Serve a model over HTTP.
@@ -84,6 +85,7 @@ def serve_model(
         swap: how an alias is followed.
         limits: of one replica.
         precision: what the model computes in, as `load_model` takes it.
+        routing: which replica answers, as in `ServeOptions`.
         block: return only after Ctrl-C (or SIGTERM), with everything stopped; else return as soon as it serves.
 
     Raises:
@@ -114,6 +116,7 @@ def serve_model(
                 "swap": swap or SwapOptions(),
                 "limits": limits or Limits(),
                 "precision": precision,
+                "routing": routing,
             }
         )
         _refuse_second(ray)

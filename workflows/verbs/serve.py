@@ -11,6 +11,7 @@ def serve(a: argparse.Namespace) -> None:
 
     from workflows.errors import UsageError
     from workflows.serve.auth import Access
+    from workflows.serve.options import Limits
     from workflows.serve.start import serve_model
     from workflows.serve.swap import SwapOptions
     from workflows.storage.layout import open_local_storage
@@ -18,6 +19,7 @@ def serve(a: argparse.Namespace) -> None:
     try:
         access = Access(api_keys_file=_absolute(a.api_keys_file), image_urls=tuple(a.image_urls))
         swap = SwapOptions(poll_seconds=a.poll_seconds, same_answer=a.same_answer)
+        limits = Limits() if a.state_cache_bytes is None else Limits(state_cache_bytes=a.state_cache_bytes)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = "--" + "-".join(str(first["loc"][0]).split("_"))
@@ -35,6 +37,8 @@ def serve(a: argparse.Namespace) -> None:
         no_api_keys=a.no_api_keys,
         swap=swap,
         precision=a.precision or "auto",
+        routing=a.routing,
+        limits=limits,
     )
 
 
@@ -58,6 +62,15 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-replicas", type=int, metavar="N", help="up to so many when there is more to do")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU cores of a replica (default: all, shared out)")
     parser.add_argument("--gpus", type=float, metavar="N", help="GPU of a replica, 0 to 1 (default: one each, if any)")
+    parser.add_argument(
+        "--routing", choices=("load", "session"), default="load", help="to the replica with less to do, or by session"
+    )
+    parser.add_argument(
+        "--state-cache-bytes",
+        type=int,
+        metavar="N",
+        help="memory of a replica for kept states (default: 1 GiB; 0: none)",
+    )
     parser.add_argument("--api-keys-file", metavar="FILE", help="API keys, one a line (also MLMAMBA_API_KEYS)")
     parser.add_argument("--no-api-keys", action="store_true", help="serve others than this machine without keys")
     parser.add_argument(
