@@ -195,8 +195,8 @@ class Places:
         cuts = {i + 1 for i, (one, after) in enumerate(pairwise(ids)) if one == self._image_id != after} | {len(ids)}
         found = set(cuts)
         for number, end in enumerate(i for i, token in enumerate(ids) if token == self._end_id):
-            if number % 2:  # of an answer. One that was cut short ended with a token that its state has not read
-                found |= {end - 1, end}
+            if number % 2:  # of an answer, whose last token its state has read or not
+                found |= {end - 1, end, end + 1}
             elif list(ids[end + 1 : (begin := end + 1 + len(self._opening))]) == self._opening:
                 found.add(begin)
         lengths = sorted(found - {0})

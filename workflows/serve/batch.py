@@ -84,8 +84,9 @@ class Batch:
         for slot in reversed(range(len(self.running))):
             sequence = self.running[slot]
             if sequence.over:
-                if sequence.answered:  # its state has read all but the last token
-                    self._reader.keep_answer(sequence.reading, sequence.ids[:-1], lambda slot=slot: self.pool.row(slot))
+                if sequence.answered:
+                    read = sequence.ids[: sequence.fed]
+                    self._reader.keep_answer(sequence.reading, read, lambda slot=slot: self.pool.row(slot))
                 self.pool.remove(slot)
                 self._ended.append(self.running[slot])
                 last = self.running.pop()
@@ -125,6 +126,8 @@ class Batch:
             last = torch.tensor([[sequence.ids[-1]] for sequence in self.running], device=self._model.device)
             out = self._model(input_ids=last, cache_params=self.pool.view(), use_cache=True, logits_to_keep=1)
             self.pool.write(out.cache_params)
+            for sequence in self.running:
+                sequence.fed = len(sequence.ids)
             picked = self._pick(self.running, out.logits[:, -1])
         except Exception as error:  # for example when the device is out of memory
             logger.error("a step of %d answers failed: %s", len(self.running), without_message(error))

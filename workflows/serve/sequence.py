@@ -53,6 +53,7 @@ class Sequence:
         self.future: Future[Answer] = Future()
         self._left = False  # whether it needs its reading no longer
         self.ids: list[int] = []
+        self.fed = 0  # of these, tokens that the state in its slot has read
         self.generator = generator_of(settings)
         self.metrics: Metrics | None = None  # as they were when it came: a version's trial is not counted as its work
         self.began: float | None = None
