@@ -8,24 +8,30 @@ import pytest
 import torch
 
 from mlmamba.conversation import Turn
+from mlmamba.loading import load_model
 from mlmamba.state import MambaState
 from tests.helpers.images import image
 from tests.helpers.processes import wait_for
-from tests.helpers.serving import load_tiny
-from tests.helpers.tiny import PER_IMAGE, VOCABULARY
+from tests.helpers.tiny import HYBRID, PER_IMAGE, VOCABULARY, tiny_model, tiny_tokenizer
 from workflows.serve.engine import Engine, QueueFull
 from workflows.serve.options import Limits
 from workflows.serve.reading import Reading
 from workflows.serve.sampling import Prompt, Settings
+from workflows.train.initial import save
 
 LIMITS = Limits(max_batch=4, max_waiting=20, prefill_tokens=16, images_at_once=1)
 REPORTED = Settings(12, logprobs=5)
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+@pytest.fixture(scope="module", params=["mamba2", "hybrid"])
+def loaded(request, tmp_path_factory):
     """Answers are letters alone, so that they come out of the tokenizer as they went in, and end by their length."""
-    model, processor = load_tiny(tmp_path_factory.mktemp("reading") / "tiny")
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reading") / request.param
+    hybrid = HYBRID | {"max_position_embeddings": 600} if request.param == "hybrid" else {}
+    model = tiny_model(hybrid | {"tie_word_embeddings": False}, max_position_embeddings=300)
+    save(model, tiny_tokenizer(), folder)
+    model, processor = load_model(folder)
     names = processor.tokenizer.get_vocab().items()
     letters = {token for name, token in names if len(name) == 1 and name in ascii_letters}
     model.generation_config.suppress_tokens = [token for token in range(VOCABULARY) if token not in letters]
@@ -202,14 +208,14 @@ def test_kept_states_are_never_written_to(start):
     answer = ask(engine, turns, [image()])
     kept = engine._batch.cache._kept
     wait_for(lambda: len(kept) == 3)  # after the image, the question and the answer
-    before = {key: [t.clone() for s in one.state.layers for t in (s.conv, s.ssm)] for key, one in kept.items()}
+    before = {key: [t.clone() for layer in one.state.layers for t in layer.parts] for key, one in kept.items()}
     about(engine, "more?", settings=Settings(30))
     about(engine, "what?", settings=Settings(30, temperature=1.0))
     ask(engine, [*turns, Turn("assistant", answer.text), Turn("user", "and?")], [image()], Settings(30))
     futures = [engine.submit(engine.prepare(turns, [image()]), Settings(20), client="a") for _ in range(4)]
     assert len({future.result(30).ids for future in futures}) == 1
     for key, tensors in before.items():
-        after = [t for s in kept[key].state.layers for t in (s.conv, s.ssm)]
+        after = [t for layer in kept[key].state.layers for t in layer.parts]
         assert all(torch.equal(one, other) for one, other in zip(tensors, after, strict=True))
 
 
@@ -312,6 +318,7 @@ def test_memory_for_kept_states_that_is_not_there_costs_no_answer(start, monkeyp
     assert [record.message for record in caplog.records if "no states are kept" in record.message]
 
 
+@pytest.mark.parametrize("loaded", ["mamba2"], indirect=True)
 def test_a_prompt_of_four_thousand_tokens_delays_running_answers_by_one_piece(loaded, monkeypatch):
     """Between two pieces of it every running answer has its next token."""
     model, processor = loaded
