@@ -23,6 +23,8 @@ def check_blocks(fields: Any) -> None:
     """
     if fields.layers is None:
         return
+    if not fields.layers:
+        raise ValueError("layers is empty; list what each block is, or leave it out for a pure Mamba-2")
     if unknown := sorted({*fields.layers} - {*KINDS}):
         raise ValueError(f"layers holds {unknown[0]!r}; a block is one of {', '.join(KINDS)}")
     if len(fields.layers) != fields.num_hidden_layers:

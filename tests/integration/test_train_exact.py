@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.toy_training import Workers, difference, same
+from tests.helpers.toy_training import Workers, difference, make_toy, same
 from workflows.storage.folder import WHOLE, Folder
 from workflows.train.checkpoint import CheckpointStore
 
@@ -53,6 +53,47 @@ def test_dropout_and_changed_images_resume_exactly_too(toy, workers, tmp_path):
     job = toy.job(tmp_path / "stopped", stage, save_every=3)
     workers.train(job, stop_after=4)
     assert same(workers.train(job).weights, whole.weights)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """A toy whose language model has attention and MLPs."""
+    text = {
+        "layers": ["mamba2", "mlp", "attention", "mlp", "both"],
+        "hidden_size": 32,
+        "state_size": 8,
+        "head_dim": 16,
+        "chunk_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_head_dim": 8,
+        "rope_theta": 1e4,
+        "mlp_size": 48,
+    }
+    return make_toy(tmp_path_factory.mktemp("hybrid"), {"text": text})
+
+
+@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=SLOW)])
+def test_a_hybrid_resumes_exactly_and_every_mixer_of_it_trains(hybrid, workers, tmp_path, zero_stage):
+    whole = workers.train(hybrid.job(tmp_path / "whole", zero_stage=zero_stage))
+    job = hybrid.job(tmp_path / "stopped", zero_stage=zero_stage, save_every=2)
+    first = workers.train(job, stop_after=5)
+    second = workers.train(job)
+    assert second.of("start")[0]["step"] == 4
+    assert first.losses[:4] + second.losses == whole.losses
+    assert same(second.weights, whole.weights)
+    before = load_file(hybrid.initial / "model.safetensors")
+    moved = {
+        name.split(".")[3] for name in before if "layers" in name and not torch.equal(before[name], whole.weights[name])
+    }
+    assert moved >= set("01234")
+
+
+@SLOW
+def test_a_hybrid_has_the_same_losses_under_every_zero_stage(hybrid, workers, tmp_path):
+    found = [workers.train(hybrid.job(tmp_path / str(stage), zero_stage=stage)).losses for stage in (0, 1, 3)]
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert found[2] == pytest.approx(found[0], abs=1e-5)
 
 
 def test_half_written_and_damaged_checkpoints_are_passed_over(toy, workers, undisturbed, tmp_path):

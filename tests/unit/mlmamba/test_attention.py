@@ -197,6 +197,7 @@ def test_a_sequence_longer_than_the_maximum_is_an_error(model):
     ("changes", "message"),
     [
         ({"layers": ["mamba2", "lstm"], "num_hidden_layers": 2}, "layers holds 'lstm'; a block is one of mamba2, att"),
+        ({"layers": [], "num_hidden_layers": 0}, "layers is empty; list what each block is"),
         ({"num_hidden_layers": 4}, "layers lists 5 blocks, num_hidden_layers is 4"),
         ({"mlp_size": 0}, "layers has mlp blocks, and mlp_size is 0; give their inner width"),
         ({"num_key_value_heads": 3}, "layers has attention, with 4 heads in 3 groups of 8 channels"),
