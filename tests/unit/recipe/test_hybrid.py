@@ -31,7 +31,7 @@ def test_the_shipped_hybrid_trains_on_the_quickstarts_data_set(tmp_path):
 @pytest.mark.parametrize(
     "override",
     [
-        "layers=[mamba2, mlp, attention, mamba2]",
+        "layers=[mamba2, mlp, attention, mamba2, mamba2]",
         "num_key_value_heads=4",
         "attention_head_dim=16",
         "rope_theta=10000",
@@ -60,7 +60,7 @@ def test_a_pure_models_run_keeps_its_name(tmp_path):
         ("num_key_value_heads=3", "with 4 heads in 3 groups of 32 channels"),
         ("num_attention_heads=0", "with 0 heads in 2 groups of 32 channels"),
         ("mlp_size=0", "layers has mlp blocks, and mlp_size is 0; give their inner width"),
-        ("num_hidden_layers=3", "layers lists 4 blocks, num_hidden_layers is 3"),
+        ("num_hidden_layers=3", "layers lists 5 blocks, num_hidden_layers is 3"),
         ("partial_rotary_factor=2", "less than or equal to 1"),
         ("max_position_embeddings=0", "greater than 0"),
     ],

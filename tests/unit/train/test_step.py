@@ -13,7 +13,7 @@ from pipelines.packed import PackedRow
 from tests.helpers.fake_gpu import FakeGPU, gradients
 from tests.helpers.host_reads import HostRead, no_host_reads
 from tests.helpers.images import encoded
-from tests.helpers.tiny import IMAGE_ID, PER_IMAGE, prompt, tiny_model
+from tests.helpers.tiny import HYBRID, IMAGE_ID, PER_IMAGE, prompt, tiny_model
 from workflows.train.step import MicroBatch, batch_maker
 
 LENGTH = 24
@@ -72,9 +72,10 @@ def test_images_are_changed_by_seed_step_and_row_however_the_step_is_cut(model):
     assert not any(torch.equal(plain[row], whole[row]) for row in whole)
 
 
+@pytest.mark.parametrize("text", [{}, HYBRID], ids=["pure", "hybrid"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_forward_and_backward_read_nothing_on_the_host(micro_batches, checkpointing):
-    model = tiny_model().train()
+def test_forward_and_backward_read_nothing_on_the_host(micro_batches, checkpointing, text):
+    model = tiny_model(text).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     count = torch.tensor(20.0)
