@@ -2,8 +2,9 @@
 
 from typing import Any
 
-KINDS = {"mamba2": 1, "attention": 1, "mlp": 0, "both": 2}
-"""Kinds of a block's mixer, and how many states (mlmamba/state.py) each has. `both` is Mamba-2 beside attention."""
+KINDS = {"mamba2": (False,), "attention": (True,), "mlp": (), "both": (False, True)}
+"""Kinds of a block's mixer, and its states (mlmamba/state.py): whether each keeps keys and values, which grow.
+`both` is Mamba-2 beside attention."""
 ACTIVATIONS = ("swiglu", "relu2")
 """Of an MLP: silu of one half times the other, or the square of relu (Nemotron-H)."""
 MIXER_NORMS = ("gated", "before_gate", "none")

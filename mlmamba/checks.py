@@ -6,7 +6,7 @@ Shapes: b batch, l length, n images, N tokens per image, d language width.
 import torch
 from torch import Tensor
 
-from mlmamba.state import MambaState
+from mlmamba.state import KeyValueState, MambaState
 
 
 def describe(value: Tensor) -> str:
@@ -136,9 +136,15 @@ def check_state(state: MambaState | None, rows: int, config) -> None:
         raise TypeError(f"cache_params is a {type(state).__name__}; expected the MambaState of an earlier call")
     if not state.layers:
         return
-    expected = config.text_config.states
+    expected = len(config.text_config.keeps)
     if len(state.layers) != expected:
         raise ValueError(f"the state (cache_params) has {len(state.layers)} layers, the model {expected}")
+    keeps = [isinstance(layer, KeyValueState) for layer in state.layers]
+    if keeps != config.text_config.keeps:
+        raise ValueError(
+            f"the state (cache_params) is of a model with attention in {sum(keeps)} of {expected} layers or in others; "
+            f"this one has it in {sum(config.text_config.keeps)}"
+        )
     if state.rows != rows:
         raise ValueError(
             f"the state (cache_params) is of {state.rows} sequences, the input of {rows}; choose rows with "

@@ -77,9 +77,9 @@ class Mamba2TextConfig(Mamba2Config):
         return self.max_position_embeddings if has_attention(self.layers) else None
 
     @property
-    def states(self) -> int:
-        """How many states a sequence has."""
-        return sum(KINDS[kind] for kind in self.kinds)
+    def keeps(self) -> list[bool]:
+        """Of each state of a sequence, whether it keeps keys and values (attention) or is constant (Mamba-2)."""
+        return [keeps for kind in self.kinds for keeps in KINDS[kind]]
 
 
 def as_text_config(config: Mamba2Config) -> Mamba2TextConfig:

@@ -127,12 +127,12 @@ class Mamba2Block(nn.Module):
 
     def own_state(self, states: Iterator) -> LayerState | KeyValueState | tuple | None:
         """The mixer's state out of those of a model, in order."""
-        own = tuple(islice(states, KINDS[self.kind]))
+        own = tuple(islice(states, len(KINDS[self.kind])))
         return own if len(own) > 1 else own[0] if own else None
 
     def as_list(self, state) -> list:
         """The mixer's state as entries of a model's, of which an MLP has none."""
-        return [] if KINDS[self.kind] == 0 else [*state] if isinstance(state, tuple) else [state]
+        return [] if not KINDS[self.kind] else [*state] if isinstance(state, tuple) else [state]
 
 
 class Mamba2Backbone(nn.Module):

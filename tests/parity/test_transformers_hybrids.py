@@ -45,6 +45,8 @@ FAMILIES = {
     "granitemoehybrid": GRANITE | {"tie_word_embeddings": True},
     "granitemoehybrid, rotary, biased": GRANITE
     | {"position_embedding_type": "rope", "attention_bias": True, "mamba_proj_bias": True, "num_key_value_heads": 4},
+    "granitemoehybrid, attention alone": GRANITE
+    | {"layer_types": ["full_attention"] * 4, "position_embedding_type": "rope"},
     "bamba": MAMBA | {"model_type": "bamba", "attn_layer_indices": [1, 3], "intermediate_size": 48, "mlp_bias": True},
     "falcon_h1": FALCON
     | {

@@ -183,6 +183,15 @@ def test_rows_are_chosen_and_joined(model):
     assert single[2].nbytes < single[1].nbytes < state.nbytes
 
 
+def test_a_state_of_another_kind_of_model_is_an_error(model):
+    other = tiny_model({"num_hidden_layers": 4})
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="attention in 0 of 4 layers or in others; this one has it in 2"),
+    ):
+        model(prompt(1), cache_params=other(prompt(4)).cache_params)
+
+
 def test_a_sequence_longer_than_the_maximum_is_an_error(model):
     message = "a sequence of 97 tokens is over the 96 for which attention has room"
     with torch.no_grad():
