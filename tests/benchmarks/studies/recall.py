@@ -30,7 +30,7 @@ def build(kinds: list[str], side: int, width: int, state: int) -> MLMambaForCond
         "hidden_size": width,
         "state_size": state,
         "head_dim": 16,
-        "chunk_size": 64,
+        "chunk_size": 16,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "attention_head_dim": width // 4,
