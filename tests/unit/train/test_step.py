@@ -95,16 +95,16 @@ def test_a_host_read_would_be_found(micro_batches):
         model(**inputs, labels=inputs["input_ids"])
 
 
-@pytest.mark.parametrize("path", ["torch", ""])
+@pytest.mark.parametrize(("path", "text"), [("torch", {}), ("", {}), ("torch", HYBRID)])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_on_a_faked_gpu_no_tensor_is_left_behind_and_none_is_float64(micro_batches, precision, path, monkeypatch):
+def test_on_a_faked_gpu_no_tensor_is_left_behind_and_none_is_float64(micro_batches, precision, path, text, monkeypatch):
     """The whole step on torch's fake CUDA tensors: mixed devices and reads of values fail there. Without a forced path
     the convolution is our Triton kernels, of which all but the launch is traced."""
     monkeypatch.setenv("MLMAMBA_OPS", path)
     if not path:
         kernels = pytest.importorskip("mlmamba.ops.triton_convolution", exc_type=ImportError)
         monkeypatch.setattr(kernels, "_launch", lambda *arguments: None)
-    model, gpu = tiny_model(), FakeGPU()
+    model, gpu = tiny_model(text), FakeGPU()
     model.vision.requires_grad_(False)  # as in most stages; its last block, which is not read, has no gradient
     model.train()
     weights, inputs = gpu.weights(model), dict(micro_batches[0].inputs)
