@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -15,21 +16,25 @@ from pipelines import storage
 from pipelines.sources.entries import EntryError, check_path, question_and_answer, shown
 from pipelines.sources.images import DATA_URI, decode_data_uri, open_images
 from pipelines.sources.json_buffer import BrokenLine
-from pipelines.sources.json_stream import one_object, read_entries
-from pipelines.sources.source import Record
+from pipelines.sources.json_cut import LINES, LIST, Unclear, cut_json
+from pipelines.sources.json_stream import one_object, read_entries, read_part
+from pipelines.sources.source import Fragment, Listed, Record, in_few
 from pipelines.sources.unread import unread_key
 
 _CHUNK, _BUFFER = 1 << 22, 1 << 20
 _KEYS = 1000  # different keys of entries that are remembered for an error
 
 
-class AnnotatedImages:
+class AnnotatedImages(Listed):
     """A file (`PATH_FIELD` of the config) whose entries name images in the config's `images`."""
 
     PATH_FIELD = "annotations"
 
     def __init__(self, config):
         self.config = config
+        self._keys: dict[str, None] = {}
+        uri = getattr(config, self.PATH_FIELD).partition("?")[0]
+        self._packed = uri.endswith((".gz", ".bz2", ".zst", ".lz4"))
         self._images = open_images(config.images, config.links) if config.images else None
 
     def read_image(self, location: str) -> bytes:
@@ -70,8 +75,11 @@ class AnnotatedImages:
             raise EntryError(f"{storage.shown(self.config.images)} has no member {path}", "image_missing")
         return location
 
-    def open_text(self):
+    def open_text(self, part: Fragment | None = None):
         """Open the annotations as a stream of bytes, decompressed when the name ends in .gz.
+
+        Args:
+            part: only these bytes of it; of a list, in brackets.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -80,8 +88,9 @@ class AnnotatedImages:
         uri = getattr(self.config, self.PATH_FIELD)
         filesystem, path = storage.open_fs(uri)
         try:
-            stream = storage.open_input(filesystem, path, stream=True)  # decompresses .gz by itself
-            return io.BufferedReader(_Named(stream, storage.shown(uri)), _BUFFER)
+            in_place = part is not None and not self._packed
+            stream = storage.open_input(filesystem, path, stream=not in_place)  # a stream decompresses .gz by itself
+            return io.BufferedReader(_Named(stream, storage.shown(uri), part, in_place), _BUFFER)
         except storage.NotReadable as error:
             raise storage.NotReadable(f"source {self.config.label!r}, {self.PATH_FIELD}: {error}") from None
         except FileNotFoundError as error:
@@ -92,23 +101,47 @@ class AnnotatedImages:
 
 
 class _Named(io.RawIOBase):
-    """A stream whose errors name its file."""
+    """A stream, or a part of it, whose errors name its file."""
 
-    def __init__(self, stream, name: str):
+    def __init__(self, stream, name: str, part: Fragment | None, in_place: bool):
         self._stream, self._name = stream, name
+        self._before, self._left, self._behind = b"", None, b""
+        if part is None:
+            return
+        self._left = part.stop - part.start
+        if part.unit == LIST:
+            self._before, self._behind = b"[", b"]"
+        if in_place:
+            stream.seek(part.start)
+        else:
+            for at in range(0, part.start, _CHUNK):
+                self._read(min(_CHUNK, part.start - at))
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
+        if self._before:
+            data, self._before = self._before, b""
+        elif self._left is None:
+            data = self._read(len(buffer))
+        elif self._left:
+            data = self._read(min(len(buffer), self._left))
+            if not data:
+                raise OSError(f"{self._name} has become shorter while it was read: something writes to it")
+            self._left -= len(data)
+        else:
+            data, self._behind = self._behind, b""
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
         try:
-            data = self._stream.read(len(buffer))
+            return self._stream.read(size)
         except (OSError, pa.ArrowInvalid) as error:
             raise OSError(
                 f"{self._name} cannot be read to its end ({error}): it is cut off or damaged, copy or write it again"
             ) from error
-        buffer[: len(data)] = data
-        return len(data)
 
     def close(self) -> None:
         self._stream.close()
@@ -117,6 +150,47 @@ class _Named(io.RawIOBase):
 
 class JsonAnnotations(AnnotatedImages):
     """A source of the entries of a JSON list or JSONL file. Subclasses implement `name`, `fields` and `parse`."""
+
+    def cut(self, unit: str, size: int) -> Iterator[Fragment]:
+        """Cut by bytes, found without parsing; where they are unclear, by the number of the entry."""
+        self._try_fields()
+        images = self._images.fingerprint() if self._images else ""
+        try:
+            with self.open_text() as stream:
+                made = cut_json(stream, size, self.config.limit)
+        except Unclear:
+            yield from super().cut(unit, size)
+            return
+        for fragment in in_few(made) if self._packed else made:
+            digest = hashlib.sha256(f"{fragment.first} {fragment.digest} {images}".encode()).hexdigest()
+            yield replace(fragment, digest=digest)
+
+    def read(self, fragment: Fragment) -> Iterator[Record]:
+        """The records of a fragment. Raises ValueError when it has not the entries that were counted."""
+        if fragment.unit not in (LIST, LINES):
+            yield from super().read(fragment)
+            return
+        number = fragment.first
+        with self.open_text(fragment) as stream:
+            encoding = "utf-8" if fragment.start else "utf-8-sig"
+            text = io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape")
+            for entry in read_part(text, storage.shown(self.config.annotations), fragment):
+                yield self._record(number, entry)
+                number += 1
+        if number - fragment.first != fragment.records:
+            for _ in self.records():  # which has the words for what is wrong, if it is the file
+                pass
+            raise ValueError(
+                f"{storage.shown(self.config.annotations)} has {number - fragment.first} entries from line "
+                f"{fragment.line} column {fragment.column} on where {fragment.records} were counted: it is not JSON, "
+                "or something writes to it"
+            )
+
+    def _try_fields(self) -> None:
+        """List until an entry has had each of the `fields`; raises what `records` raises when none has."""
+        for _ in self.records():
+            if len(self._keys) >= _KEYS or all(self._keys.keys() & {*group} for group in self.fields()):
+                return
 
     def name(self, entry: dict) -> object:
         """Return the entry's id, None for the number of the entry. Else a string or an integer, or the entry is bad."""
@@ -138,7 +212,7 @@ class JsonAnnotations(AnnotatedImages):
             ValueError: the file is a JSON list that breaks off or is not JSON, a zip cannot be read, or no entry has a
                 field that the config names.
         """
-        keys: dict[str, None] = {}
+        keys = self._keys = {}
         position = 0
         with self.open_text() as stream:
             # Bytes that are not UTF-8 become lone surrogates here, which are found in the entry that has them.

@@ -13,7 +13,7 @@ from pipelines.sources.annotations import AnnotatedImages, JsonAnnotations
 from pipelines.sources.entries import EntryError, captioned, check_path, question_and_answer, shown
 from pipelines.sources.json_buffer import BrokenLine
 from pipelines.sources.json_stream import read_member
-from pipelines.sources.source import Record
+from pipelines.sources.source import Listed, Record
 
 
 class _Lists(JsonAnnotations):
@@ -23,11 +23,13 @@ class _Lists(JsonAnnotations):
 
     def records(self) -> Iterator[Record]:
         """List one record per entry of the list, in the file's order. Raises FileNotFoundError, ValueError, OSError."""
-        for position, entry in enumerate(self._read(self, self.LIST)):
+        for position, entry in enumerate(self._entries(self, self.LIST)):
             yield self._record(position, entry)
 
+    cut, read = Listed.cut, Listed.read  # where the list begins is not known
+
     @staticmethod
-    def _read(file: AnnotatedImages, name: str) -> Iterator[object]:
+    def _entries(file: AnnotatedImages, name: str) -> Iterator[object]:
         with file.open_text() as stream:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
             yield from read_member(text, storage.shown(getattr(file.config, file.PATH_FIELD)), name)
@@ -49,7 +51,7 @@ class CocoCaptions(_Lists):
     def parse(self, entry: dict, record_id: str) -> Record:
         """Turn a caption into its record. Raises EntryError."""
         if self._files is None:
-            images = (image for image in self._read(self, "images") if isinstance(image, dict))
+            images = (image for image in self._entries(self, "images") if isinstance(image, dict))
             self._files = {_number(image.get("id")): image.get("file_name") for image in images}
         number = _number(entry.get("image_id"))
         if number not in self._files:
@@ -84,7 +86,7 @@ class Vqav2(_Lists):
         """Turn a question and its answer into their record. Raises EntryError."""
         if self._answers is None:
             self._answers = {}
-            for answer in self._read(self._answers_file, "annotations"):
+            for answer in self._entries(self._answers_file, "annotations"):
                 if isinstance(answer, dict) and not isinstance(answer, BrokenLine):
                     found = answer.get("multiple_choice_answer"), answer.get("answer_type")
                     self._answers[_number(answer.get("question_id"))] = found

@@ -12,7 +12,7 @@ from importlib import resources
 from mlmamba.conversation import Turn
 from pipelines.shuffle import permutation
 from pipelines.source_config import EasyVQASource
-from pipelines.sources.source import Record
+from pipelines.sources.source import Listed, Record
 
 _SHAPES = ("circle", "rectangle", "triangle")
 
@@ -24,7 +24,7 @@ def question_type(answer: str) -> str:
     return "shape" if answer in _SHAPES else "colour"
 
 
-class EasyVQA:
+class EasyVQA(Listed):
     """Reader of an `EasyVQASource`. Raises ModuleNotFoundError, saying what to install, without the package."""
 
     def __init__(self, config: EasyVQASource):

@@ -21,6 +21,7 @@ from pipelines import storage
 MAX_FILE_BYTES = 256 << 20  # an encoded image larger than this would take a worker's memory
 _LOCATION = re.compile(r"(.*?)!(\d+)\+(\d+)!(.*)", re.DOTALL)
 _OPEN_FILES = 8
+_BLOCK, _BLOCKS = 4 << 20, 8  # bytes fetched at a time, and how many such pieces are kept
 _MARKS = "*?[{"
 
 
@@ -43,20 +44,52 @@ class RangeReader:
     Args:
         filesystem: of the files.
         folder: that their names are relative to.
+        in_order: the files are read from their start to their end, more or less. From a store they are then fetched in
+            blocks, of which the last ones are kept: what is looked at twice is fetched once.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, folder: str):
+    def __init__(self, filesystem: fs.FileSystem, folder: str, in_order: bool = False):
         @lru_cache(maxsize=_OPEN_FILES)
         def open_file(name: str):
             return storage.open_input(filesystem, posixpath.join(folder, name))
 
-        self._open_file = open_file
+        @lru_cache(maxsize=_BLOCKS)
+        def block(name: str, number: int) -> bytes:
+            return open_file(name).read_at(_BLOCK, number * _BLOCK)
+
+        self._open_file, self._block = open_file, block
+        self._blocks = in_order and not isinstance(filesystem, fs.LocalFileSystem)
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """The range, or what there is of it before the file ends. Raises TooLarge, FileNotFoundError."""
         if length > MAX_FILE_BYTES:
             raise storage.TooLarge(f"{length} bytes, over the limit of {MAX_FILE_BYTES}")
-        return self._open_file(name).read_at(length, offset)
+        if not self._blocks or length > _BLOCK * (_BLOCKS - 1):
+            return self._open_file(name).read_at(length, offset)
+        first, last = offset // _BLOCK, (offset + max(length, 1) - 1) // _BLOCK
+        data = b"".join(self._block(name, number) for number in range(first, last + 1))
+        return data[offset - first * _BLOCK :][:length]
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._open_file(name).size()
+
+
+class RangeStream:
+    """A file of a `RangeReader` as a stream."""
+
+    def __init__(self, ranges: RangeReader, name: str):
+        self._ranges, self._name, self._at = ranges, name, 0
+
+    def seek(self, at: int) -> None:
+        """Go to a place."""
+        self._at = at
+
+    def read(self, length: int) -> bytes:
+        """The next bytes."""
+        data = self._ranges.read(self._name, self._at, length)
+        self._at += len(data)
+        return data
 
 
 class FileSet:
@@ -95,6 +128,11 @@ class FileSet:
         """Digest of the files' names, sizes and times of change. The files are not read."""
         facts = [[name, info.size, info.mtime_ns] for name, info in zip(self.names(), self._infos(), strict=True)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def facts(self, name: str) -> str:
+        """A digest of a file's name, size and time of change."""
+        info = self.filesystem.get_file_info(self.path(name))
+        return hashlib.sha256(repr([name, info.size, info.mtime_ns]).encode()).hexdigest()
 
     def size(self, name: str) -> int:
         """Bytes of a file."""

@@ -27,19 +27,28 @@ class BrokenLine:
 
 
 class Buffer:
-    """What was read of a file and is not yet used, and where in the file that is."""
+    """What was read of a file and is not yet used, and where in the file that is.
 
-    def __init__(self, text: TextIO, name: str):
+    Args:
+        text: the file, or a part of it.
+        name: what errors call it.
+        place: line and column of its first character.
+    """
+
+    def __init__(self, text: TextIO, name: str, place: tuple[int, int] = (1, 1)):
         self._text, self.name = text, name
         self.buffer, self.at, self.ended = text.read(_CHUNK), 0, False
-        refuse_utf16(self.buffer[:4], name)
-        self.at = int(self.buffer.startswith("\ufeff"))
-        self._line, self._column = 1, 1  # of the buffer's first character
+        if place == (1, 1):
+            refuse_utf16(self.buffer[:4], name)
+            self.at = int(self.buffer.startswith("\ufeff"))
+        self._line, self._column = place  # of the buffer's first character
+        self._counted = 0, self._line  # a place in the buffer, and its line
 
     def more(self) -> bool:
         """Read on, as much as is unused, so that trying anew each time costs twice the reading in all."""
         self._line, self._column = self._place(self.at)
         self.buffer, self.at = self.buffer[self.at :], 0
+        self._counted = 0, self._line
         chunk = self._text.read(max(_CHUNK, len(self.buffer)))
         self.buffer += chunk
         self.ended = not chunk
@@ -61,7 +70,9 @@ class Buffer:
 
     def line(self) -> int:
         """The number of the line that the next character is in."""
-        return self._place(self.at)[0]
+        at, line = self._counted  # asked for every line, so what was counted is not counted again
+        self._counted = self.at, line + self.buffer.count("\n", at, self.at)
+        return self._counted[1]
 
     def _place(self, at: int) -> tuple[int, int]:
         newlines = self.buffer.count("\n", 0, at)

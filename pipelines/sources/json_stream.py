@@ -11,6 +11,8 @@ from typing import TextIO
 
 from pipelines.sources import json_buffer
 from pipelines.sources.json_buffer import DECODER, SPACE, BrokenLine, Buffer, unread
+from pipelines.sources.json_cut import LIST
+from pipelines.sources.source import Fragment
 
 _LOOK = 1 << 16  # characters that show whether a file that starts with { is one object
 _KEYS = 20  # of an object that an error names
@@ -44,7 +46,16 @@ def read_entries(text: TextIO, name: str) -> Iterator[object]:
                 "lists into one, or each into a file of its own"
             )
     elif first:
-        yield from _line_entries(buffer, first)
+        if first == "{":
+            _refuse_object(buffer)
+        yield from _line_entries(buffer)
+
+
+def read_part(text: TextIO, name: str, part: Fragment) -> Iterator[object]:
+    """The entries of a fragment that `json_cut.cut_json` made; of a list, its text stands in brackets. As above."""
+    in_list = part.unit == LIST
+    buffer = Buffer(text, name, (part.line, part.column - in_list))
+    return _list_entries(buffer, part.first) if in_list else _line_entries(buffer)
 
 
 def read_member(text: TextIO, name: str, member: str) -> Iterator[object]:
@@ -94,10 +105,7 @@ def parse_json(text: str) -> object:
         raise ValueError(f"the JSON {unread(error)}") from error
 
 
-def _line_entries(buffer: Buffer, first: str) -> Iterator[object]:
-    number = buffer.line()
-    if first == "{":
-        _refuse_object(buffer)
+def _line_entries(buffer: Buffer) -> Iterator[object]:
     while buffer.next():
         number = buffer.line()
         line = buffer.take_line()
@@ -165,9 +173,10 @@ def _members(buffer: Buffer) -> Iterator[str]:
         yield key
 
 
-def _list_entries(buffer: Buffer) -> Iterator[object]:
+def _list_entries(buffer: Buffer, count: int = 0) -> Iterator[object]:
+    """The entries of a list that begins with the next character; `count` is the first one's number."""
     buffer.at += 1
-    count, separator_due = 0, False  # true after an entry: the next character must be a comma or the closing bracket
+    separator_due = False  # true after an entry: the next character must be a comma or the closing bracket
     while True:
         mark = buffer.next()
         if not mark:

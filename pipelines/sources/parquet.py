@@ -1,11 +1,11 @@
 """Parquet files with images inside as a source, as Hugging Face datasets writes them.
 
 Listing reads the text columns alone, and of the image column only its small `path` leaf, which says how many images
-a row has. Workers read the image column row group by row group, some rows at a time. A worker that starts in the
-middle of a row group has to skip the rows before: row groups much larger than `partition_records` make it read them
-several times.
+a row has. The image column is read row group by row group, some rows at a time. A fragment is some row groups, or a
+part of a large one, of which the rows before it have to be skipped: in few parts, because each reads it from its start.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from pipelines.sources.files import FileSet, location, parse_location
 from pipelines.sources.json_stream import parse_json
 from pipelines.sources.parquet_bounds import (
     UNFOLDS,
+    Unfolds,
     batch_rows,
     characters,
     check_claims,
@@ -28,12 +29,13 @@ from pipelines.sources.parquet_bounds import (
     repeats_long_text,
     texts,
 )
-from pipelines.sources.source import ImageMissing, Problem, Record
+from pipelines.sources.source import Fragment, ImageMissing, Problem, Record
 
 _TEXT_ROWS, _IMAGE_ROWS = 1024, 32
 _TEXT_BATCH, _IMAGE_BATCH = 2 << 30, 1 << 30  # bytes of a batch, were every value as long as its whole column
 _LONGEST_TEXT = 16 << 20  # characters of a value
 _BUFFER = 1 << 20
+_MOST_PARTS = 16  # of a row group
 
 
 class Parquet:
@@ -54,6 +56,47 @@ class Parquet:
         """
         for name in self._files.names():
             yield from self._list(name)
+
+    def units(self) -> list[str]:
+        """The files. Raises FileNotFoundError."""
+        return self._files.names()
+
+    def cut(self, unit: str, size: int) -> Iterator[Fragment]:
+        """Cut by rows, as the footer has them. A file without one is a fragment. Raises ValueError as `records`."""
+        facts = self._files.facts(unit)
+        try:
+            with self._parquet(unit) as file:
+                self._columns(unit, file)
+                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                for i in range(file.num_row_groups):
+                    check_claims(file.metadata.row_group(i), [], self._files.size(unit))
+                lists = self.config.caption is not None and not texts(file, [self.config.caption])
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError, Unfolds):
+            groups, lists = [], True
+        start = stop = 0
+        for rows in groups:
+            if stop + rows - start > size and stop > start:
+                yield self._fragment(unit, start, stop, facts, lists)
+                start = stop
+            step = max(size, -(-rows // _MOST_PARTS))
+            while stop + rows - start > step:
+                yield self._fragment(unit, start, start + step, facts, lists)
+                rows -= start + step - stop
+                start = stop = start + step
+            stop += rows
+        if stop > start or not groups:
+            yield self._fragment(unit, start, stop, facts, lists)
+
+    @staticmethod
+    def _fragment(unit: str, start: int, stop: int, facts: str, lists: bool) -> Fragment:
+        digest = hashlib.sha256(f"{facts} {start} {stop}".encode()).hexdigest()
+        return Fragment(unit, start, stop, first=start, records=None if lists else stop - start, digest=digest)
+
+    def read(self, fragment: Fragment) -> Iterator[Record]:
+        """The records of some rows."""
+        if fragment.stop == 0:
+            return self._list(fragment.unit)
+        return self._list(fragment.unit, fragment.start, fragment.stop)
 
     def read_image(self, location: str) -> bytes:
         """The encoded image."""
@@ -87,7 +130,8 @@ class Parquet:
         source = self._open(name)
         return pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False, read_dictionary=list(repeated) or None)
 
-    def _list(self, name: str) -> Iterator[Record]:
+    def _list(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """The records of rows `start` to `stop` of a file, all by default. Damage is told where it begins."""
         try:
             file = self._parquet(name)
             columns = self._columns(name, file)
@@ -96,21 +140,30 @@ class Parquet:
             yield self._damaged(name, "", error)
             return
         with file, self._open(name) as raw:
-            size = self._files.size(name)
+            size, behind = self._files.size(name), 0
             for group in range(file.num_row_groups):
+                before, behind = behind, behind + file.metadata.row_group(group).num_rows
+                if (behind <= start and behind > before) or (stop is not None and before >= stop):
+                    continue
                 row, unfolded = 0, 0
                 try:
                     check_claims(file.metadata.row_group(group), columns, size)
                     check_pages(raw, file.metadata.row_group(group), columns, size)
                     rows = batch_rows(file, group, columns, _TEXT_ROWS, _TEXT_BATCH)
                     for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
-                        for values in _rows(batch):
+                        skipped = min(max(start - before - row, 0), len(batch))
+                        row += skipped
+                        for values in _rows(batch.slice(skipped)):
+                            if stop is not None and before + row >= stop:
+                                return
                             unfolded += characters(values)
                             if unfolded > most_text(size):
                                 raise ValueError(f"its text is over {UNFOLDS:,} times as long as the file")
                             yield from one_each(self._record(name, group, row, values), self.config)
                             row += 1
                 except (pa.ArrowInvalid, OSError, ValueError) as error:
+                    if before + row < start or (stop is not None and before + row >= stop):
+                        continue
                     facts = file.metadata.row_group(group)
                     bytes_ = sum(facts.column(i).total_compressed_size for i in range(facts.num_columns))
                     share = (facts.num_rows - row) / max(facts.num_rows, 1)

@@ -15,6 +15,10 @@ _SMALL = 64 << 20
 _FEW_ROWS, _ROWS_A_BYTE = 1024, 8  # of a file: a row of records takes bytes, not fractions of a bit
 
 
+class Unfolds(ValueError):
+    """A file claims more than its bytes can hold."""
+
+
 def most_text(size: int) -> int:
     """Characters of text that are read from a row group of a file of `size` bytes."""
     return _SMALL + UNFOLDS * size
@@ -41,13 +45,13 @@ def no_images(kind: pa.DataType) -> str | None:
 def check_claims(group: pq.RowGroupMetaData, columns: list[str], size: int) -> None:
     """Raise ValueError for a row group that would unfold beyond what a file of records does."""
     if group.num_rows > _FEW_ROWS + _ROWS_A_BYTE * size:
-        raise ValueError(f"it claims {group.num_rows:,} rows in a file of {size:,} bytes")
+        raise Unfolds(f"it claims {group.num_rows:,} rows in a file of {size:,} bytes")
     for facts in map(group.column, range(group.num_columns)):
         if facts.path_in_schema.partition(".")[0] in {name.partition(".")[0] for name in columns}:
             _check_values(facts, facts.num_values, size)
             large = facts.total_uncompressed_size > _SMALL
             if large and facts.total_uncompressed_size > UNFOLDS * facts.total_compressed_size:
-                raise ValueError(f"column {facts.path_in_schema} unfolds to {facts.total_uncompressed_size:,} bytes")
+                raise Unfolds(f"column {facts.path_in_schema} unfolds to {facts.total_uncompressed_size:,} bytes")
 
 
 def check_pages(file: pa.NativeFile, group: pq.RowGroupMetaData, columns: list[str], size: int) -> None:
@@ -68,12 +72,12 @@ def check_pages(file: pa.NativeFile, group: pq.RowGroupMetaData, columns: list[s
             unfolded, values = unfolded + page.size, values + page.values
             _check_values(facts, values, size)
             if unfolded > _SMALL and unfolded > UNFOLDS * facts.total_compressed_size:
-                raise ValueError(f"pages of column {facts.path_in_schema} unfold to {unfolded:,} bytes")
+                raise Unfolds(f"pages of column {facts.path_in_schema} unfold to {unfolded:,} bytes")
 
 
 def _check_values(facts: pq.ColumnChunkMetaData, values: int, size: int) -> None:
     if values > _FEW_ROWS + _ROWS_A_BYTE * size:
-        raise ValueError(f"column {facts.path_in_schema} claims {values:,} values in a file of {size:,} bytes")
+        raise Unfolds(f"column {facts.path_in_schema} claims {values:,} values in a file of {size:,} bytes")
 
 
 def batch_rows(file: pq.ParquetFile, group: int, columns: list[str], most: int, limit: int) -> int:

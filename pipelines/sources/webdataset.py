@@ -1,26 +1,26 @@
 """WebDataset tar shards as a source.
 
 Files whose names are the same up to the first dot of the last part, and that follow one another, are one sample.
-Listing reads the tar headers and the text files; images are skipped, and read later by range from where they lie. An
-image smaller than the read-ahead is read with its neighbours all the same, which from an object store is quicker than
-a request for every header. Compressed tars cannot be read by range and are refused.
+Listing reads the tar headers and the text files; images are skipped, and read by range from where they lie. A shard is
+a fragment: nobody knows what is in it before it is read. From an object store it is fetched in blocks, and a worker
+that lists it finds its images in the blocks that it has: the shard is read once. Compressed tars cannot be read by
+range and are refused.
 """
 
 import io
 import posixpath
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import contextmanager
 
 from pyarrow import fs
 
 from pipelines import storage
 from pipelines.source_config import WebDatasetSource
 from pipelines.sources.entries import EntryError, check_text, one_each, text_turns
-from pipelines.sources.files import FileSet, RangeReader, location, parse_location
+from pipelines.sources.files import FileSet, RangeReader, RangeStream, location, parse_location
 from pipelines.sources.json_stream import parse_json
-from pipelines.sources.source import Problem, Record
+from pipelines.sources.source import Fragment, Problem, Record
 from pipelines.sources.tar_members import Member, TarDamage, members
 from pipelines.sources.unread import unread_file, unread_key
 
@@ -30,7 +30,6 @@ _MOST_FILES = 10_000  # of a sample
 _ENDINGS = 1000  # different ones that are remembered for an error
 _READ_AHEAD = 1 << 20
 _LONGEST_TEXT = 16 << 20
-_SHARDS_AT_ONCE = 8  # from a store; the records of as many shards are held
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -40,7 +39,7 @@ class WebDataset:
     def __init__(self, config: WebDatasetSource):
         self.config = config
         self._files = FileSet(config.shards)
-        self._ranges = RangeReader(self._files.filesystem, self._files.folder)
+        self._ranges = RangeReader(self._files.filesystem, self._files.folder, in_order=True)
         self._seen: dict[str, None] = {}
 
     def records(self) -> Iterator[Record]:
@@ -51,7 +50,7 @@ class WebDataset:
             ValueError: a shard is compressed, or no sample has a file that the config names.
         """
         self._seen = {}
-        for count, record in enumerate(self._list(), 1):
+        for count, record in enumerate((record for name in self.units() for record in self._shard(name)), 1):
             if count == self.config.limit:  # nobody asks for what comes after it
                 self._check_files()
             yield record
@@ -67,7 +66,8 @@ class WebDataset:
                     "fields that the recipe names"
                 )
 
-    def _list(self) -> Iterator[Record]:
+    def units(self) -> list[str]:
+        """The shards. Raises FileNotFoundError, ValueError."""
         names = self._files.names()
         compressed = [name for name in names if name.endswith(_COMPRESSED)]
         if compressed:
@@ -75,20 +75,19 @@ class WebDataset:
                 f"source {self.config.label!r}: {compressed[0]} is compressed, and images cannot be read by range "
                 "from it; unpack the shards to .tar (images are compressed already)"
             )
-        if isinstance(self._files.filesystem, fs.LocalFileSystem):
-            for name in names:
-                yield from self._shard(name)
-            return
-        with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
-            waiting = iter(names)
-            running = [pool.submit(self._whole_shard, name) for name in islice(waiting, _SHARDS_AT_ONCE)]
-            try:
-                while running:
-                    yield from running.pop(0).result()
-                    running += [pool.submit(self._whole_shard, name) for name in islice(waiting, 1)]
-            finally:
-                for future in running:
-                    future.cancel()
+        return names
+
+    def cut(self, unit: str, size: int) -> Iterator[Fragment]:
+        """The whole shard. With the first one, it is seen that some sample has the files that the config names."""
+        if unit == self.units()[0]:
+            for _ in self.records():
+                if all(any(ending.partition(".")[0] == text for ending in self._seen) for text in self._texts):
+                    break
+        yield Fragment(unit, 0, self._files.size(unit), digest=self._files.facts(unit))
+
+    def read(self, fragment: Fragment) -> Iterator[Record]:
+        """The records of a shard."""
+        return self._shard(fragment.unit)
 
     def read_image(self, location: str) -> bytes:
         """The file, untouched."""
@@ -99,15 +98,11 @@ class WebDataset:
         """Digest of the shards' names, sizes and times of change."""
         return self._files.fingerprint()
 
-    def _whole_shard(self, name: str) -> list[Record]:
-        return list(self._shard(name))
-
     def _shard(self, name: str) -> Iterator[Record]:
         key, files, damage = None, {}, None
-        with storage.open_input(self._files.filesystem, self._files.path(name)) as raw:
-            stream = io.BufferedReader(raw, _READ_AHEAD)
+        with self._open(name) as stream:
             try:
-                for member in members(stream, raw.size()):
+                for member in members(stream, self._ranges.size(name)):
                     folder, file = posixpath.split(posixpath.normpath(member.name))
                     stem, dot, ending = file.partition(".")
                     if not (stem and dot):  # without a name or an ending it belongs to no sample
@@ -128,6 +123,14 @@ class WebDataset:
             yield from one_each(self._record(name, key, files), self.config)
         if damage:
             yield Record(f"{name}[damaged]", self.config.label, problem=damage)
+
+    @contextmanager
+    def _open(self, name: str):
+        if isinstance(self._files.filesystem, fs.LocalFileSystem):
+            with storage.open_input(self._files.filesystem, self._files.path(name)) as raw:
+                yield io.BufferedReader(raw, _READ_AHEAD)
+        else:
+            yield RangeStream(self._ranges, name)
 
     def _damage(self, name: str, error: TarDamage) -> Problem:
         lost, of = self._files.lost(name, error.at, error.cut)

@@ -58,6 +58,7 @@ NOT_ALONE = {
     "pipelines.sources.entries": "unit/pipelines/sources/test_sources.py: opened by their type",
     "pipelines.sources.files": "unit/pipelines/sources/test_archives.py: imports it",
     "pipelines.sources.images": "unit/pipelines/sources/test_archives.py: imports it",
+    "pipelines.sources.json_cut": "unit/pipelines/sources/test_fragments.py: imports it",
     "pipelines.sources.json_buffer": "unit/pipelines/sources/test_json_stream.py: imports it",
     "pipelines.sources.open": "unit/pipelines/sources/test_sources.py: imports it",
     "pipelines.sources.parquet": "unit/pipelines/sources/test_archives.py: opened by their type",
