@@ -6,45 +6,41 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.dedup import Near
+from pipelines.exclusion import Excluded
 from pipelines.execution import run_tasks
 from pipelines.looks import Wanted
 from pipelines.progress import ProgressMeter
-from pipelines.records import Partition
+from pipelines.records import outcomes_file
 
 _KEYS = "looks.arrow"
 
 
-def find_alike(
-    partitions: list[Partition], work: str, keys: list[bytes], least: float, on_progress
-) -> dict[str, list[tuple[int, int, int, float]]]:
-    """For each partition's name: row, number of the image in its record, place in `keys`, how much alike.
+def find_alike(names: list[str], total: int, work: str, excluded: Excluded, least: float, on_progress) -> Near:
+    """The records with an image that looks like one of an evaluation set, and what is said of them.
 
     Args:
-        partitions: of the train split, tokenized with `looks`.
+        names: of the partitions of the train split, tokenized with `looks`.
+        total: their records.
         work: folder of their files.
-        keys: of the evaluation sets' images (looks.py).
+        excluded: the evaluation sets' images, with their keys (looks.py).
         least: how much alike counts.
         on_progress: as for `prepare`.
     """
     wanted = storage.join(work, _KEYS)
-    storage.write_table(wanted, pa.table({"looks": pa.array(keys, pa.binary())}))
+    storage.write_table(wanted, pa.table({"looks": pa.array(excluded.keys, pa.binary())}))
     version = storage.checksum(wanted)[1]  # a worker of an earlier run may hold another file's
-    tasks = [
-        {
-            "name": p.name,
-            "size": p.records,
-            "outcomes": p.outcomes_file(work),
-            "wanted": [wanted, version],
-            "least": least,
-        }
-        for p in partitions
-    ]
-    meter = ProgressMeter("compare", "records", on_progress, sum(task["size"] for task in tasks))
-    found = {}
-    for result in run_tasks(compare_partition, tasks):
-        found[result["name"]] = result["found"]
+    common = {"wanted": [wanted, version], "least": least}
+    tasks = ({"name": name, "outcomes": outcomes_file(work, name)} | common for name in names)
+    meter = ProgressMeter("compare", "records", on_progress, total)
+    near: Near = {}
+    for result in run_tasks(compare_partition, tasks, "Compare"):
         meter.add(result["size"])
-    return found
+        said = near[result["name"]] = []
+        for row, number, twin, much in result["found"]:  # the first image of a record is told
+            image, own = excluded.twin(twin)
+            said.append((row, f"image {number} looks like the image of {image} ({much:.2f}) of {own}"))
+    return near
 
 
 def compare_partition(task: dict) -> dict:
@@ -57,7 +53,7 @@ def compare_partition(task: dict) -> dict:
         [int(row_of[place]), place - int(before[row_of[place]]) + 1, twin, round(much, 3)]
         for place, twin, much in alike
     ]
-    return {"name": task["name"], "size": task["size"], "found": found}
+    return {"name": task["name"], "size": len(lengths), "found": found}
 
 
 @lru_cache(maxsize=1)

@@ -1,107 +1,175 @@
 """Which tokenized records are not used: those with an id or content that came before, and those with the image of an
 evaluation set.
 
-It is decided on one machine between the two passes, from digests that pass 1 left, in the order in which the sources
-list the records: the first one stays. So the decision does not depend on how the work was divided. It takes some 130
-bytes of memory a record (2 million: 0.3 GB and 7 s).
+It is decided between the two passes from digests that pass 1 left, in the order in which the sources list the records:
+the first one stays. So the decision does not depend on how the work was divided. Equal digests have to meet in one
+place: a task for a group of partitions spreads its digests over buckets, a task for a bucket finds those that came
+before. Ids come first and then content: a record that is not used because of its id is not the first of its content.
+
+    work/removed/images-SPLIT-GROUP.arrow   records of a group with an image of an evaluation set (REMOVED)
+    work/keys/ID-SPLIT-GROUP.arrow          digests of a group, a record batch for each bucket (_KEYS)
+    work/removed/ID-SPLIT-BUCKET.arrow      records that are not used, a record batch for each group
+
+A bucket's task takes some 150 bytes of memory a record of `_BUCKET`.
 """
 
-from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipelines import storage
 from pipelines.exclusion import Excluded
-from pipelines.records import Partition
+from pipelines.execution import run_tasks
+from pipelines.records import Group
 from pipelines.schema import DIGEST_BYTES
 from pipelines.tokenize import iter_outcomes
 
 CONTAMINATED, DUPLICATE_ID, DUPLICATE_CONTENT = "contaminated", "duplicate_id", "duplicate_content"
 NEAR = "near_contaminated"
-_REASONS = (CONTAMINATED, DUPLICATE_ID, DUPLICATE_CONTENT, NEAR)
-Alike = dict[str, list[tuple[int, int, int, float]]]
-"""As `alike.find_alike` gives it."""
-_OF_A_SET = (_REASONS.index(CONTAMINATED), _REASONS.index(NEAR))
-_REMOVAL = np.dtype([("owner", "<i4"), ("row", "<i4"), ("reason", "u1"), ("cause_owner", "<i4"), ("cause_row", "<i4")])
-
-
-@dataclass(frozen=True)
-class Removal:
-    """Why a tokenized record is not used."""
-
-    reason: str
-    cause: tuple[str, int]
-    """The earlier record: name of its partition, row in its outcomes. Of a contaminated one: evaluation set, number of
-    the record's image."""
-    alike: str = ""
-    """Of one whose image only looks like another: that one, and how much."""
-
-
-class Removals:
-    """The tokenized records that are not used, by partition and row in the outcomes."""
-
-    def __init__(self):
-        self._splits: dict[str, tuple[list[str], list[str], np.ndarray, np.ndarray]] = {}
-        self._alike: dict[tuple[str, int], str] = {}
-
-    def add(self, partitions: list[Partition], sets: list[str], removals: np.ndarray) -> None:
-        """Take out records of one split.
-
-        Args:
-            partitions: the split's, which `owner` counts.
-            sets: evaluation sets, which `cause_owner` of a contaminated record counts.
-            removals: array of _REMOVAL.
-        """
-        names = [partition.name for partition in partitions]
-        earlier = removals[~np.isin(removals["reason"], _OF_A_SET)]
-        causes = np.unique(earlier[["cause_owner", "cause_row"]])
-        removals = np.sort(removals, order=["owner", "row"])
-        self._splits |= dict.fromkeys(names, (names, sets, removals, causes))
-
-    def of(self, partition: str) -> dict[int, Removal]:
-        """The removals of a partition, by row."""
-        if partition not in self._splits:
-            return {}
-        names, sets, removals, _ = self._splits[partition]
-        found = {}
-        for _, row, reason, owner, cause in _part(removals, "owner", names.index(partition)).tolist():
-            of = sets if reason in _OF_A_SET else names
-            found[row] = Removal(_REASONS[reason], (of[owner], cause), self._alike.get((partition, row), ""))
-        return found
-
-    def add_alike(self, partition: str, row: int, text: str) -> None:
-        """Say which image a record's image looks like."""
-        self._alike[partition, row] = text
-
-    def causes(self, partition: str) -> set[int]:
-        """Rows of a partition that are the reason for a later record's removal."""
-        if partition not in self._splits:
-            return set()
-        names, _, _, causes = self._splits[partition]
-        return set(_part(causes, "cause_owner", names.index(partition))["cause_row"].tolist())
+Near = dict[str, list[tuple[int, str]]]
+"""Records whose images look like one of an evaluation set: by partition, rows and what is said of each."""
+REMOVED = pa.schema([("owner", pa.int32()), ("row", pa.int32()), ("reason", pa.string()), ("detail", pa.string())])
+"""A record that is not used: number of its partition in the split, row in the outcomes, and why."""
+_KEYS = pa.schema(
+    [
+        ("key", pa.binary(DIGEST_BYTES)),
+        ("owner", pa.int32()),
+        ("row", pa.int32()),
+        ("record_id", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+_BUCKET = 1 << 21  # records
+_STEPS = (("id", DUPLICATE_ID, "the id of"), ("content", DUPLICATE_CONTENT, "the same images and text as"))
 
 
 def find_removals(
-    partitions: list[Partition], work: str, excluded: Excluded, deduplicate: bool, alike: Alike | None = None
-) -> Removals:
-    """Decide for all splits.
+    groups: dict[str, list[Group]],
+    records: dict[str, int],
+    work: str,
+    excluded: Excluded,
+    deduplicate: bool,
+    near: Near | None = None,
+) -> dict[str, dict]:
+    """Decide for all splits, on Ray, and leave the decisions in files.
 
     Args:
-        partitions: of all splits, in order, tokenized.
+        groups: of tokenized partitions, by split.
+        records: how many, by split.
         work: folder of their files.
         excluded: images that the train split must not show.
         deduplicate: whether records of one content are removed; those of one id always are.
-        alike: training images that look like one of `excluded`.
+        near: training images that look like one of `excluded`.
+
+    Returns:
+        By split, what `removed` needs to find the decisions.
     """
-    removals = Removals()
-    for split in dict.fromkeys(partition.split for partition in partitions):
-        own = [partition for partition in partitions if partition.split == split]
-        sets = list(excluded.counts) if split == "train" else []
-        near = (alike or {}) if sets else {}
-        removals.add(own, sets, _decide(own, work, excluded if sets else Excluded(), deduplicate, near))
-        for name, found in near.items():
-            for row, _, twin, much in reversed(found):  # the first image of a record is told
-                removals.add_alike(name, row, f"{excluded.twins[twin][1]} ({much:.2f})")
-    return removals
+    steps = [step[0] for step in _STEPS[: 2 if deduplicate else 1]]
+    search = {
+        split: {"split": split, "work": work, "groups": len(own), "steps": steps}
+        | {"buckets": -(-records[split] // _BUCKET) or 1}
+        for split, own in groups.items()
+    }
+    images = ""
+    if excluded:
+        images = storage.join(work, "removed", "excluded.arrow")
+        excluded.save(images)
+        version = storage.checksum(images)[1]
+    tasks = []
+    for split, own in groups.items():
+        task = search[split] | {"images": [images, version] if images and split == "train" else None}
+        for group in own:
+            found = {name: near[name] for name in group.names if name in near} if near and split == "train" else {}
+            tasks.append(task | {"number": group.number, "first": group.first, "names": group.names, "near": found})
+    small = [task for task in tasks if task["groups"] == task["buckets"] == 1]
+    large = [task for task in tasks if task not in small]
+    list(run_tasks(decide, small, "Deduplicate"))
+    for step in steps if large else ():
+        list(run_tasks(spread, (task | {"step": step} for task in large), "SpreadDigests"))
+        buckets = [
+            {name: task[name] for name in ("split", "groups", "work")} | {"step": step, "bucket": bucket}
+            for task in large
+            if task["number"] == 0
+            for bucket in range(task["buckets"])
+        ]
+        list(run_tasks(find_later, buckets, "FindDuplicates"))
+    return search
+
+
+def decide(task: dict) -> dict:
+    """All steps for a split of one group and one bucket. Runs inside a Ray task."""
+    for step in task["steps"]:
+        spread(task | {"step": step})
+        find_later(task | {"step": step, "bucket": 0})
+    return {}
+
+
+def spread(task: dict) -> dict:
+    """Write the digests of the records of a group that are still used, by bucket. Runs inside a Ray task."""
+    step, buckets = task["step"], task["buckets"]
+    first_step = step == task["steps"][0]
+    before = {} if first_step else _by_partition(removed(task, task["steps"][: task["steps"].index(step)]))
+    excluded = _excluded(*task["images"]) if task["images"] else None
+    images: list[tuple[int, int, str, str]] = []
+    parts: list[list[pa.RecordBatch]] = [[] for _ in range(buckets)]
+    columns = ["reason", step, "record_id", "source", *(["digests"] if excluded and first_step else [])]
+    for owner, (name, outcomes) in enumerate(iter_outcomes(task["names"], task["work"], columns), task["first"]):
+        usable = outcomes["reason"].is_null().to_numpy().copy()
+        if first_step:
+            found = _with_images(outcomes, excluded, task["near"].get(name, []), usable)
+            images += [(owner, row, *why) for row, why in sorted(found.items())]
+            usable[list(found)] = False
+        usable[before.get(owner, [])] = False
+        rows = np.flatnonzero(usable).astype(np.int32)
+        columns_of = {name: outcomes[name].combine_chunks().take(pa.array(rows)) for name in ("record_id", "source")}
+        keys = outcomes[step].combine_chunks().take(pa.array(rows))
+        owners = pa.array(np.full(len(rows), owner, dtype=np.int32))
+        batch = pa.record_batch([keys, owners, pa.array(rows), *columns_of.values()], schema=_KEYS)
+        where = _numbers(keys)[:, 0] % buckets if buckets > 1 else np.zeros(len(rows), dtype=np.uint64)
+        for bucket, part in enumerate(parts):
+            part.append(batch if buckets == 1 else batch.filter(pa.array(where == bucket)))
+    _write(_keys_file(task, step, task["number"]), _KEYS, parts)
+    if first_step:
+        rows = [dict(zip(REMOVED.names, image, strict=True)) for image in images]
+        storage.write_table(_images_file(task, task["number"]), pa.Table.from_pylist(rows, REMOVED))
+    return {}
+
+
+def find_later(task: dict) -> dict:
+    """Find the records of a bucket whose digest came before, and write them by group. Runs inside a Ray task."""
+    _, reason, what = next(step for step in _STEPS if step[0] == task["step"])
+    readers = [storage.open_arrow(_keys_file(task, task["step"], group)) for group in range(task["groups"])]
+    batches = [reader.get_batch(task["bucket"]) for reader in readers]
+    table = pa.Table.from_batches(batches, _KEYS).combine_chunks()
+    first = first_of_each(_numbers(table["key"].combine_chunks()))
+    later = np.flatnonzero(first != np.arange(len(first)))
+    causes = table.take(pa.array(first[later]))
+    detail = pc.binary_join_element_wise(what, causes["record_id"], "of", causes["source"], " ")
+    found = table.take(pa.array(later))
+    columns = [found["owner"], found["row"], pa.array([reason] * len(later), pa.string()), detail]
+    found = pa.Table.from_arrays(columns, schema=REMOVED).combine_chunks()
+    ends = np.searchsorted(later, np.cumsum([0, *map(len, batches)]))
+    parts = [found.slice(start, end - start).to_batches() for start, end in pairwise(ends.tolist())]
+    _write(_later_file(task, task["step"], task["bucket"]), REMOVED, parts)
+    return {}
+
+
+def removed(task: dict, steps: list[str]) -> pa.Table:
+    """The records of a group that are not used, after some of the steps.
+
+    Args:
+        task: what `find_removals` gave of its split, with the group's `number`.
+        steps: "id", "content".
+    """
+    tables = [storage.open_arrow(_images_file(task, task["number"])).read_all()]
+    for step in steps:
+        for bucket in range(task["buckets"]):
+            batch = storage.open_arrow(_later_file(task, step, bucket)).get_batch(task["number"])
+            tables.append(pa.Table.from_batches([batch], REMOVED))
+    return pa.concat_tables(tables)
 
 
 def first_of_each(keys: np.ndarray) -> np.ndarray:
@@ -116,62 +184,57 @@ def first_of_each(keys: np.ndarray) -> np.ndarray:
     return first
 
 
-def _decide(partitions: list[Partition], work: str, excluded: Excluded, deduplicate: bool, alike: Alike) -> np.ndarray:
-    """The removals of one split, as an array of _REMOVAL."""
-    owners, rows, ids, contents = [], [], [], []
-    removed = []
-    columns = ["reason", "id", "content", *(["digests"] if excluded else [])]
-    for owner, (partition, outcomes) in enumerate(iter_outcomes(partitions, work, columns)):
-        usable = outcomes["reason"].is_null().to_numpy().copy()
-        if excluded:
-            found = _contaminated(outcomes["digests"].combine_chunks(), excluded)
-            removed += [(owner, row, _REASONS.index(CONTAMINATED), *cause) for row, cause in found.items()]
-            usable[list(found)] = False
-            near = {row: (excluded.twins[twin][0], n) for row, n, twin, _ in reversed(alike.get(partition.name, []))}
-            near = {row: cause for row, cause in near.items() if usable[row]}
-            removed += [(owner, row, _REASONS.index(NEAR), *cause) for row, cause in near.items()]
-            usable[list(near)] = False
-        place = np.flatnonzero(usable)
-        owners.append(np.full(len(place), owner, dtype=np.int32))
-        rows.append(place.astype(np.int32))
-        ids.append(_numbers(outcomes["id"])[place])
-        contents.append(_numbers(outcomes["content"])[place])
-    owner, row, record, content = (np.concatenate(parts) for parts in (owners, rows, ids, contents))
-    del owners, rows, ids, contents
-    results = [np.array(removed, dtype=_REMOVAL)]
-    left = np.arange(len(owner))
-    for reason, keys in ((DUPLICATE_ID, record), (DUPLICATE_CONTENT, content))[: 2 if deduplicate else 1]:
-        first = first_of_each(keys[left])
-        later = first != np.arange(len(left))
-        one, cause = left[later], left[first[later]]
-        result = np.empty(len(one), dtype=_REMOVAL)
-        result["owner"], result["row"], result["reason"] = owner[one], row[one], _REASONS.index(reason)
-        result["cause_owner"], result["cause_row"] = owner[cause], row[cause]
-        results.append(result)
-        left = left[~later]
-    return np.concatenate(results)
-
-
-def _contaminated(images, excluded: Excluded) -> dict[int, tuple[int, int]]:
-    """Rows with an excluded image: index of the set, and the number of the first such image in its record."""
-    lengths = images.value_lengths().fill_null(0).to_numpy()
-    row_of = np.repeat(np.arange(len(lengths)), lengths)
-    before = np.cumsum(lengths) - lengths
+def _with_images(outcomes: pa.Table, excluded: Excluded | None, near: list, usable: np.ndarray) -> dict:
+    """Rows of a partition that show an image of an evaluation set, with reason and detail."""
     found = {}
-    for place, number in excluded.find(images.flatten()):
-        row = int(row_of[place])
-        found.setdefault(row, (number, place - int(before[row]) + 1))
+    if excluded:
+        images = outcomes["digests"].combine_chunks()
+        lengths = images.value_lengths().fill_null(0).to_numpy()
+        row_of = np.repeat(np.arange(len(lengths)), lengths)
+        before = np.cumsum(lengths) - lengths
+        for place, name in excluded.find(images.flatten()):
+            row = int(row_of[place])
+            if usable[row] and row not in found:
+                found[row] = CONTAMINATED, f"image {place - int(before[row]) + 1} is one of {name}"
+    for row, text in near:
+        if usable[row]:
+            found.setdefault(row, (NEAR, text))
     return found
 
 
-def _numbers(column) -> np.ndarray:
+def _by_partition(table: pa.Table) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for owner, row in zip(table["owner"].to_pylist(), table["row"].to_pylist(), strict=True):
+        rows.setdefault(owner, []).append(row)
+    return rows
+
+
+def _write(uri: str, schema: pa.Schema, parts: list[list[pa.RecordBatch]]) -> None:
+    """One record batch for each part, however many it is of."""
+    with storage.atomic_file(uri) as path, pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for part in parts:
+            whole = pa.Table.from_batches(part, schema).combine_chunks().to_batches()
+            writer.write_batch(whole[0] if whole else pa.RecordBatch.from_pylist([], schema))
+
+
+def _numbers(keys: pa.Array) -> np.ndarray:
     """Digests as two unsigned numbers each, (n, 2)."""
-    array = column.combine_chunks()
-    data = np.frombuffer(array.buffers()[1], dtype=np.uint8)[array.offset * DIGEST_BYTES :]
-    return data[: len(array) * DIGEST_BYTES].view("<u8").reshape(-1, 2)
+    data = np.frombuffer(keys.buffers()[1] or b"", dtype=np.uint8)[keys.offset * DIGEST_BYTES :]
+    return data[: len(keys) * DIGEST_BYTES].view("<u8").reshape(-1, 2)
 
 
-def _part(array: np.ndarray, field: str, value: int) -> np.ndarray:
-    """The rows of an array, sorted by a field, in which that field has a value."""
-    first, last = np.searchsorted(array[field], [value, value + 1])
-    return array[first:last]
+@lru_cache(maxsize=1)
+def _excluded(uri: str, version: str) -> Excluded:
+    return Excluded.load(uri)
+
+
+def _keys_file(task: dict, step: str, group: int) -> str:
+    return storage.join(task["work"], "keys", f"{step}-{task['split']}-{group:05d}.arrow")
+
+
+def _images_file(task: dict, group: int) -> str:
+    return storage.join(task["work"], "removed", f"images-{task['split']}-{group:05d}.arrow")
+
+
+def _later_file(task: dict, step: str, bucket: int) -> str:
+    return storage.join(task["work"], "removed", f"{step}-{task['split']}-{bucket:05d}.arrow")

@@ -4,6 +4,8 @@ The images of the `validation` split are known from pass 1; those of the other s
 goes on where it was. Every one must be readable, because an image that is not compared is not kept out.
 """
 
+import json
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -11,13 +13,14 @@ from mlmamba.images import WIDEST, open_image
 from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.execution import run_tasks
+from pipelines.fragments import SourceCut, partitions
 from pipelines.looks import all_fields, keys
 from pipelines.progress import ProgressMeter
-from pipelines.records import Partition, cut, read_records
+from pipelines.records import Partition
 from pipelines.schema import IMAGES, IMAGES_WITH_LOOKS, WORK_VERSION, digest
 from pipelines.tokenize import iter_outcomes, worker_source
 
-_DIGEST_KEY = b"mlmamba.digest"
+_DIGEST_KEY, _RECORDS_KEY, _SETS_KEY = b"mlmamba.digest", b"mlmamba.records", b"mlmamba.sets"
 
 
 class ExclusionError(RuntimeError):
@@ -55,18 +58,41 @@ class Excluded:
         self.keys += [key for key, _ in known]
         self.twins += [twin for _, twin in known]
 
-    def find(self, images: pa.Array) -> list[tuple[int, int]]:
-        """Places within an array of digests that are in a set, and the set's place in `counts`."""
+    def twin(self, place: int) -> tuple[str, str]:
+        """The name of an image of `keys`, and its set."""
+        number, name = self.twins[place]
+        return name, list(self.counts)[number]
+
+    def find(self, images: pa.Array) -> list[tuple[int, str]]:
+        """Places within an array of digests that are in a set, and that set."""
+        names = list(self.counts)
         found = enumerate(map(self._set_of.get, images.to_pylist()))
-        return [(place, number) for place, number in found if number is not None]
+        return [(place, names[number]) for place, number in found if number is not None]
+
+    def save(self, uri: str) -> None:
+        """Write the digests, for `load`."""
+        columns = [pa.array(self._set_of, IMAGES.field("image").type), pa.array(self._set_of.values(), pa.int32())]
+        schema = IMAGES.append(pa.field("set", pa.int32())).with_metadata({_SETS_KEY: json.dumps(list(self.counts))})
+        storage.write_table(uri, pa.Table.from_arrays(columns, schema=schema))
+
+    @classmethod
+    def load(cls, uri: str) -> "Excluded":
+        """The digests that `save` wrote, without looks."""
+        table, excluded = storage.open_arrow(uri).read_all(), cls()
+        excluded.counts = dict.fromkeys(json.loads(table.schema.metadata[_SETS_KEY]), 0)
+        excluded._set_of = dict(zip(table["image"].to_pylist(), table["set"].to_pylist(), strict=True))
+        return excluded
 
 
-def read_excluded(config: DataConfig, partitions: list[Partition], work: str, on_progress) -> Excluded:
+def read_excluded(
+    config: DataConfig, validation: list[str], cuts: dict[str, SourceCut], work: str, on_progress
+) -> Excluded:
     """The digests of all evaluation sets of a config.
 
     Args:
         config: of the data set.
-        partitions: of all its splits, tokenized.
+        validation: names of the partitions of its validation split, tokenized.
+        cuts: of the evaluation sets, by their names.
         work: folder of the partitions' files.
         on_progress: as for `prepare`.
 
@@ -76,7 +102,6 @@ def read_excluded(config: DataConfig, partitions: list[Partition], work: str, on
     """
     excluded = Excluded()
     if config.exclude_evaluation_images:
-        validation = [partition for partition in partitions if partition.split == "validation"]
         columns = ["record_id", "looks"] if config.compares_looks else []
         for _, outcomes in iter_outcomes(validation, work, ["source", "digests", *columns]):
             for source in outcomes["source"].unique().to_pylist():
@@ -88,53 +113,51 @@ def read_excluded(config: DataConfig, partitions: list[Partition], work: str, on
                     excluded.add_looks(
                         f"validation/{source}", *map(list, zip(*pairs, strict=True) if pairs else ([], []))
                     )
-    sets = config.evaluation_sets()
     settings = f"{WORK_VERSION} looks" if config.compares_looks else str(WORK_VERSION)
-    names, tasks = {}, []
-    for number, (name, source) in enumerate(sets.items()):
-        for partition in cut(f"excluded{number}", [source], config.partition_records, work, settings):
+    names, tasks, size = {}, [], 0
+    for number, (name, cut) in enumerate(cuts.items()):
+        for partition in partitions(f"excluded{number}", [cut], settings):
             names[partition.name] = name
+            size += partition.records or 0
             tasks.append(
                 {
-                    "name": partition.name,
-                    "digest": partition.digest,
-                    "size": partition.records,
-                    "records": partition.records_file(work),
+                    "partition": partition.to_json(),
                     "images": storage.join(work, "images", f"{partition.name}.arrow"),
-                    "source": source.absolute().model_dump_json(),
+                    "source": cut.config.absolute().model_dump_json(),
                     "looks": config.compares_looks,
                 }
             )
     if not tasks:
         return excluded
-    meter = ProgressMeter("exclude", "records", on_progress, sum(task["size"] for task in tasks))
-    files = {}
-    for result in run_tasks(digest_images, tasks):
+    known = all(cut.records is not None for cut in cuts.values())
+    meter = ProgressMeter("exclude", "records", on_progress, size if known else None)
+    for result in run_tasks(digest_images, tasks, "Exclude"):
         if result["problem"]:
             raise ExclusionError(
                 f"{names[result['name']]}: {result['problem']}. Its images must all be read to keep them out of "
                 "training: repair it, or leave the set out (exclude_evaluation_images: false, exclude_images_of)"
             )
-        files[result["name"]] = result["images"]
         meter.add(result["size"], skipped=result["size"] if result["skipped"] else 0)
-    for task in tasks:
-        table = storage.open_arrow(files[task["name"]]).read_all()
-        excluded.add(names[task["name"]], table["image"])
+    for name, task in zip(names.values(), tasks, strict=True):
+        table = storage.open_arrow(task["images"]).read_all()
+        excluded.add(name, table["image"])
         if task["looks"]:
-            excluded.add_looks(names[task["name"]], table["looks"].to_pylist(), table["name"].to_pylist())
+            excluded.add_looks(name, table["looks"].to_pylist(), table["name"].to_pylist())
     return excluded
 
 
 def digest_images(task: dict) -> dict:
     """Write the digests of the images of a partition of an evaluation set. Runs inside a Ray task."""
-    result = {"name": task["name"], "size": task["size"], "images": task["images"], "problem": None}
-    metadata = {_DIGEST_KEY: task["digest"]}
+    partition = Partition.from_json(task["partition"])
+    result = {"name": partition.name, "size": 0, "problem": None}
+    metadata = {_DIGEST_KEY: partition.digest}
     if storage.exists(task["images"]):
         written = storage.open_arrow(task["images"]).schema.metadata or {}
-        if written.get(_DIGEST_KEY) == task["digest"].encode():
-            return result | {"skipped": True}
+        if written.get(_DIGEST_KEY) == partition.digest.encode():
+            return result | {"size": int(written[_RECORDS_KEY]), "skipped": True}
     source, rows = worker_source(task["source"]), []
-    for record in read_records(task["records"]):
+    for record in partition.read(source):
+        result["size"] += 1
         if record.problem:
             return result | {"problem": f"record {record.id}: {record.problem.reason}: {record.problem.detail}"}
         for location in record.images:
@@ -148,6 +171,7 @@ def digest_images(task: dict) -> dict:
                 return result | {"problem": f"record {record.id}: {location}: {error}"}
     if task["looks"]:
         rows = [row | {"looks": key} for row, key in zip(rows, keys([row["looks"] for row in rows]), strict=True)]
+    metadata[_RECORDS_KEY] = str(result["size"])
     schema = (IMAGES_WITH_LOOKS if task["looks"] else IMAGES).with_metadata(metadata)
     storage.write_table(task["images"], pa.Table.from_pylist(rows, schema))
     return result | {"skipped": False}

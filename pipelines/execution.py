@@ -5,13 +5,19 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice, pairwise
 
+import pyarrow as pa
 import ray
 import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 
 _MOST_PER_BLOCK = 4
+_AT_ONCE = 4096  # descriptions that the driver holds
 _BLOCKS_PER_CPU = 4  # at least, or a CPU could be left without work at the end
 
 
@@ -75,33 +81,69 @@ def quiet_ray_data() -> Iterator[None]:
             handler.setLevel(level)
 
 
-def run_tasks(function: Callable[[dict], dict], tasks: list[dict]) -> Iterator[dict]:
+class Tasks(Datasource):
+    """Task descriptions as a source of their results: each read task of Ray Data does some of them.
+
+    Ray Data's progress, statistics and dashboard show them under `name`.
+    """
+
+    def __init__(self, name: str, function: Callable[[dict], dict], blocks: list[list[dict]]):
+        super().__init__()
+        self._name, self._function, self._blocks = name, function, blocks
+
+    def get_name(self) -> str:
+        """What Ray Data calls it."""
+        return self._name
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown; results are small."""
+        return None
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit=None, data_context=None) -> list[ReadTask]:
+        """One for each block."""
+        return [
+            ReadTask(partial(_results, self._function, json.dumps(block)), BlockMetadata(len(block), None, None, None))
+            for block in self._blocks
+        ]
+
+
+def run_tasks(function: Callable[[dict], dict], tasks: Iterable[dict], name: str = "") -> Iterator[dict]:
     """Apply a function to each task description, on all CPUs, and yield the results as they come.
 
     Descriptions and results cross as JSON text: they are small and nested, which Arrow columns would make awkward.
-    Ray Data looks for finished work ten times a second, and a CPU waits twice for that before it gets its next block.
-    So a block holds up to `_MOST_PER_BLOCK` descriptions where there are many.
+    Ray Data takes some 5 ms of the driver for a read task, and a CPU waits twice for its next look, ten times a second,
+    before it gets the next one. So one holds up to `_MOST_PER_BLOCK` descriptions where there are many. Of these,
+    `_AT_ONCE` are taken from `tasks` at a time, so that the driver's memory does not grow with their number.
 
     Args:
         function: a module-level function; it must be safe to run twice (Ray reruns tasks of lost machines).
         tasks: JSON-able descriptions.
+        name: for Ray's dashboard and log; by default the function's.
 
     Raises:
-        OSError: as a task raised it (a full disk, a store that does not answer), with the machine's name and without
-            Ray's traceback.
+        OSError, ValueError: as a task raised it (a full disk, a store that does not answer, a list that is not JSON),
+            an OSError with the machine's name, both without Ray's traceback.
     """
-    if not tasks:
-        return
-    items = [{"task": json.dumps(task)} for task in tasks]
-    for_all_cpus = _BLOCKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
-    blocks = max(math.ceil(len(items) / _MOST_PER_BLOCK), min(len(items), for_all_cpus))
-    dataset = ray.data.from_items(items, override_num_blocks=blocks)
-    results = dataset.map(lambda row: {"result": json.dumps(_attempt(function, json.loads(row["task"])))})
-    for row in results.iter_rows():
-        result = json.loads(row["result"])
-        if "failed" in result:
-            raise OSError(*result["failed"])
-        yield result["done"]
+    waiting = iter(tasks)
+    name = name or function.__name__.title().replace("_", "")
+    while some := list(islice(waiting, _AT_ONCE)):
+        for_all_cpus = _BLOCKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
+        count = max(math.ceil(len(some) / _MOST_PER_BLOCK), min(len(some), for_all_cpus))
+        ends = [len(some) * i // count for i in range(count + 1)]
+        blocks = [some[start:end] for start, end in pairwise(ends)]
+        dataset = ray.data.read_datasource(Tasks(name, function, blocks), override_num_blocks=count)
+        for row in dataset.iter_rows():
+            result = json.loads(row["result"])
+            if "failed" in result:
+                raise OSError(*result["failed"])
+            if "wrong" in result:
+                raise ValueError(result["wrong"])
+            yield result["done"]
+
+
+def _results(function: Callable[[dict], dict], block: str) -> Iterator[pa.Table]:
+    for task in json.loads(block):
+        yield pa.table({"result": [json.dumps(_attempt(function, task))]})
 
 
 def _attempt(function: Callable[[dict], dict], task: dict) -> dict:
@@ -112,3 +154,5 @@ def _attempt(function: Callable[[dict], dict], task: dict) -> dict:
         text = f"{error.strerror or error} on {socket.gethostname()}"
         text += f": {error.filename}" if error.filename else ""
         return {"failed": [text] if error.errno is None else [error.errno, text]}
+    except ValueError as error:
+        return {"wrong": str(error)}

@@ -5,8 +5,6 @@ One record stands for it in the quarantine, whatever it held; so it is judged by
 
 from dataclasses import dataclass, field
 
-from pipelines.sources import Record
-
 
 @dataclass
 class Losses:
@@ -16,15 +14,12 @@ class Losses:
     _of: dict[tuple[str, str], int] = field(default_factory=dict)
     _first: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def add(self, split: str, record: Record) -> None:
-        """Count what is lost with a record. What a source's weight repeats counts once."""
-        problem = record.problem
-        if problem is None or not problem.lost or record.repeat > 1:
-            return
-        key = split, record.source
-        self._lost[key] = self._lost.get(key, 0) + problem.lost
-        self._of[key] = max(self._of.get(key, 0), problem.of)
-        self._first.setdefault(key, problem.detail)
+    def add(self, split: str, source: str, lost: int, of: int, detail: str) -> None:
+        """Count bytes that a source lost, of those that it should have."""
+        key = split, source
+        self._lost[key] = self._lost.get(key, 0) + lost
+        self._of[key] = max(self._of.get(key, 0), of)
+        self._first.setdefault(key, detail)
 
     def shares(self, split: str) -> dict[str, float]:
         """Share of its bytes that each source of a split lost, for those that lost any."""

@@ -1,11 +1,10 @@
 """Pass 2: samples to packed rows, and rows to shards.
 
-One plan for the whole split is made on the driver from the samples' lengths alone, so the shards are the same however
-many machines write them. Each shard is one Ray task: it reads its samples from the token files (each file opened once,
-only the samples it needs), holds them in memory, and writes the shard.
+The plan is made from the samples' lengths alone, so the shards are the same however many machines write them. One task
+plans up to `plan.SEGMENT` samples. Each shard is one Ray task: it reads its samples from the token files (each file
+opened once, only the samples it needs), holds them in memory, and writes the shard.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -15,62 +14,47 @@ import pyarrow as pa
 
 from mlmamba.conversation import IGNORE_INDEX
 from pipelines import storage
-from pipelines.dedup import Removals
 from pipelines.execution import run_tasks
 from pipelines.manifest import ShardInfo
-from pipelines.planner import plan_rows
-from pipelines.records import Partition
+from pipelines.plan import PlannedShard, read_plan
+from pipelines.records import name_of, tokens_file
 from pipelines.schema import PACKED, PACKED_VERSION, one_row, values
-from pipelines.tokenize import iter_outcomes
 
 _SCHEMA = PACKED.with_metadata({"mlmamba.schema_version": str(PACKED_VERSION)})
 
 
-def shard_tasks(
-    partitions: list[Partition],
-    max_tokens: int,
-    shard_rows: int,
-    seed: int,
-    work: str,
-    out: str,
-    removals: Removals | None = None,
-) -> list[dict]:
-    """Plan one split: a task description for each of its shards.
+def shard_number(path: str) -> int:
+    """The place of a shard in its split, from its path."""
+    return int(path.rpartition("-")[2].removesuffix(".arrow"))
+
+
+def pack(shards: dict[str, list[PlannedShard]], work: str, out: str) -> Iterator[tuple[str, ShardInfo, bool]]:
+    """Write the shards on Ray.
 
     Args:
-        partitions: of one split, in order, all tokenized.
-        max_tokens: length of a row.
-        shard_rows: rows in a shard; the last one may have fewer.
-        seed: of the plan.
+        shards: of each split, in row order.
         work: folder of the partitions' files.
         out: folder of the data set.
-        removals: tokenized records that are not used.
+
+    Yields:
+        Split and facts of each shard as it completes, and whether an earlier run had written it.
     """
-    owners, places, lengths = _read_lengths(partitions, work, removals or Removals())
-    rows = plan_rows(lengths, max_tokens, seed)
-    tasks = []
-    for index, start in enumerate(range(0, len(rows), shard_rows)):
-        shard = rows[start : start + shard_rows]
-        used = sorted({int(owners[sample]) for row in shard for sample in row})
-        position = {owner: i for i, owner in enumerate(used)}
-        name = f"{partitions[0].split}-{index:05d}"
-        task = {
-            "path": f"shards/{name}.arrow",
+    tasks = (
+        {
+            "split": split,
+            "path": f"shards/{name_of(split, index)}.arrow",
             "out": out,
-            "report": storage.join(work, "packed", f"{name}.json"),
-            "tokens": [partitions[owner].tokens_file(work) for owner in used],
-            # Every sample as (position in `tokens`, record batch in that file).
-            "rows": [[(position[int(owners[sample])], int(places[sample])) for sample in row] for row in shard],
+            "work": work,
+            "report": storage.join(work, "packed", f"{name_of(split, index)}.json"),
+            "plan": shard.file,
+            "batch": shard.batch,
+            "digest": shard.digest,
         }
-        inputs = [PACKED_VERSION, [partitions[owner].digest for owner in used], task["rows"]]
-        tasks.append(task | {"digest": hashlib.sha256(json.dumps(inputs).encode()).hexdigest()})
-    return tasks
-
-
-def pack(tasks: list[dict]) -> Iterator[tuple[ShardInfo, bool]]:
-    """Write the shards on Ray. Yields each one's facts as it completes, and whether an earlier run had written it."""
-    for result in run_tasks(pack_shard, tasks):
-        yield ShardInfo(**result["shard"]), result["skipped"]
+        for split, own in shards.items()
+        for index, shard in enumerate(own)
+    )
+    for result in run_tasks(pack_shard, tasks, "Pack"):
+        yield result["split"], ShardInfo(**result["shard"]), result["skipped"]
 
 
 def pack_shard(task: dict) -> dict:
@@ -79,14 +63,15 @@ def pack_shard(task: dict) -> dict:
     if storage.exists(task["report"]):
         report = json.loads(storage.read_bytes(task["report"]))
         if report["digest"] == task["digest"] and storage.size(uri) == report["shard"]["bytes"]:
-            return {"shard": report["shard"], "skipped": True}
-    samples = _gather(task["tokens"], task["rows"])
+            return {"split": task["split"], "shard": report["shard"], "skipped": True}
+    rows = read_plan(task["plan"], task["batch"])
+    samples = _gather(task["work"], task["split"], np.concatenate(rows))
     facts = Counter()
     sources = Counter()
     with storage.atomic_file(uri) as path:
         with pa.output_stream(path, buffer_size=storage.WRITE_BUFFER) as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            for places in task["rows"]:
-                row = _join([samples[tuple(place)] for place in places])
+            for places in rows:
+                row = _join([samples[tuple(place)] for place in places.tolist()])
                 writer.write_batch(one_row(_SCHEMA, row))
                 sources.update(row["source"])
                 facts["samples"] += len(row["sample_ids"])
@@ -96,41 +81,24 @@ def pack_shard(task: dict) -> dict:
         size, sha256 = storage.checksum(path)
     shard = ShardInfo(
         path=task["path"],
-        rows=len(task["rows"]),
+        rows=len(rows),
         bytes=size,
         sha256=sha256,
         samples_by_source=dict(sorted(sources.items())),
         **facts,
     ).model_dump()
     storage.write_atomic(task["report"], json.dumps({"digest": task["digest"], "shard": shard}).encode())
-    return {"shard": shard, "skipped": False}
+    return {"split": task["split"], "shard": shard, "skipped": False}
 
 
-def _read_lengths(
-    partitions: list[Partition], work: str, removals: Removals
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every sample of a split, in order: its partition, its record batch in that token file, its length."""
-    owners, places, lengths = [], [], []
-    for owner, (partition, outcomes) in enumerate(iter_outcomes(partitions, work, ["length", "reason"])):
-        tokenized = outcomes["reason"].is_null().to_numpy()
-        kept = tokenized.copy()
-        kept[list(removals.of(partition.name))] = False
-        owners.append(np.full(kept.sum(), owner, dtype=np.int32))
-        places.append((np.cumsum(tokenized) - 1)[kept].astype(np.int32))
-        lengths.append(outcomes["length"].to_numpy()[kept])
-    empty = np.zeros(0, dtype=np.int32)
-    return tuple(np.concatenate([empty, *parts]) for parts in (owners, places, lengths))
-
-
-def _gather(files: list[str], rows: list[list[tuple[int, int]]]) -> dict[tuple[int, int], dict]:
+def _gather(work: str, split: str, places: np.ndarray) -> dict[tuple[int, int], dict]:
     """The samples of a shard, copied out of the token files so that only one of those is open at a time."""
-    wanted = sorted({tuple(place) for row in rows for place in row})
     samples, opened, reader = {}, None, None
-    for file, batch_index in wanted:
-        if file != opened:
-            reader, opened = storage.open_arrow(files[file], mapped=False), file
+    for owner, batch_index in np.unique(places, axis=0).tolist():
+        if owner != opened:
+            reader, opened = storage.open_arrow(tokens_file(work, name_of(split, owner)), mapped=False), owner
         batch = reader.get_batch(batch_index)
-        samples[file, batch_index] = {
+        samples[owner, batch_index] = {
             "record_id": batch["record_id"][0].as_py(),
             "source": batch["source"][0].as_py(),
             "images": values(batch, "images").to_pylist(),

@@ -23,7 +23,13 @@ SPREADS = (0.5, 0.4, 0.3)  # shares of a window's tokens, longest samples first,
 
 
 def plan_rows(
-    lengths: np.ndarray, max_tokens: int, seed: int = 0, window: int = WINDOW, open_rows: int = OPEN_ROWS
+    lengths: np.ndarray,
+    max_tokens: int,
+    seed: int = 0,
+    window: int = WINDOW,
+    open_rows: int = OPEN_ROWS,
+    order: np.ndarray | None = None,
+    part: int = 0,
 ) -> list[np.ndarray]:
     """Assign every sample to exactly one row.
 
@@ -33,6 +39,8 @@ def plan_rows(
         seed: decides which samples can meet, their order within a row, and the order of the rows.
         window: see the module's text.
         open_rows: see the module's text.
+        order: the shuffled order of the samples, where they are a part of a larger set.
+        part: which one.
 
     Returns:
         Sample indices of each row, rows in shuffled order. The same arguments give the same plan everywhere.
@@ -44,7 +52,8 @@ def plan_rows(
     bad = np.flatnonzero((lengths < 1) | (lengths > max_tokens))
     if bad.size:
         raise ValueError(f"sample {bad[0]} has {lengths[bad[0]]} tokens, expected 1 to {max_tokens}")
-    order = permutation(len(lengths), seed, "samples")
+    if order is None:
+        order = permutation(len(lengths), seed, "samples")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
 
@@ -55,7 +64,7 @@ def plan_rows(
     rows = min((_plan(blocks, lengths, max_tokens, open_rows, spread) for spread in SPREADS), key=len)
     # Longest first was for packing; within a row the shuffled order holds, so that length says nothing about place.
     plan = [np.array(sorted(row, key=rank.__getitem__), dtype=np.int64) for row in rows]
-    return [plan[i] for i in permutation(len(plan), seed, "rows")]
+    return [plan[i] for i in permutation(len(plan), seed, "rows", *([part] if part else []))]
 
 
 def _plan(

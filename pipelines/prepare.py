@@ -10,22 +10,25 @@ A second call with the same recipe touches nothing of a finished data set.
 """
 
 from collections.abc import Callable
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 
 from mlmamba.image_colours import PIXELS
 from pipelines import storage, tokenizer
 from pipelines.alike import find_alike
 from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
-from pipelines.dedup import Removals, find_removals
+from pipelines.dedup import REMOVED, find_removals
 from pipelines.exclusion import ExclusionError, read_excluded
 from pipelines.execution import ensure_ray, quiet_ray_data
 from pipelines.finished import find_finished, fingerprints
+from pipelines.fragments import SourceCut, cut_sources, partitions
 from pipelines.losses import Losses
 from pipelines.manifest import MANIFEST_FILE, Manifest, ShardInfo, split_info
-from pipelines.pack import pack, shard_tasks
+from pipelines.pack import pack, shard_number
+from pipelines.plan import plan_shards, read_bad, settle_groups
 from pipelines.progress import Progress, ProgressMeter
-from pipelines.quarantine import QUARANTINE_FILE, Tally, allowed, none_left, over_limit, write_quarantine
-from pipelines.records import Partition, cut, list_records
+from pipelines.quarantine import QUARANTINE_FILE, Tally, allowed, none_left, over_limit, settle, write_quarantine
+from pipelines.records import Group, groups_of, list_records
 from pipelines.tokenize import TokenizeSettings, tokenize
 from pipelines.tokenizer import TOKENIZER_FILE
 from pipelines.tokenizer_check import CONVERSATIONS, needs_whole_text
@@ -79,10 +82,11 @@ def prepare(
 
     ensure_ray(say=lambda text: on_progress(Progress(text, 0, None, "")))
     with quiet_ray_data():
-        partitions, losses = _cut(config, work, settings.digest(), on_progress)
-        _tokenize(config, partitions, settings, out, work, on_progress)
-        removals, tallies, excluded = _remove(config, partitions, out, work, on_progress)
-        shards = _pack(config, partitions, removals, seed, out, work, on_progress)
+        cuts = _cut(config, work, on_progress)
+        counts, losses = _tokenize(config, cuts, settings, out, work, on_progress)
+        groups = {split: list(groups_of(split, count.partitions)) for split, count in counts.items()}
+        tallies, excluded = _remove(config, cuts, groups, counts, out, work, on_progress)
+        shards = _pack(config, groups, tallies, seed, out, work, on_progress)
 
     manifest = Manifest(
         digest="",
@@ -155,97 +159,143 @@ def _make_tokenizer(config: DataConfig, out: str, tokens_per_image: int, on_prog
     )
 
 
-def _cut(config: DataConfig, work: str, settings: str, on_progress: OnProgress) -> tuple[list[Partition], Losses]:
-    meter = ProgressMeter("records", "records", on_progress)
-    partitions, losses = [], Losses()
-    for split in SPLITS_TO_PACK:
-        for partition in cut(split, getattr(config, split), config.partition_records, work, settings, losses):
-            partitions.append(partition)
-            meter.add(partition.records)
-    too_much = losses.over(config.max_quarantined)
-    if too_much:
-        raise PrepareError(too_much)
-    return partitions, losses
+@dataclass
+class Count:
+    """What a split is made of."""
+
+    partitions: int = 0
+    records: int = 0
+    known: bool = True
+    """Whether `records` is known before the records are read."""
+
+
+def _cut(config: DataConfig, work: str, on_progress: OnProgress) -> dict[str, SourceCut]:
+    """The fragments of all sources, by "SPLIT-NUMBER", and of the evaluation sets, by their names."""
+    on_progress(Progress("records", 0, None, "records"))
+    sources = {f"{split}-{i}": source for split in SPLITS_TO_PACK for i, source in enumerate(getattr(config, split))}
+    sources |= {f"excluded-{i}": source for i, source in enumerate(config.evaluation_sets().values())}
+    cuts = cut_sources(sources, config.partition_records, work)
+    total = sum(cut.records or 0 for cut in cuts.values())
+    on_progress(Progress("records", total, None, "records"))
+    return cuts
+
+
+def _cuts_of(cuts: dict[str, SourceCut], split: str) -> list[SourceCut]:
+    return [cut for name, cut in cuts.items() if name.rpartition("-")[0] == split]
 
 
 def _tokenize(
     config: DataConfig,
-    partitions: list[Partition],
+    cuts: dict[str, SourceCut],
     settings: TokenizeSettings,
     out: str,
     work: str,
     on_progress: OnProgress,
-) -> None:
+) -> tuple[dict[str, Count], Losses]:
     """Pass 1."""
-    total = sum(partition.records for partition in partitions)
+    digest = settings.digest()
+    counts = {split: Count() for split in SPLITS_TO_PACK if getattr(config, split)}
+    for split, count in counts.items():
+        for partition in partitions(split, _cuts_of(cuts, split), digest):
+            count.partitions += 1
+            count.records += partition.records or 0
+            count.known = count.known and partition.records is not None
+    known = all(count.known for count in counts.values())
+    total = sum(count.records for count in counts.values()) if known else None
+    every = sum(count.partitions for count in counts.values())
+    for count in counts.values():
+        count.records = 0
     meter = ProgressMeter("tokenize", "records", on_progress, total)
-    done = set()
-    sources = {split: getattr(config, split) for split in SPLITS_TO_PACK}
-    for result in tokenize(partitions, sources, settings, work):
-        done.add(result["name"])
+    done: dict[str, list[str]] = {split: [] for split in counts}
+    losses, sources = Losses(), {split: getattr(config, split) for split in SPLITS_TO_PACK}
+    work_list = chain.from_iterable(partitions(split, _cuts_of(cuts, split), digest) for split in counts)
+    for result in tokenize(work_list, sources, settings, work):
+        done[result["split"]].append(result["name"])
+        counts[result["split"]].records += result["records"]
         bad = sum(result["quarantined"].values())
         meter.add(result["records"], quarantined=bad, skipped=result["records"] if result["skipped"] else 0)
+        for loss in result["losses"]:
+            losses.add(result["split"], result["source"], *loss)
+        if too_much := losses.over(config.max_quarantined):
+            raise PrepareError(too_much)
         # Not only at the end: with a wrong folder the first partitions show it, hours before the last.
-        if meter.quarantined > allowed(config.max_quarantined, total):
-            own = [partition for partition in partitions if partition.name in done]
-            tallies = write_quarantine(out, work, own, Removals())
-            raise PrepareError(over_limit(config.max_quarantined, total, tallies, out))
+        expected = total
+        if total is None:  # twice what the partitions so far let expect: the others may be larger
+            expected = 2 * meter.done * every // sum(map(len, done.values()))
+        if meter.quarantined > allowed(config.max_quarantined, expected):
+            raise PrepareError(_too_many(config, done, expected, out, work))
     if meter.skipped < meter.done:
         # Shards of an earlier, killed run may hold images that have been repaired since under the same names.
         storage.delete_folder(storage.join(work, "packed"))
+    return counts, losses
+
+
+def _too_many(config: DataConfig, done: dict[str, list[str]], total: int, out: str, work: str) -> str:
+    """The message that too many records are bad, with the table of those of the partitions done so far."""
+    settled = {
+        split: settle(Group(split, 0, 0, sorted(names)), work, REMOVED.empty_table()) for split, names in done.items()
+    }
+    write_quarantine(storage.join(out, QUARANTINE_FILE), (own.bad for own in settled.values()))
+    return over_limit(config.max_quarantined, total, {split: own.tally for split, own in settled.items()}, out)
 
 
 def _remove(
-    config: DataConfig, partitions: list[Partition], out: str, work: str, on_progress: OnProgress
-) -> tuple[Removals, dict[str, Tally], dict[str, int]]:
+    config: DataConfig,
+    cuts: dict[str, SourceCut],
+    groups: dict[str, list[Group]],
+    counts: dict[str, Count],
+    out: str,
+    work: str,
+    on_progress: OnProgress,
+) -> tuple[dict[str, Tally], dict[str, int]]:
     """Find the records that are not used, and write the table of all that are set aside.
 
     Returns:
-        The tokenized records that are not used, counts by split, and images kept out by evaluation set.
+        Counts by split, and images kept out by evaluation set.
     """
+    names = {split: [name for group in own for name in group.names] for split, own in groups.items()}
+    sets = dict(zip(config.evaluation_sets(), _cuts_of(cuts, "excluded"), strict=True))
     try:
-        excluded = read_excluded(config, partitions, work, on_progress)
+        excluded = read_excluded(config, names.get("validation", []), sets, work, on_progress)
     except ExclusionError as error:
         raise PrepareError(str(error)) from error
-    total = sum(partition.records for partition in partitions)
+    records = {split: count.records for split, count in counts.items()}
+    total = sum(records.values())
     meter = ProgressMeter("deduplicate", "records", on_progress, total)
-    alike = None
+    near = None
     if config.compares_looks:
-        train = [partition for partition in partitions if partition.split == "train"]
-        alike = find_alike(train, work, excluded.keys, config.similar_evaluation_images, on_progress)
-    removals = find_removals(partitions, work, excluded, config.deduplicate, alike)
-    tallies = write_quarantine(out, work, partitions, removals)
+        least = config.similar_evaluation_images
+        near = find_alike(names["train"], records["train"], work, excluded, least, on_progress)
+    search = find_removals(groups, records, work, excluded, config.deduplicate, near)
+    tallies = settle_groups(groups, search, work)
+    write_quarantine(storage.join(out, QUARANTINE_FILE), read_bad(groups, work))
     meter.add(total, quarantined=sum(tally.quarantined.total() for tally in tallies.values()))
     if sum(tally.bad for tally in tallies.values()) > allowed(config.max_quarantined, total):
         raise PrepareError(over_limit(config.max_quarantined, total, tallies, out))
-    for split in SPLITS_TO_PACK:
-        tally = tallies.get(split, Tally())
-        if getattr(config, split) and tally.records == tally.quarantined.total():
+    for split, tally in tallies.items():
+        if tally.records == tally.quarantined.total():
             raise PrepareError(none_left(split, tally))
-    return removals, tallies, excluded.counts
+    return tallies, excluded.counts
 
 
 def _pack(
     config: DataConfig,
-    partitions: list[Partition],
-    removals: Removals,
+    groups: dict[str, list[Group]],
+    tallies: dict[str, Tally],
     seed: int,
     out: str,
     work: str,
     on_progress: OnProgress,
 ) -> dict[str, list[ShardInfo]]:
     """Pass 2. Returns each split's shards in row order."""
-    tasks = {}
-    for split in dict.fromkeys(partition.split for partition in partitions):
-        own = [partition for partition in partitions if partition.split == split]
-        tasks[split] = shard_tasks(own, config.max_tokens, config.shard_rows, seed, work, out, removals)
-    every = [task for own in tasks.values() for task in own]
-    meter = ProgressMeter("pack", "rows", on_progress, sum(len(task["rows"]) for task in every))
-    shards: dict[str, ShardInfo] = {}
-    for shard, skipped in pack(every):
-        shards[shard.path] = shard
+    samples = {split: tally.records - tally.quarantined.total() for split, tally in tallies.items()}
+    planned = plan_shards(groups, samples, config.max_tokens, config.shard_rows, seed, work)
+    meter = ProgressMeter("pack", "rows", on_progress, sum(shard.rows for own in planned.values() for shard in own))
+    shards: dict[str, dict[str, ShardInfo]] = {split: {} for split in planned}
+    for split, shard, skipped in pack(planned, work, out):
+        shards[split][shard.path] = shard
         meter.add(shard.rows, skipped=shard.rows if skipped else 0)
-    return {split: [shards[task["path"]] for task in own] for split, own in tasks.items()}
+    return {split: [own[path] for path in sorted(own, key=shard_number)] for split, own in shards.items()}
 
 
 def _remove_strays(out: str, manifest: Manifest) -> None:

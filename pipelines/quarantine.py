@@ -1,22 +1,24 @@
 """The table of records that were set aside, what became of all records by source, and the limit on bad ones."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.dedup import CONTAMINATED, DUPLICATE_ID, NEAR, Removal, Removals
-from pipelines.records import Partition
+from pipelines.dedup import CONTAMINATED, NEAR
+from pipelines.records import Group
 from pipelines.schema import QUARANTINE
 from pipelines.tokenize import iter_outcomes
 from pipelines.validate import REMOVED
 
 QUARANTINE_FILE = "quarantine.arrow"
 _LONGEST_EXAMPLE = 300  # characters of a record in a message
-_COLUMNS = ["record_id", "source", "images", "cut_turns", "reason", "detail"]
+_COLUMNS = ["record_id", "source", "length", "images", "cut_turns", "reason", "detail"]
 
 
 @dataclass
@@ -54,56 +56,82 @@ class Tally:
         """Records set aside because something is wrong with them."""
         return sum(count for (_, reason), count in self.quarantined.items() if reason not in REMOVED)
 
+    def to_json(self) -> dict:
+        """The same as plain data."""
+        counts = [[*key, count] for key, count in self.quarantined.items()]
+        return vars(self) | {"quarantined": counts}
+
+    def add(self, fields: dict) -> None:
+        """Add what `to_json` gave of records that come after these."""
+        for source, reason, count in fields["quarantined"]:
+            self.quarantined[source, reason] += count
+        for name in ("records", "cut", "cut_turns", "without_images"):
+            setattr(self, name, getattr(self, name) + fields[name])
+        self.first = fields["first"] | self.first
+
 
 _BATCH = 1000  # records
 
 
-def write_quarantine(out: str, work: str, partitions: list[Partition], removals: Removals) -> dict[str, Tally]:
-    """Gather the records that are not used into one table, in the order of the sources, and count.
+class Settled(NamedTuple):
+    """What became of the records of a group of partitions."""
+
+    tally: Tally
+    bad: list[dict]
+    """Rows of the quarantine table."""
+    samples: dict[str, np.ndarray]
+    """Of every sample that is used, in order: `owner` (its partition's number), `place` (its record batch in that token
+    file) and `length`, int32."""
+
+
+def settle(group: Group, work: str, removed: pa.Table) -> Settled:
+    """Put together what became of the records of a group.
 
     Args:
-        out: folder of the data set, which gets the table.
-        work: folder of the partitions' files.
-        partitions: tokenized.
-        removals: of these partitions.
-
-    Returns:
-        The counts by split.
+        group: of tokenized partitions.
+        work: folder of their files.
+        removed: tokenized records that are not used (dedup.REMOVED).
     """
-    tallies: dict[str, Tally] = defaultdict(Tally)
-    causes: dict[tuple[str, int], str] = {}
-    bad: list[dict] = []
+    tally, bad = Tally(), []
+    samples: dict[str, list[np.ndarray]] = {"owner": [], "place": [], "length": []}
+    removals: dict[int, dict[int, dict]] = defaultdict(dict)
+    for row in removed.to_pylist():
+        removals[row["owner"]][row["row"]] = row
+    for owner, (_, outcomes) in enumerate(iter_outcomes(group.names, work, _COLUMNS), group.first):
+        own = removals.get(owner, {})
+        tokenized = outcomes["reason"].is_null().to_numpy()
+        used = tokenized.copy()
+        used[list(own)] = False
+        tally.records += outcomes.num_rows
+        tally.without_images += int((used & (outcomes["images"].to_numpy() == 0)).sum())
+        told = np.flatnonzero(~used | (outcomes["cut_turns"].to_numpy() > 0))
+        for i, row in zip(told.tolist(), outcomes.take(pa.array(told, pa.int64())).to_pylist(), strict=True):
+            if i in own:
+                row |= {name: own[i][name] for name in ("reason", "detail")}
+            if row["reason"]:
+                bad.append({"split": group.split} | {name: row[name] for name in QUARANTINE.names[1:]})
+                tally.quarantined[row["source"], row["reason"]] += 1
+                tally.first.setdefault(row["reason"], _shown(row))
+            else:
+                tally.cut += 1
+                tally.cut_turns += row["cut_turns"]
+        samples["owner"].append(np.full(used.sum(), owner, dtype=np.int32))
+        samples["place"].append((np.cumsum(tokenized) - 1)[used].astype(np.int32))
+        samples["length"].append(outcomes["length"].to_numpy()[used])
+    empty = np.zeros(0, dtype=np.int32)
+    return Settled(tally, bad, {name: np.concatenate([empty, *parts]) for name, parts in samples.items()})
+
+
+def write_quarantine(uri: str, parts: Iterable[list[dict]]) -> None:
+    """Write the table of the records that are not used, in the order of the sources."""
     with (
-        storage.atomic_file(storage.join(out, QUARANTINE_FILE)) as path,
+        storage.atomic_file(uri) as path,
         pa.OSFile(path, "wb") as sink,
         pa.ipc.new_file(sink, QUARANTINE) as writer,
     ):
-        for partition, outcomes in iter_outcomes(partitions, work, _COLUMNS):
-            removed, named = removals.of(partition.name), removals.causes(partition.name)
-            tally = tallies[partition.split]
-            tally.records += outcomes.num_rows
-            blind = pc.and_(outcomes["reason"].is_null(), pc.equal(outcomes["images"], 0)).to_numpy()
-            tally.without_images += int(blind.sum()) - sum(bool(blind[i]) for i in removed)
-            told = pc.or_(outcomes["reason"].is_valid(), pc.greater(outcomes["cut_turns"], 0)).to_numpy()
-            told = sorted({*np.flatnonzero(told).tolist(), *removed, *named})
-            for i, row in zip(told, outcomes.take(pa.array(told, pa.int64())).to_pylist(), strict=True):
-                if i in named:
-                    causes[partition.name, i] = f"{row['record_id']} of {row['source']}"
-                if i in removed:
-                    row |= {"reason": removed[i].reason, "detail": _detail(removed[i], causes)}
-                if row["reason"]:
-                    bad.append({"split": partition.split} | {name: row[name] for name in QUARANTINE.names[1:]})
-                    tally.quarantined[row["source"], row["reason"]] += 1
-                    tally.first.setdefault(row["reason"], _shown(row))
-                elif row["cut_turns"]:
-                    tally.cut += 1
-                    tally.cut_turns += row["cut_turns"]
-            while len(bad) >= _BATCH:  # of one size, so that the same table is the same file
-                writer.write_table(pa.Table.from_pylist(bad[:_BATCH], schema=QUARANTINE))
-                bad = bad[_BATCH:]
-        if bad:
-            writer.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE))
-    return dict(tallies)
+        rows = chain.from_iterable(parts)
+        while batch := list(islice(rows, _BATCH)):  # of one size, so that the same table is the same file
+            writer.write_table(pa.Table.from_pylist(batch, schema=QUARANTINE))
 
 
 def allowed(limit: float, total: int) -> int:
@@ -153,12 +181,3 @@ def none_left(split: str, tally: Tally) -> str:
 def _shown(row: dict) -> str:
     text = " ".join(f"{row['record_id']} of {row['source']}: {row['detail']}".split())
     return text if len(text) <= _LONGEST_EXAMPLE else f"{text[: _LONGEST_EXAMPLE - 3]}..."
-
-
-def _detail(removal: Removal, causes: dict[tuple[str, int], str]) -> str:
-    if removal.reason == CONTAMINATED:
-        return f"image {removal.cause[1]} is one of {removal.cause[0]}"
-    if removal.reason == NEAR:
-        return f"image {removal.cause[1]} looks like the image of {removal.alike} of {removal.cause[0]}"
-    what = "the id of" if removal.reason == DUPLICATE_ID else "the same images and text as"
-    return f"{what} {causes[removal.cause]}"

@@ -1,50 +1,84 @@
-"""Cutting a split into partitions: what one tokenizing task works on, and what a rerun repeats at most.
+"""Partitions: what one tokenizing task works on, and what a rerun repeats at most.
 
-The driver lists the records (no images) and writes each partition's descriptions to a small file; tasks get its
-name. So the driver's memory holds one partition, whatever the size of the corpus.
+A partition is a fragment of a source (sources/source.py) with its place in the split, and the choice that the source's
+limit and weight make of its records. Fragments are found on Ray (fragments.py); nobody lists the records before the
+task that tokenizes them.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from mlmamba.conversation import Turn
 from pipelines import storage
-from pipelines.losses import Losses
 from pipelines.source_config import SourceConfig
-from pipelines.sources import Problem, Record, open_source
+from pipelines.sources import Fragment, Record, Source, open_source
+from pipelines.sources.open import Choice
 
-_LARGEST = 64 << 20  # characters of a partition's descriptions, which the driver holds
+_PARTITIONS = 256  # of a group
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Partition:
     """Some consecutive records of a split."""
 
     split: str
     index: int
-    records: int
-    """How many."""
+    records: int | None
+    """How many; None where that shows only when they are read."""
     digest: str
-    """Changes with anything the partition's token file depends on, except the images' content."""
+    """Changes with anything the partition's token file depends on, except the content of images in files of their
+    own."""
+    source: str = ""
+    """Label of its source."""
+    fragment: Fragment | None = None
+    choice: Choice | None = None
+    numbers: tuple[str, int] | None = None
+    """Where repeated ids are numbered: a file (fragments.number_ids) and the record batch in it."""
 
     @property
     def name(self) -> str:
         """Stem of the partition's file names."""
-        return f"{self.split}-{self.index:05d}"
+        return name_of(self.split, self.index)
 
-    def records_file(self, work: str) -> str:
-        """The record descriptions (JSON lines), which the driver writes."""
-        return storage.join(work, "records", f"{self.name}.jsonl")
+    def read(self, source: Source) -> Iterator[Record]:
+        """Its records, from the reader of its source."""
+        return source.read(self.fragment, self.choice, self._numbers())
 
-    def tokens_file(self, work: str) -> str:
-        """The tokenized samples (schema.TOKENS)."""
-        return storage.join(work, "tokens", f"{self.name}.arrow")
+    def to_json(self) -> dict:
+        """The same as plain data."""
+        return asdict(self)
 
-    def outcomes_file(self, work: str) -> str:
-        """What became of each record (schema.OUTCOMES), quarantined ones included; written last."""
-        return storage.join(work, "outcomes", f"{self.name}.arrow")
+    @classmethod
+    def from_json(cls, fields: dict) -> "Partition":
+        """From what `to_json` gave, also after a way through JSON text."""
+        choice = fields["choice"]
+        rows = None if choice["rows"] is None else tuple(choice["rows"])
+        own = {"fragment": Fragment(**fields["fragment"]), "choice": Choice(**choice | {"rows": rows})}
+        numbers = fields["numbers"] and tuple(fields["numbers"])
+        return cls(**fields | own | {"numbers": numbers})
+
+    def _numbers(self) -> dict[int, int]:
+        if self.numbers is None:
+            return {}
+        file, batch = self.numbers
+        table = storage.open_arrow(file).get_batch(batch)
+        return dict(zip(table["row"].to_pylist(), table["times"].to_pylist(), strict=True))
+
+
+def name_of(split: str, index: int) -> str:
+    """Stem of the file names of a split's partition."""
+    return f"{split}-{index:05d}"
+
+
+def tokens_file(work: str, name: str) -> str:
+    """The tokenized samples of a partition (schema.TOKENS)."""
+    return storage.join(work, "tokens", f"{name}.arrow")
+
+
+def outcomes_file(work: str, name: str) -> str:
+    """What became of each record of a partition (schema.OUTCOMES), quarantined ones included; written last."""
+    return storage.join(work, "outcomes", f"{name}.arrow")
 
 
 def list_records(sources: list[SourceConfig]) -> Iterator[Record]:
@@ -53,66 +87,35 @@ def list_records(sources: list[SourceConfig]) -> Iterator[Record]:
         yield from open_source(config).records()
 
 
-def cut(
-    split: str, sources: list[SourceConfig], size: int, work: str, settings: str, losses: Losses | None = None
-) -> Iterator[Partition]:
-    """Cut a split into partitions and write their record files.
+def digest_of(settings: str, config: SourceConfig, fragment: Fragment, choice: Choice, numbers: str) -> str:
+    """The digest of a partition.
 
     Args:
-        split: name of the split.
-        sources: its sources.
-        size: records per partition; the last one may have fewer, and one with much text.
-        work: folder (path or URI) for the files.
         settings: digest of all else that decides what tokenizing gives.
-        losses: gets what the sources could not read.
+        config: of its source.
+        fragment: of that.
+        choice: of its records.
+        numbers: digest of the numbers of repeated ids.
     """
-    losses = losses or Losses()
-    configs = {config.label: json.dumps(config.reader_fields(), sort_keys=True) for config in sources}
-    lines: list[str] = []
-    labels: set[str] = set()
-    index = 0
-
-    def finish() -> Partition:
-        data = "\n".join(lines).encode()
-        inputs = [settings, hashlib.sha256(data).hexdigest(), *(configs[label] for label in sorted(labels))]
-        partition = Partition(split, index, len(lines), hashlib.sha256("\n".join(inputs).encode()).hexdigest())
-        storage.write_atomic(partition.records_file(work), data)
-        return partition
-
-    characters = 0
-    for record in list_records(sources):
-        losses.add(split, record)
-        lines.append(_line(record))
-        labels.add(record.source)
-        characters += len(lines[-1])
-        if len(lines) == size or characters > _LARGEST:
-            yield finish()
-            lines, labels, index, characters = [], set(), index + 1, 0
-    if lines:
-        yield finish()
+    reader = json.dumps(config.reader_fields(), sort_keys=True)
+    facts = repr((fragment.digest, choice, numbers))
+    return hashlib.sha256("\n".join([settings, reader, facts]).encode()).hexdigest()
 
 
-def read_records(uri: str) -> Iterator[Record]:
-    """The records of a partition's file."""
-    for line in storage.read_bytes(uri).splitlines():
-        fields = json.loads(line)
-        fields["turns"] = [Turn(*turn) for turn in fields.get("turns", [])]
-        if "problem" in fields:
-            fields["problem"] = Problem(*fields["problem"])
-        yield Record(**fields)
+@dataclass(frozen=True)
+class Group:
+    """Some consecutive partitions of a split: what one task between the two passes works on."""
+
+    split: str
+    number: int
+    first: int
+    """Number of its first partition in the split."""
+    names: list[str]
+    """Of its partitions."""
 
 
-def _line(record: Record) -> str:
-    """A record as JSON. Made by hand: dataclasses.asdict takes four times as long, and one process does all of them."""
-    fields = {"id": record.id, "source": record.source}
-    if record.images:
-        fields["images"] = record.images
-    if record.turns:
-        fields["turns"] = [(turn.role, turn.text, turn.images) for turn in record.turns]
-    if record.question_types is not None:
-        fields["question_types"] = record.question_types
-    if record.problem is not None:
-        fields["problem"] = (record.problem.reason, record.problem.detail)
-    if record.repeat != 1:
-        fields["repeat"] = record.repeat
-    return json.dumps(fields)
+def groups_of(split: str, partitions: int, size: int = _PARTITIONS) -> Iterator[Group]:
+    """The groups of a split of so many partitions; at least one."""
+    for number, first in enumerate(range(0, max(partitions, 1), size)):
+        names = [name_of(split, index) for index in range(first, min(first + size, partitions))]
+        yield Group(split, number, first, names)

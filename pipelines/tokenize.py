@@ -1,13 +1,15 @@
 """Pass 1: records to token ids, labels and encoded images, one file per partition.
 
-Each partition is one Ray task that reads its records one at a time, so a task's memory holds one record's images.
-A record that cannot be used goes to the outcomes table with a reason and its neighbours go on. A partition whose
-outcomes file carries the right digest is not done again, which is what makes a killed run cheap to repeat.
+Each partition is one Ray task that lists, checks and tokenizes its records one at a time, so a task's memory holds one
+record's images. A record that cannot be used goes to the outcomes table with a reason and its neighbours go on. A
+partition whose outcomes file carries the right digest is not done again, which is what makes a killed run cheap to
+repeat.
 """
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,14 +27,14 @@ from mlmamba.images import LIMITS, ImageLimits
 from pipelines import storage
 from pipelines.execution import run_tasks
 from pipelines.looks import all_fields, fields, keys
-from pipelines.records import Partition, read_records
+from pipelines.records import Partition, outcomes_file, tokens_file
 from pipelines.schema import LOOKS, OUTCOMES, TOKENS, WORK_VERSION, digest, one_row
 from pipelines.source_config import SourceConfig
 from pipelines.sources import Problem, Record, Source, open_source
 from pipelines.tokenizer import TOKENIZER_FILE, WorkerTokenizer
 from pipelines.validate import check_record, read_images
 
-_DIGEST_KEY = b"mlmamba.digest"
+_DIGEST_KEY, _LOSSES_KEY = b"mlmamba.digest", b"mlmamba.losses"
 _LONGEST_DETAIL = 500
 _READS_AHEAD = 8  # outcome files; from a store, reading is mostly waiting
 
@@ -79,7 +81,7 @@ class TokenizeSettings:
 
 
 def tokenize(
-    partitions: list[Partition], sources: dict[str, list[SourceConfig]], settings: TokenizeSettings, work: str
+    partitions: Iterable[Partition], sources: dict[str, list[SourceConfig]], settings: TokenizeSettings, work: str
 ) -> Iterator[dict]:
     """Tokenize every partition that is not done, on Ray.
 
@@ -90,43 +92,51 @@ def tokenize(
         work: folder (path or URI) of the partitions' files.
 
     Yields:
-        Statistics of a partition as it completes: `name`, `records`, `cut` (samples that lost turns), `quarantined`
-        (counts by reason) and `skipped` (it was done before).
+        Statistics of a partition as it completes: `name`, `split`, `source`, `records`, `cut` (samples that lost
+        turns), `quarantined` (counts by reason), `losses` (bytes lost, bytes there should be, and what happened) and
+        `skipped` (it was done before).
     """
     configs = {
         split: {config.label: config.absolute().model_dump_json() for config in configs}
         for split, configs in sources.items()
     }
-    tasks = [
+    plain = asdict(settings)
+    tasks = (
         {
-            "name": partition.name,
-            "digest": partition.digest,
-            "records": partition.records_file(work),
-            "tokens": partition.tokens_file(work),
-            "outcomes": partition.outcomes_file(work),
-            "sources": configs[partition.split],
-            "settings": asdict(settings),
+            "partition": partition.to_json(),
+            "work": work,
+            "source": configs[partition.split][partition.source],
+            "settings": plain,
             "wanted": partition.split != "train",
         }
         for partition in partitions
-    ]
-    yield from run_tasks(tokenize_partition, tasks)
+    )
+    yield from run_tasks(tokenize_partition, tasks, "Tokenize")
 
 
 def tokenize_partition(task: dict) -> dict:
     """Do one partition, unless it is done, and return its statistics. Runs inside a Ray task."""
-    outcomes = _finished(task)
+    partition = Partition.from_json(task["partition"])
+    outcomes = _finished(task, partition)
     skipped = outcomes is not None
     if outcomes is None:
-        outcomes = _tokenize_partition(task)
+        outcomes = _tokenize_partition(task, partition)
     reasons = Counter(reason for reason in outcomes["reason"].to_pylist() if reason)
     return {
-        "name": task["name"],
+        "name": partition.name,
+        "split": partition.split,
+        "source": partition.source,
         "records": outcomes.num_rows,
         "cut": pc.sum(pc.greater(outcomes["cut_turns"], 0), min_count=0).as_py(),
         "quarantined": dict(sorted(reasons.items())),
+        "losses": json.loads((outcomes.schema.metadata or {}).get(_LOSSES_KEY, b"[]")),
         "skipped": skipped,
     }
+
+
+def partition_digest(uri: str) -> str:
+    """The digest of the partition that an outcomes file is of."""
+    return storage.open_arrow(uri).schema.metadata[_DIGEST_KEY].decode()
 
 
 def read_outcomes(uri: str) -> pa.Table:
@@ -134,21 +144,19 @@ def read_outcomes(uri: str) -> pa.Table:
     return storage.open_arrow(uri).read_all()
 
 
-def iter_outcomes(
-    partitions: list[Partition], work: str, columns: list[str] | None = None
-) -> Iterator[tuple[Partition, pa.Table]]:
-    """The outcomes of finished partitions, in order, a few files ahead of what is asked for."""
+def iter_outcomes(names: Iterable[str], work: str, columns: list[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
+    """The outcomes of finished partitions, by their names, in order, a few files ahead of what is asked for."""
 
-    def read(partition: Partition) -> pa.Table:
-        return storage.open_arrow(partition.outcomes_file(work), columns).read_all()
+    def read(name: str) -> pa.Table:
+        return storage.open_arrow(outcomes_file(work, name), columns).read_all()
 
     with ThreadPoolExecutor(_READS_AHEAD) as pool:
-        waiting = iter(partitions)
-        running = [(partition, pool.submit(read, partition)) for partition in islice(waiting, _READS_AHEAD)]
+        waiting = iter(names)
+        running = [(name, pool.submit(read, name)) for name in islice(waiting, _READS_AHEAD)]
         while running:
-            partition, table = running.pop(0)
-            yield partition, table.result()
-            running += [(partition, pool.submit(read, partition)) for partition in islice(waiting, 1)]
+            name, table = running.pop(0)
+            yield name, table.result()
+            running += [(name, pool.submit(read, name)) for name in islice(waiting, 1)]
 
 
 def encode_record(
@@ -189,45 +197,48 @@ def encode_record(
     return encoded, images[: len(positions)], len(record.turns) - 2 * len(encoded.turn_ends)
 
 
-def _finished(task: dict) -> pa.Table | None:
+def _finished(task: dict, partition: Partition) -> pa.Table | None:
     """The outcomes of a partition that is done with the same digest.
 
-    The digest does not cover what is in the images. So those that were bad are looked at once more, and if somebody
-    has repaired one, the partition is not done.
+    The digest does not cover what is in images that have files of their own. So those that were bad are looked at once
+    more, and if somebody has repaired one, the partition is not done.
     """
-    if not (storage.exists(task["outcomes"]) and storage.exists(task["tokens"])):
+    outcomes, tokens = outcomes_file(task["work"], partition.name), tokens_file(task["work"], partition.name)
+    if not (storage.exists(outcomes) and storage.exists(tokens)):
         return None
-    reader = storage.open_arrow(task["outcomes"])
-    if (reader.schema.metadata or {}).get(_DIGEST_KEY) != task["digest"].encode():
+    reader = storage.open_arrow(outcomes)
+    if (reader.schema.metadata or {}).get(_DIGEST_KEY) != partition.digest.encode():
         return None
-    outcomes = reader.read_all()
+    outcomes, source = reader.read_all(), worker_source(task["source"])
     bad_image = [(reason or "").startswith("image_") for reason in outcomes["reason"].to_pylist()]
-    if any(bad_image):
+    if any(bad_image) and not source.images_inside:
         limits = TokenizeSettings(**task["settings"]).images
-        for record, bad in zip(read_records(task["records"]), bad_image, strict=True):
-            if bad and not record.problem and read_images(record, _source(task, record), limits)[1] is None:
+        for record, bad in zip(partition.read(source), bad_image, strict=True):
+            if bad and not record.problem and read_images(record, source, limits)[1] is None:
                 return None
     return outcomes
 
 
-def _tokenize_partition(task: dict) -> pa.Table:
-    settings = TokenizeSettings(**task["settings"])
+def _tokenize_partition(task: dict, partition: Partition) -> pa.Table:
+    settings, source = TokenizeSettings(**task["settings"]), worker_source(task["source"])
     tokenizer = _worker_tokenizer(settings.tokenizer, settings.tokenizer_digest, settings.eos_token)
-    metadata = {_DIGEST_KEY: task["digest"]}
+    metadata = {_DIGEST_KEY: partition.digest}
     tokens_schema = TOKENS.with_metadata(metadata)
     outcomes_schema = OUTCOMES.append(LOOKS) if settings.looks else OUTCOMES
     shrink = all_fields if task.get("wanted") else fields
-    rows = []
+    rows, losses = [], []
     with (
-        storage.atomic_file(task["tokens"]) as path,
+        storage.atomic_file(tokens_file(task["work"], partition.name)) as path,
         pa.output_stream(path, buffer_size=storage.WRITE_BUFFER) as sink,
         pa.ipc.new_file(sink, tokens_schema) as writer,
     ):
-        for record in read_records(task["records"]):
+        for record in partition.read(source):
+            if record.problem and record.problem.lost and record.repeat == 1:
+                losses.append([record.problem.lost, record.problem.of, record.problem.detail])
             shown: list[bytes] = []
             seen = (lambda image, shown=shown: shown.append(shrink(image))) if settings.looks else None
             try:
-                sample = encode_record(record, _source(task, record), tokenizer, settings, seen)
+                sample = encode_record(record, source, tokenizer, settings, seen)
             except Exception as error:  # whatever is wrong with this record, the others of its partition must go on
                 sample = Problem("malformed", f"{type(error).__name__}: {error}")
             row = {"record_id": record.id, "source": record.source, "length": 0, "images": 0, "cut_turns": 0}
@@ -250,8 +261,9 @@ def _tokenize_partition(task: dict) -> pa.Table:
     if settings.looks:
         made = iter(keys([one for row in rows for one in row.get("looks", ())]))
         rows = [row | {"looks": list(islice(made, len(row.get("looks", ()))))} for row in rows]
+    metadata[_LOSSES_KEY] = json.dumps(losses)
     outcomes = pa.Table.from_pylist(rows, schema=outcomes_schema.with_metadata(metadata))
-    storage.write_table(task["outcomes"], outcomes)
+    storage.write_table(outcomes_file(task["work"], partition.name), outcomes)
     return outcomes
 
 
@@ -264,10 +276,6 @@ def _digests(record: Record, ids: np.ndarray, images: list[bytes]) -> dict:
         "content": digest(str(record.repeat).encode(), tokens, *digests),
         "digests": digests,
     }
-
-
-def _source(task: dict, record: Record) -> Source:
-    return worker_source(task["sources"][record.source])
 
 
 # Kept for the life of a worker process, which does many partitions. The digest is in the key because a folder's

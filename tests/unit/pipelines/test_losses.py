@@ -1,19 +1,13 @@
 """What is lost and cannot be counted is judged by bytes."""
 
 from pipelines.losses import Losses, told
-from pipelines.sources import Problem, Record
-
-
-def lost(source: str, lost: int, of: int, repeat: int = 1) -> Record:
-    return Record("x", source, problem=Problem("shard_damaged", f"s.tar at {lost}", lost, of), repeat=repeat)
 
 
 def test_shares_by_source_and_split():
     losses = Losses()
-    for record in (lost("a", 10, 1000), lost("a", 20, 900), lost("a", 500, 1000, repeat=2), lost("b", 1, 1000)):
-        losses.add("train", record)
-    losses.add("train", Record("y", "c"))
-    losses.add("validation", lost("a", 7, 7))
+    for source, lost, of in (("a", 10, 1000), ("a", 20, 900), ("b", 1, 1000)):
+        losses.add("train", source, lost, of, f"s.tar at {lost}")
+    losses.add("validation", "a", 7, 7, "s.tar at 7")
     assert losses.shares("train") == {"a": 0.03, "b": 0.001}
     assert losses.shares("validation") == {"a": 1.0}
     assert losses.over(1) is None

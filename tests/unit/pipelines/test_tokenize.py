@@ -13,10 +13,17 @@ from mlmamba.conversation import IGNORE_INDEX, Turn, encode
 from mlmamba.images import ImageLimits
 from pipelines import storage, tokenize
 from pipelines.config import TokenizerConfig
-from pipelines.records import cut, read_records
+from pipelines.fragments import SourceCut, cut_unit, partitions
+from pipelines.records import Partition, outcomes_file, tokens_file
 from pipelines.source_config import LlavaSource
 from pipelines.sources import Problem, Record
-from pipelines.tokenize import TokenizeSettings, encode_record, read_outcomes, tokenize_partition
+from pipelines.tokenize import (
+    TokenizeSettings,
+    encode_record,
+    read_outcomes,
+    tokenize_partition,
+    worker_source,
+)
 from pipelines.tokenizer import load_or_train, save
 
 
@@ -94,26 +101,34 @@ def corpus(tmp_path, tokenizer):
 
     def tasks(size=3, **changes) -> list[dict]:
         changed = {**vars(own), **changes}
+        cut = SourceCut(source, str(tmp_path / "cut"), records=None)
+        file = cut_unit({"name": "", "number": 0, "source": source.model_dump_json(), "unit": "", "size": size}
+                        | {"file": str(tmp_path / "cut/0.jsonl")})  # fmt: skip
+        cut.files = [(str(tmp_path / "cut/0.jsonl"), file["fragments"])]
         return [
             {
-                "name": partition.name,
-                "digest": partition.digest,
-                "records": partition.records_file(work),
-                "tokens": partition.tokens_file(work),
-                "outcomes": partition.outcomes_file(work),
-                "sources": {"llava": source.model_dump_json()},
+                "partition": partition.to_json(),
+                "work": work,
+                "source": source.model_dump_json(),
                 "settings": changed,
             }
-            for partition in cut("train", [source], size, work, TokenizeSettings(**changed).digest())
+            for partition in partitions("train", [cut], TokenizeSettings(**changed).digest())
         ]
 
     return tasks
 
 
+def digest_of(task: dict) -> str:
+    return task["partition"]["digest"]
+
+
 class TestPartition:
-    def test_records_survive_the_file(self, corpus):
-        first, second = corpus()
-        records = [*read_records(first["records"]), *read_records(second["records"])]
+    def test_a_partition_survives_json(self, corpus):
+        records = []
+        for task in corpus():
+            partition = Partition.from_json(json.loads(json.dumps(task["partition"])))
+            assert partition.to_json() == task["partition"]
+            records += partition.read(worker_source(task["source"]))
         assert [record.id for record in records] == ["0", "1", "2", "3", "4"]
         assert records[0].turns == [Turn("user", "<image>\nwhat is it?", images=1), Turn("assistant", "a dog")]
 
@@ -121,9 +136,12 @@ class TestPartition:
         result = tokenize_partition(corpus()[0])
         assert result == {
             "name": "train-00000",
+            "split": "train",
+            "source": "llava",
             "records": 3,
             "cut": 0,
             "quarantined": {"image_missing": 1},
+            "losses": [],
             "skipped": False,
         }
         with pa.memory_map(str(tmp_path / "work/tokens/train-00000.arrow")) as file:
@@ -144,7 +162,7 @@ class TestPartition:
         assert tokenize_partition(corpus()[1])["skipped"]
         assert not tokenize_partition(corpus(max_tokens=65)[0])["skipped"]
         assert not tokenize_partition(corpus(size=2)[0])["skipped"]
-        storage.delete(corpus(size=2)[0]["tokens"])
+        storage.delete(tokens_file(corpus(size=2)[0]["work"], "train-00000"))
         assert not tokenize_partition(corpus(size=2)[0])["skipped"]
 
     def test_a_repaired_image_is_noticed(self, corpus, tmp_path):
@@ -159,7 +177,8 @@ class TestPartition:
         first, _ = corpus(images=asdict(ImageLimits(max_pixels=10)))
         assert tokenize_partition(json.loads(json.dumps(first)))["quarantined"] == {"image_bomb": 2, "image_missing": 1}
         usual = corpus()[0]
-        assert usual["digest"] == corpus(images=asdict(ImageLimits()))[0]["digest"] != first["digest"]
+        same = corpus(images=asdict(ImageLimits()))[0]
+        assert digest_of(usual) == digest_of(same) != digest_of(first)
 
     def test_whatever_a_record_does_its_neighbours_go_on(self, corpus, monkeypatch):
         encode_good = tokenize.encode_record
@@ -172,19 +191,19 @@ class TestPartition:
         monkeypatch.setattr(tokenize, "encode_record", explode)
         task = corpus()[0]
         assert tokenize_partition(task)["quarantined"] == {"image_missing": 1, "malformed": 1}
-        outcomes = read_outcomes(task["outcomes"]).to_pylist()
+        outcomes = read_outcomes(outcomes_file(task["work"], "train-00000")).to_pylist()
         assert outcomes[1]["detail"] == "RuntimeError: the unexpected"
-        assert storage.open_arrow(task["tokens"]).num_record_batches == 1
+        assert storage.open_arrow(tokens_file(task["work"], "train-00000")).num_record_batches == 1
 
     def test_the_digest_depends_on_the_records_not_on_the_place(self, corpus):
-        digests = [task["digest"] for task in corpus()]
+        digests = [*map(digest_of, corpus())]
         assert len({*digests}) == 2
-        assert [task["digest"] for task in corpus(tokenizer="elsewhere")] == digests
-        assert not {*digests} & {task["digest"] for task in corpus(too_long="quarantine")}
+        assert [*map(digest_of, corpus(tokenizer="elsewhere"))] == digests
+        assert not {*digests} & {*map(digest_of, corpus(too_long="quarantine"))}
 
 
 def test_the_arrays_are_small_integers(corpus):
     task = corpus()[0]
     tokenize_partition(task)
-    batch = storage.open_arrow(task["tokens"]).get_batch(0)
+    batch = storage.open_arrow(tokens_file(task["work"], "train-00000")).get_batch(0)
     assert batch["input_ids"].flatten().to_numpy().dtype == np.int32
