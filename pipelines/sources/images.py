@@ -3,12 +3,13 @@
 import base64
 import posixpath
 import unicodedata
+from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
 
 from pipelines import storage
 from pipelines.sources.files import MAX_FILE_BYTES, RangeReader, location, parse_location
-from pipelines.sources.zip_index import ZipIndex, read_member
+from pipelines.sources.zip_index import ZipIndex, directory_digest, read_member
 
 
 class Images(Protocol):
@@ -92,13 +93,17 @@ class Archive:
 
     def fingerprint(self) -> str:
         """Of the archive's directory."""
-        return self._index.fingerprint
+        return self._open(directory_digest)
 
     @cached_property
     def _index(self) -> ZipIndex:
+        return self._open(ZipIndex)
+
+    def _open(self, use: Callable):
+        """What a function makes of the open archive."""
         try:
             with storage.open_input(self._filesystem, self._path) as file:
-                return ZipIndex(file)
+                return use(file)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no archive {storage.shown(self._uri)}") from error
         except storage.NotReadable:

@@ -42,10 +42,9 @@ class ZipIndex:
 
     def __init__(self, file):
         start, size = _find_directory(file)
-        digest = hashlib.sha256()
         blocks, block = [], []
         tops: set[str] = set()
-        for name, offset, length in _entries(file, start, size, digest):
+        for name, offset, length in _entries(file, start, size):
             if len(tops) < 2 and not name.startswith(_APPLE):
                 folder, slash, _ = name.partition("/")
                 tops.add(folder if slash else "")
@@ -58,8 +57,6 @@ class ZipIndex:
         self._names, self._offsets, self._lengths = (members[field][order] for field in ("name", "offset", "length"))
         self.top = tops.pop() if len(tops) == 1 else ""
         """The one folder that all members are in, "" where there is none."""
-        self.fingerprint = digest.hexdigest()
-        """Changes with the list of members."""
 
     def __len__(self) -> int:
         return len(self._names)
@@ -85,6 +82,15 @@ class ZipIndex:
         if at < 0 or self._names[at] != wanted:
             return None
         return int(self._offsets[at]), int(self._lengths[at])
+
+
+def directory_digest(file) -> str:
+    """A digest that changes with an archive's list of members. Raises ValueError where it has none."""
+    start, size = _find_directory(file)
+    digest = hashlib.sha256()
+    for at in range(start, start + size, _CHUNK):
+        digest.update(file.read_at(min(_CHUNK, start + size - at), at))
+    return digest.hexdigest()
 
 
 def read_member(read, offset: int, length: int, name: str, limit: int) -> bytes:
@@ -148,7 +154,7 @@ def _find_directory(file) -> tuple[int, int]:
     return start, length
 
 
-def _entries(file, start: int, size: int, digest) -> Iterator[tuple[str, int, int]]:
+def _entries(file, start: int, size: int) -> Iterator[tuple[str, int, int]]:
     """Name, offset of the local header and size of the packed data of every member that is a file."""
     buffer, at, place, end = b"", 0, start, start + size
 
@@ -164,7 +170,6 @@ def _entries(file, start: int, size: int, digest) -> Iterator[tuple[str, int, in
             chunk = file.read_at(min(_CHUNK, end - place), place)
             if not chunk:
                 raise ValueError("its directory is cut off")
-            digest.update(chunk)
             buffer, at, place = buffer[at:] + chunk, 0, place + len(chunk)
             continue
         if buffer[at : at + 4] != _ENTRY:
