@@ -1,13 +1,14 @@
 """Pass 2: samples to packed rows, and rows to shards.
 
 The plan is made from the samples' lengths alone, so the shards are the same however many machines write them. One task
-plans up to `plan.SEGMENT` samples. Each shard is one Ray task: it reads its samples from the token files (each file
-opened once, only the samples it needs), holds them in memory, and writes the shard.
+plans up to `plan.SEGMENT` samples. Each shard is one Ray task: it reads its samples from the token files, holds them in
+memory, and writes the shard.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pipelines.plan import PlannedShard, read_plan
 from pipelines.records import name_of, tokens_file
 from pipelines.schema import PACKED, PACKED_VERSION, one_row, values
 
+_FILES_AT_ONCE = 16
 _SCHEMA = PACKED.with_metadata({"mlmamba.schema_version": str(PACKED_VERSION)})
 
 
@@ -92,13 +94,25 @@ def pack_shard(task: dict) -> dict:
 
 
 def _gather(work: str, split: str, places: np.ndarray) -> dict[tuple[int, int], dict]:
-    """The samples of a shard, copied out of the token files so that only one of those is open at a time."""
-    samples, opened, reader = {}, None, None
-    for owner, batch_index in np.unique(places, axis=0).tolist():
-        if owner != opened:
-            reader, opened = storage.open_arrow(tokens_file(work, name_of(split, owner)), mapped=False), owner
-        batch = reader.get_batch(batch_index)
-        samples[owner, batch_index] = {
+    """The samples of a shard, copied out of the token files.
+
+    Each file that has one of them is opened once, so at most as many as there are samples, however large the corpus.
+    From an object store `_FILES_AT_ONCE` are read at a time, because reading is mostly waiting there.
+    """
+    places = np.unique(places, axis=0)
+    parts = np.split(places, np.flatnonzero(np.diff(places[:, 0])) + 1)
+    with ThreadPoolExecutor(1 if storage.is_local(work) else _FILES_AT_ONCE) as pool:
+        found = pool.map(lambda part: _read_samples(work, split, part), parts)
+        return {place: sample for samples in found for place, sample in samples.items()}
+
+
+def _read_samples(work: str, split: str, places: np.ndarray) -> dict[tuple[int, int], dict]:
+    """Samples of one token file."""
+    samples, owner = {}, int(places[0, 0])
+    reader = storage.open_arrow(tokens_file(work, name_of(split, owner)), mapped=False)
+    for index in places[:, 1].tolist():
+        batch = reader.get_batch(index)
+        samples[owner, index] = {
             "record_id": batch["record_id"][0].as_py(),
             "source": batch["source"][0].as_py(),
             "images": values(batch, "images").to_pylist(),

@@ -76,6 +76,11 @@ def join(uri: str, *names: str) -> str:
     return posixpath.join(base, *names) + mark + query
 
 
+def is_local(uri: str) -> bool:
+    """Whether a path or URI is of a local disk."""
+    return isinstance(open_fs(uri)[0], fs.LocalFileSystem)
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file or folder."""
     return _info(uri).type != fs.FileType.NotFound
