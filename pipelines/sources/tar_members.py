@@ -39,22 +39,27 @@ class Member:
     offset: int
     size: int
     link: str | None = None
+    start: int = 0
+    """Where its headers begin."""
+    alone: bool = True
+    """Whether it can be read without what comes before: no header before it speaks for all that follow."""
 
 
-def members(stream: io.BufferedReader, size: int) -> Iterator[Member]:
+def members(stream: io.BufferedReader, size: int, start: int = 0) -> Iterator[Member]:
     """Every file and link, in order.
 
     Args:
         stream: the archive, which can seek.
         size: of the archive in bytes.
+        start: where to begin, the `start` of a member that is `alone`.
 
     Raises:
         TarDamage: what follows cannot be read.
     """
-    at, ended = 0, False
+    at, ended = start, False
     extra: dict[str, str] = {}  # what pax records and long names say about the next member
     everywhere: dict[str, str] = {}
-    whole = 0  # where the last member ended that is complete
+    whole = start  # where the last member ended that is complete
     while at < size:
         stream.seek(at)
         block = stream.read(_BLOCK)
@@ -95,9 +100,10 @@ def members(stream: io.BufferedReader, size: int) -> Iterator[Member]:
             name = about.get("path", header.name)
             sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in about)
             if header.islnk() or header.issym() or sparse:
-                yield Member(name, data, length, "a sparse file" if sparse else about.get("linkpath", header.linkname))
+                link = "a sparse file" if sparse else about.get("linkpath", header.linkname)
+                yield Member(name, data, length, link, whole, not everywhere)
             elif header.isreg():
-                yield Member(name, data, length)
+                yield Member(name, data, length, None, whole, not everywhere)
             extra = {}
             whole = data + -(-length // _BLOCK) * _BLOCK
             if header.type == tarfile.GNUTYPE_SPARSE and block[_MORE_PIECES]:

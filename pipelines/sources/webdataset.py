@@ -2,16 +2,17 @@
 
 Files whose names are the same up to the first dot of the last part, and that follow one another, are one sample.
 Listing reads the tar headers and the text files; images are skipped, and read by range from where they lie. A shard is
-a fragment: nobody knows what is in it before it is read. From an object store it is fetched in blocks, and a worker
-that lists it finds its images in the blocks that it has: the shard is read once. Compressed tars cannot be read by
-range and are refused.
+a fragment, because nobody knows what is in it before it is read; a large one on a local disk is cut behind its samples,
+which the headers alone show. From an object store a shard is fetched in blocks, and a worker that lists it finds its
+images in the blocks that it has: it is read once. Compressed tars cannot be read by range and are refused.
 """
 
+import hashlib
 import io
 import posixpath
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from pyarrow import fs
 
@@ -29,6 +30,7 @@ _NAMES_IMAGE = re.compile(rf"(?:\d+\.)?(?:{'|'.join(IMAGES)})")
 _MOST_FILES = 10_000  # of a sample
 _ENDINGS = 1000  # different ones that are remembered for an error
 _READ_AHEAD = 1 << 20
+_WHOLE = 256 << 20  # bytes of a shard that is not cut
 _LONGEST_TEXT = 16 << 20
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -78,16 +80,38 @@ class WebDataset:
         return names
 
     def cut(self, unit: str, size: int) -> Iterator[Fragment]:
-        """The whole shard. With the first one, it is seen that some sample has the files that the config names."""
+        """Cut a shard. With the first one, it is seen that some sample has the files that the config names."""
         if unit == self.units()[0]:
             for _ in self.records():
                 if all(any(ending.partition(".")[0] == text for ending in self._seen) for text in self._texts):
                     break
-        yield Fragment(unit, 0, self._files.size(unit), digest=self._files.facts(unit))
+        facts, end, start = self._files.facts(unit), self._files.size(unit), 0
+        for stop in [*self._places(unit, size, end), end]:
+            yield Fragment(unit, start, stop, digest=hashlib.sha256(f"{facts} {start} {stop}".encode()).hexdigest())
+            start = stop
 
     def read(self, fragment: Fragment) -> Iterator[Record]:
-        """The records of a shard."""
-        return self._shard(fragment.unit)
+        """The records of a shard, or of a part of one."""
+        return self._shard(fragment.unit, fragment.start, fragment.stop)
+
+    def _places(self, name: str, size: int, end: int) -> Iterator[int]:
+        """Where a shard can be cut: behind every so many samples of a large one on a local disk."""
+        if end <= _WHOLE or not isinstance(self._files.filesystem, fs.LocalFileSystem):
+            return
+        key, samples, files = None, 0, 0
+        with self._open(name) as stream, suppress(TarDamage):  # told when what comes before it is read
+            for member in members(stream, end):
+                own = _key(member.name)
+                if own is None:
+                    continue
+                files = files + 1 if own == key else 1
+                if files == _MOST_FILES or not member.alone:
+                    return
+                if own != key:
+                    if samples == size:
+                        yield member.start
+                        samples = 0
+                    key, samples = own, samples + 1
 
     def read_image(self, location: str) -> bytes:
         """The file, untouched."""
@@ -98,19 +122,21 @@ class WebDataset:
         """Digest of the shards' names, sizes and times of change."""
         return self._files.fingerprint()
 
-    def _shard(self, name: str) -> Iterator[Record]:
+    def _shard(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         key, files, damage = None, {}, None
         with self._open(name) as stream:
             try:
-                for member in members(stream, self._ranges.size(name)):
-                    folder, file = posixpath.split(posixpath.normpath(member.name))
-                    stem, dot, ending = file.partition(".")
-                    if not (stem and dot):  # without a name or an ending it belongs to no sample
+                for member in members(stream, self._ranges.size(name), start):
+                    if stop is not None and member.start >= stop:
+                        break
+                    own = _key(member.name)
+                    if own is None:
                         continue
-                    if posixpath.join(folder, stem) != key:
+                    if own != key:
                         if files:
                             yield from one_each(self._record(name, key, files), self.config)
-                        key, files = posixpath.join(folder, stem), {}
+                        key, files = own, {}
+                    ending = posixpath.basename(posixpath.normpath(member.name)).partition(".")[2]
                     if len(files) == _MOST_FILES:
                         raise TarDamage(f"a sample of more than {_MOST_FILES} files", member.offset)
                     content = self._content(name, member, ending.lower(), stream)
@@ -195,6 +221,13 @@ class WebDataset:
             raise EntryError(
                 f"the sample has no image (its files: {has}); text_only: true takes such samples", "image_missing"
             )
+
+
+def _key(name: str) -> str | None:
+    """The sample that a file belongs to; None for one without a name or an ending."""
+    folder, file = posixpath.split(posixpath.normpath(name))
+    stem, dot, _ = file.partition(".")
+    return posixpath.join(folder, stem) if stem and dot else None
 
 
 class _Image(str):

@@ -15,7 +15,7 @@ from pipelines.source_config import (
     ParquetSource,
     WebDatasetSource,
 )
-from pipelines.sources import json_cut, open_source
+from pipelines.sources import json_cut, open_source, webdataset
 from pipelines.sources.open import share, share_rows
 from tests.helpers.corpora import conversation, write_files, write_parquet, write_tar
 from tests.helpers.images import encoded
@@ -151,6 +151,22 @@ def test_tars_and_a_table(tmp_path):
     check(CocoCaptionsSource(type="coco_captions", annotations=str(tmp_path / "coco.json"), images=str(tmp_path)))
     _, fragments = read(EasyVQASource(type="easy_vqa", split="validation"), 1)
     assert len(fragments) == 16  # each is listed from the start
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_a_large_tar_is_cut_behind_its_samples(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(webdataset, "_WHOLE", 1000)
+    names = [f"{'long' * 40 * (i % 3)}/{i}.{kind}" for i in range(12) for kind in ("png", "txt")]
+    names.insert(9, "README")
+    members = [(name, encoded(0) if name.endswith("png") else "A caption.") for name in names]
+    data = write_tar(tmp_path / "s.tar", members).read_bytes()
+    config = WebDatasetSource(type="webdataset", shards=str(tmp_path / "s.tar"), caption="txt")
+    for content, damaged in ((data, False), (data + data, False), (data[: len(data) * 2 // 3], True)):
+        (tmp_path / "s.tar").write_bytes(content)
+        records, fragments = read(config, size)
+        assert records == list(open_source(config).records())
+        assert (len(fragments) > 1) == (size < 100)
+        assert any(record.problem is not None for record in records) == damaged
 
 
 @pytest.mark.parametrize("group", [1, 7, 100])
