@@ -83,7 +83,9 @@ class DataConfig(StrictModel):
     max_tokens: int = Field(ge=2)
     """Length of a packed row in tokens, image tokens included."""
     partition_records: Annotated[int, Decides.RUN] = Field(default=1000, ge=1)
-    """Records in one unit of tokenizing work, which is what a killed run repeats at most (per CPU)."""
+    """Records in one unit of tokenizing work, which is what a killed run repeats at most (per CPU). A tar is one unit
+    whatever it holds, and a text that can be read from its start alone (.gz, CSV, COCO's and VQAv2's lists) is at most
+    16."""
     shard_rows: int = Field(default=256, ge=1)
     """Packed rows in one shard, which is what one packing task holds in memory (encoded images included)."""
     max_quarantined: Annotated[float, Decides.RUN] = Field(default=0.01, ge=0, le=1)
