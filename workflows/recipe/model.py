@@ -62,6 +62,19 @@ class ConnectorRecipe(StrictModel):
     """State per channel of the scan."""
     chunk_size: int = Field(64, gt=0)
     """Chunk of the scan on the torch path; speed only."""
+    init: Annotated[Literal["torch", "balanced"], Decides.WHEN_SET] = "torch"
+    """First weights of the projector: as torch draws them, which is what the papers' code has, or so that what differs
+    between images is not drowned, and an image's embeddings are as large as a word's (mlmamba/connectors/base.py)."""
+
+    @model_validator(mode="after")
+    def _has_a_projector(self):
+        if self.init == "balanced" and self.name == "vss_l2":
+            raise ValueError("init: balanced is for projectors of several layers, and vss_l2 has none; leave it out")
+        return self
+
+    def sizes(self) -> dict:
+        """The fields of the library's ConnectorConfig."""
+        return self.model_dump(exclude={"init"})
 
 
 class TextRecipe(StrictModel):

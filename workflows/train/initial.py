@@ -63,7 +63,7 @@ def image_tokens(recipe: ModelRecipe) -> int:
     Raises:
         UsageError: an encoder is unknown to timm, the towers do not fit together, or the connector does not fit them.
     """
-    config = MLMambaConfig(vision_config=vision_config(recipe), connector_config=recipe.connector.model_dump())
+    config = MLMambaConfig(vision_config=vision_config(recipe), connector_config=recipe.connector.sizes())
     try:
         tokens = tokens_per_image(config)
         channels = measure(config.vision_config)[0]
@@ -121,7 +121,7 @@ def model_config(recipe: Recipe, tokenizer, start: LanguageModel | None = None) 
             "eos_token_id": end,
         },
         vision_config=vision_config(recipe.model),
-        connector_config=recipe.model.connector.model_dump(),
+        connector_config=recipe.model.connector.sizes(),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         max_position_embeddings=recipe.data.max_tokens,
     )
@@ -156,6 +156,9 @@ def build_initial(recipe: Recipe, data: Path, out: Path) -> None:
                 f"model.text.weights: {error}. Set data.tokenizer.name to its tokenizer, or model.text.vocab_multiple "
                 "so that there are enough rows"
             ) from error
+    if recipe.model.connector.init == "balanced":
+        words = model.get_input_embeddings().weight
+        model.connector.balance(words.detach().float().square().mean().sqrt().item())
     save(model, tokenizer, out)
 
 

@@ -224,3 +224,27 @@ def test_recipes_know_every_connector_scan_merge_and_layout():
     fields = ConnectorRecipe.model_fields
     choices = {name: typing.get_args(fields[name].annotation) for name in ("name", "scan", "merge", "layout")}
     assert choices == {"name": tuple(CONNECTORS), "scan": SCANS, "merge": MERGES, "layout": LAYOUTS}
+
+
+@pytest.mark.parametrize("name", [name for name in CONNECTORS if name != "vss_l2"])
+def test_balanced_first_weights_keep_what_differs_between_images(name):
+    """Shares of the energy, as measured on images whose features have a common part."""
+    torch.manual_seed(0)
+    common = torch.randn(16, 48)
+    features = 0.8 * common + 0.6 * torch.randn(40, 16, 48)
+
+    def share(x: torch.Tensor) -> float:
+        return ((x - x.mean(0)).square().sum() / x.square().sum()).item()
+
+    shares = []
+    for balanced in (False, True):
+        torch.manual_seed(1)
+        connector = build_connector(48, 32, ConnectorConfig(name=name, head_dim=16, state_size=16, chunk_size=16))
+        if balanced:
+            connector.balance(0.1)
+        with torch.no_grad():
+            out = connector(features, (4, 4))
+        shares.append(share(out))
+    assert shares[1] > 1.2 * shares[0]
+    if name != "ldpv2":  # it pools
+        assert 0.05 < out.square().mean().sqrt() < 0.2
