@@ -99,6 +99,11 @@ class Engine:
         return self._batch.cache.limit
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of the states that are kept."""
+        return self._batch.cache.nbytes
+
+    @property
     def alive(self) -> bool:
         """Whether requests are still answered."""
         return self._worker.is_alive() and not self._closed
@@ -237,7 +242,7 @@ class Engine:
         """Move requests from the queue to the batch, waiting for one; False when closed and all is answered."""
         with self._changed:
             if not len(self._batch):
-                self.metrics.load(0, 0, self._batch.cache.nbytes)
+                self.metrics.load(0, 0, self.kept_bytes)
                 self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 self._batch.cache.close()  # nothing of it is for the model that comes next
@@ -270,7 +275,7 @@ class Engine:
                 self._seconds = 0.8 * self._seconds + 0.2 * (sequence.ended - sequence.began)
             if sequence.future.done() and not sequence.future.cancelled() and sequence.future.exception() is None:
                 sequence.metrics.answer(sequence.future.result())
-        self.metrics.load(len(self._waiting), len(self._batch), self._batch.cache.nbytes)
+        self.metrics.load(len(self._waiting), len(self._batch), self.kept_bytes)
 
     def _waiting_now(self) -> list[Sequence]:
         with self._changed:

@@ -1,9 +1,10 @@
 """Memory of a service that is used without a pause: resident size over the minutes, which should stay flat.
 
-    python -m tests.benchmarks.drills.serve_soak [--minutes 10] [--clients 8] [--slack 0.03]
+    python -m tests.benchmarks.drills.serve_soak [--minutes 10] [--clients 8] [--slack 0.03] [--images 9]
 
 A tiny model behind the whole HTTP interface, in a process of its own; clients here ask in every way: streamed or whole,
 with none to three images of several sizes, several turns, sampled with stop strings, malformed, given up half way.
+States are kept within 8 MiB, which more than a few images of `--images` fill.
 Prints the resident size once a minute. Exits 1 when the mean of the last quarter is more than `--slack` above that of
 the second quarter (the first fills caches), when a good request failed, or when slots are in use in the end.
 """
@@ -25,7 +26,7 @@ from tests.helpers.serve_client import data_uri
 from tests.helpers.serving import load_tiny, running, serve
 from workflows.serve.options import Limits
 
-LIMITS = Limits(max_batch=8, max_waiting=64, default_tokens=24)
+LIMITS = Limits(max_batch=8, max_waiting=64, default_tokens=24, state_cache_bytes=8 * 2**20)
 SIZES = [(64, 48), (640, 480), (1600, 1200)]
 
 
@@ -35,9 +36,10 @@ def server(pipe) -> None:
         service = serve(load_tiny(Path(folder) / "tiny"), LIMITS)
         with running(service) as url:
             pipe.send(url)
+            engine = service.served.engine
             while pipe.recv() == "load":
-                pipe.send(service.served.engine.load)
-        service.served.engine.close()
+                pipe.send((engine.load, engine.kept_bytes))
+        engine.close()
 
 
 def resident(pid: int) -> int:
@@ -46,9 +48,10 @@ def resident(pid: int) -> int:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
 
 
-def body(chance: random.Random) -> dict:
+def body(chance: random.Random, images: int) -> dict:
     """A request of any kind; every eighth is refused."""
-    images = [data_uri(encoded(chance.randrange(9), "JPEG", chance.choice(SIZES))) for _ in range(chance.randrange(4))]
+    shown = [chance.randrange(images) for _ in range(chance.randrange(4))]
+    images = [data_uri(encoded(number, "JPEG", chance.choice(SIZES))) for number in shown]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     text = " ".join(
         chance.choice(["what", "is", "red", "\u00fcber", "\U0001f642"]) for _ in range(chance.randrange(1, 20))
@@ -64,15 +67,14 @@ def body(chance: random.Random) -> dict:
     return asked
 
 
-def client(address: str, seed: int, end: float, counts: Counter) -> None:
+def client(address: str, seed: int, end: float, counts: Counter, images: int) -> None:
     """Ask until `end`."""
     chance = random.Random(seed)
     while time.monotonic() < end:
         connection = http.client.HTTPConnection(address, timeout=120)
         try:
-            connection.request(
-                "POST", "/v1/chat/completions", json.dumps(body(chance)), {"Content-Type": "application/json"}
-            )
+            content = json.dumps(body(chance, images))
+            connection.request("POST", "/v1/chat/completions", content, {"Content-Type": "application/json"})
             if chance.random() < 0.1:
                 counts["given up"] += 1
                 time.sleep(chance.random() * 0.1)
@@ -91,6 +93,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--slack", type=float, default=0.03)
+    parser.add_argument("--images", type=int, default=9, help="that are asked about")
     a = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
@@ -100,7 +103,7 @@ def main() -> int:
     counts: Counter = Counter()
     begun = time.monotonic()
     end = begun + 60 * a.minutes
-    clients = [threading.Thread(target=client, args=(address, i, end, counts)) for i in range(a.clients)]
+    clients = [threading.Thread(target=client, args=(address, i, end, counts, a.images)) for i in range(a.clients)]
     for thread in clients:
         thread.start()
     sizes = []
@@ -114,10 +117,10 @@ def main() -> int:
             )
     for thread in clients:
         thread.join()
-    load = (1, 1)
+    load, kept = (1, 1), 0
     for _ in range(100):
         pipe.send("load")
-        load = pipe.recv()
+        load, kept = pipe.recv()
         if load == (0, 0):
             break
         time.sleep(0.1)
@@ -128,6 +131,7 @@ def main() -> int:
     growth = (sum(last) / len(last)) / (sum(second) / len(second)) - 1
     print(f"resident MiB: {sizes[0]:.1f} first, {sizes[len(sizes) // 2]:.1f} half way, {sizes[-1]:.1f} last")
     print(f"last quarter against second: {growth:+.2%}; slots in use in the end: {load[1]}")
+    print(f"kept states: {kept / 2**20:.1f} MiB of {LIMITS.state_cache_bytes / 2**20:.1f}")
     print("by status: " + ", ".join(f"{status} {count}" for status, count in sorted(counts.items(), key=str)))
     bad = {status: count for status, count in counts.items() if status not in (200, 400, 404, "given up")}
     return int(growth > a.slack or load != (0, 0) or bool(bad))
