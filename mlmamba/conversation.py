@@ -15,7 +15,7 @@ training tokenizes the rendered string as well (`encode_whole`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 IMAGE_TOKEN = "<image>"
@@ -25,11 +25,13 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `role` is "user" or "assistant"; `images` counts the images shown with it (user turns only)."""
+    """One message. `role` is "user" or "assistant"; `images` counts the images shown with it (user turns only). Its
+    first `instructions` characters are the system's, which are the same before many questions."""
 
     role: str
     text: str
     images: int = 0
+    instructions: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

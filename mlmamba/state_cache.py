@@ -18,10 +18,11 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from mlmamba.conversation import ASSISTANT
+from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
 from mlmamba.state import MambaState
 
 _TENSOR_BYTES, _ENTRY_BYTES = 512, 2048  # what Python and torch hold for a tensor and for an entry, about
+_LONG = 32  # tokens of instructions that are worth a pause in reading
 Key = tuple[str, bytes]  # owner, and digest of what was read
 
 
@@ -170,7 +171,7 @@ class StateCache:
 
 class Places:
     """Where in prompts of the chat format (mlmamba/conversation.py) a state is worth finding: after each run of images,
-    where an answer begins, and where it ends.
+    after long instructions, where an answer begins, and where it ends.
 
     Token ids are compared, never text. An answer that a client sends back as text may come out as other tokens than
     those that were made; the conversation then goes on from its question.
@@ -180,19 +181,23 @@ class Places:
     """
 
     def __init__(self, processor):
-        tokenizer = processor.tokenizer
+        tokenizer = self._tokenizer = processor.tokenizer
         self._image_id, self._end_id = processor.image_token_id, tokenizer.eos_token_id
+        self._per_image = processor.tokens_per_image
         ids = tokenizer(f"{tokenizer.eos_token}\n{ASSISTANT}\n", add_special_tokens=False)["input_ids"]
         self._opening = ids[ids.index(self._end_id) + 1 :] if self._end_id in ids else []
 
-    def of(self, ids: Sequence[int], images: Sequence[bytes]) -> tuple[Place, ...]:
+    def of(self, ids: Sequence[int], images: Sequence[bytes], first: Turn | None = None) -> tuple[Place, ...]:
         """The places of a prompt, in ascending order; the last is its end.
 
         Args:
             ids: (l,).
             images: digests of its images, in reading order.
+            first: its first turn, where that may hold instructions.
         """
         cuts = {i + 1 for i, (one, after) in enumerate(pairwise(ids)) if one == self._image_id != after} | {len(ids)}
+        if first is not None and first.instructions:
+            cuts |= self._after_instructions(ids, first)
         found = set(cuts)
         for number, end in enumerate(i for i, token in enumerate(ids) if token == self._end_id):
             if number % 2:  # of an answer, whose last token its state has read or not
@@ -202,6 +207,14 @@ class Places:
         lengths = sorted(found - {0})
         both = zip(lengths, digests(ids, lengths, images, self._image_id), strict=True)
         return tuple(Place(length, digest, length in cuts) for length, digest in both)
+
+    def _after_instructions(self, ids: Sequence[int], first: Turn) -> set[int]:
+        """Where the instructions end, up to the first token that what follows changes; none where they are short."""
+        shown = first.images * self._per_image
+        opening = f"{IMAGE_TOKEN * shown}{USER}\n{clean(first.text[: first.instructions])}"
+        own = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
+        same = next((i for i, (one, other) in enumerate(zip(own, ids, strict=False)) if one != other), len(own))
+        return {same} if same - shown >= _LONG else set()
 
 
 def size_of(state: MambaState, logits: Tensor | None = None) -> int:

@@ -135,7 +135,7 @@ class Engine:
         if len(pixels) != shown:
             raise ValueError(f"the turns show {shown} images, {len(pixels)} were given")
         images = tuple(map(image_digest, pixels))
-        places = self._places.of(ids.tolist(), images)
+        places = self._places.of(ids.tolist(), images, turns[0])
         return Prompt(ids, torch.from_numpy(np.stack(pixels)) if pixels else None, images, places)
 
     def submit(

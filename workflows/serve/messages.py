@@ -102,7 +102,8 @@ def _turns(messages: list[Message]) -> list[Turn]:
         text = _text(message)
         if not text and not shown and message.role == "user":
             raise bad_request(f"messages[{i}] has neither text nor image", f"messages[{i}].content", "empty_message")
-        turns.append(Turn(message.role, text if turns else "\n\n".join([*filter(None, preface), text]), images=shown))
+        own = "" if turns else "\n\n".join(filter(None, preface))
+        turns.append(Turn(message.role, f"{own}\n\n{text}" if own else text, shown, len(own)))
     if not turns or turns[-1].role != "user":
         raise bad_request("the last message must be the user's", "messages", "role_order")
     return turns

@@ -6,13 +6,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from mlmamba.conversation import Turn
 from mlmamba.processing import MLMambaProcessor
 from mlmamba.state import LayerState, MambaState
 from mlmamba.state_cache import Place, Places, StateCache, digests, image_digest, size_of
 from tests.helpers.images import image
-from tests.helpers.tiny import IMAGE_ID, PER_IMAGE, SIDE, tiny_tokenizer
+from tests.helpers.tiny import IMAGE_ID, NEOX, NO_NEOX, PER_IMAGE, SIDE, tiny_tokenizer
 
 
 def state(value=1.0, width=64):
@@ -166,6 +167,39 @@ def test_an_empty_answer_and_a_question_without_text_have_their_places(processor
     assert lengths == sorted(set(lengths))
     assert lengths[-1] == len(ids)
     assert PER_IMAGE in lengths
+
+
+def test_long_instructions_have_a_place_that_all_questions_after_them_share(processor):
+    text = "You are a careful observer.\nAnswer with one word."
+    found = []
+    for question in ("what?", " x", "\nwhere is it?"):
+        turn = Turn("user", f"{text}\n\n{question}", 1, len(text))
+        ids = processor.tokenize([processor.prompt([turn])])["input_ids"][0].tolist()
+        places = Places(processor).of(ids, [b"1"], turn)
+        (place,) = [place for place in places if place.cut and PER_IMAGE < place.length < len(ids)]
+        assert processor.tokenizer.decode(ids[PER_IMAGE : place.length]) == f"<|user|>\n{text}"
+        found.append(place)
+    assert len({*found}) == 1
+    short = Turn("user", "Be brief.\n\nwhat?", 1, len("Be brief."))
+    ids = processor.tokenize([processor.prompt([short])])["input_ids"][0].tolist()
+    assert Places(processor).of(ids, [b"1"], short) == Places(processor).of(ids, [b"1"])
+
+
+@pytest.mark.skipif(not NEOX.exists(), reason=NO_NEOX)
+@pytest.mark.parametrize(
+    "text",
+    ["Answer in one word. " * 9, "Be kind " * 20 + "<image>", "1 " * 40, "a\n" * 40],
+    ids=["sentences", "placeholder", "digits", "lines"],
+)
+def test_a_real_tokenizer_gives_instructions_a_place(text):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(NEOX), eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor, found = MLMambaProcessor(tokenizer, SIDE, PER_IMAGE, 4000), set()
+    for question in ("what?", "2 + 2", "  so", "<image>"):
+        turn = Turn("user", f"{text}\n\n{question}", 1, len(text))
+        ids = processor.tokenize([processor.prompt([turn])])["input_ids"][0].tolist()
+        found |= {p for p in Places(processor).of(ids, [b"1"], turn) if p.cut and PER_IMAGE < p.length < len(ids)}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("size", [1, 7])

@@ -156,6 +156,14 @@ def test_only_the_new_image_of_a_conversation_is_encoded(start, work):
     assert work[:3] == ["1 images", "1 images", "1 images"]
 
 
+def test_instructions_are_read_once_for_all_questions_after_them(start, work):
+    engine, text = start(), "You are a careful observer. Answer with one word."
+    for question, cached in (("what is it?", False), ("where?", True), ("x", True)):
+        work.clear()
+        answer = ask(engine, [Turn("user", f"{text}\n\n{question}", 0, len(text))])
+        assert answer.cached_tokens == cached * len(f"<|user|>\n{text}")
+
+
 def test_the_same_question_again_reads_nothing_and_can_be_answered_otherwise(start, work):
     engine = start()
     first = about(engine, "what?")
