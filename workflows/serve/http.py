@@ -162,7 +162,7 @@ def _add_envelope(app: FastAPI, service: Service) -> None:
             CORSMiddleware,
             allow_origins=service.access.origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["Authorization", "Content-Type", "x-session-id"],
             expose_headers=["x-model-version", "x-model-run-id", "retry-after"],
         )
 
