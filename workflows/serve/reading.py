@@ -77,7 +77,7 @@ class Reader:
         self.cache = StateCache(limits.state_cache_bytes)
         self._model, self._limits = model, limits
         self._image_id = model.config.image_token_id
-        self._checked = False
+        self._checked, self._shortest_first = False, True
 
     def step(self, readings: list[Reading]) -> None:
         """Encode some images and read one piece of some of the prompts, the first ones first."""
@@ -155,14 +155,20 @@ class Reader:
             reading.features = own.flatten(0, 1)
 
     def _read_pieces(self, readings: list[Reading]) -> None:
-        """Read one piece of each of the first prompts, together at most `prefill_tokens` with their padding."""
+        """Read one piece of some prompts each, together at most `prefill_tokens` with their padding, which is at most
+        half of it. In every other step the shortest come first, so that none waits for all of a long one."""
+        self._shortest_first = not self._shortest_first
+        if self._shortest_first:
+            readings = sorted(readings, key=lambda reading: len(reading.prompt.input_ids) - reading.read)
         group: list[Reading] = []
-        longest = 0
+        lengths: list[int] = []
         for reading in readings:
-            longest = max(longest, self._piece(reading))
-            if group and (len(group) + 1) * longest > self._limits.prefill_tokens:
-                break
+            joined = [*lengths, self._piece(reading)]
+            padded = len(joined) * max(joined)
+            if group and (padded > self._limits.prefill_tokens or padded > 2 * sum(joined)):
+                continue
             group.append(reading)
+            lengths = joined
         if group:
             _one_by_one_if_they_fail(self._read, group)
         for reading in group:

@@ -350,3 +350,33 @@ def test_a_prompt_of_four_thousand_tokens_delays_running_answers_by_one_piece(lo
     assert [shapes[i][1] for i in pieces][:-1] == [512] * (len(pieces) - 1)
     assert len(pieces) == -(-len(long.input_ids) // 512)
     assert all(shapes[i + 1] in ((3, 1), (4, 1)) for i in pieces)
+
+
+@pytest.mark.parametrize("loaded", ["mamba2"], indirect=True)
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(loaded, monkeypatch):
+    monkeypatch.setattr(loaded[1], "max_length", 5000)
+    lengths, asked, forward = [], threading.Event(), loaded[0].forward
+
+    def held(input_ids, **kwargs):
+        lengths.append(input_ids.shape[1])
+        assert asked.wait(30)
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(loaded[0], "forward", held)
+    engine = Engine(*loaded, Limits(max_batch=8))
+    futures = [engine.submit(engine.prepare([Turn("user", "x " * 2000)], []), Settings(1))]
+    wait_for(lambda: lengths)
+    futures += [engine.submit(engine.prepare([Turn("user", text)], []), Settings(1)) for text in ("what?", "who?")]
+    asked.set()
+    assert all(future.result(60).ids for future in futures)
+    engine.close()
+    assert lengths.count(512) == 7
+    assert next(i for i, length in enumerate(lengths) if length < 100) <= 2
+
+
+def test_prompts_of_unlike_lengths_are_not_padded_to_twice_their_tokens(start, work):
+    engine = start(LIMITS.model_copy(update={"prefill_tokens": 512, "max_batch": 8}))
+    hold = engine.submit(engine.prepare([Turn("user", "x")], []), Settings(40))
+    futures = [engine.submit(engine.prepare([Turn("user", "x" * n)], []), Settings(2)) for n in (1, 150, 2, 3, 140, 4)]
+    read = sum(future.result(30).prompt_tokens for future in (hold, *futures))
+    assert sum(rows * length for rows, length in work) <= 2 * read
