@@ -210,8 +210,10 @@ def test_nobody_finds_what_another_has_asked(start, work):
     assert about(engine, "what?", client="").cached_tokens == 0
 
 
-def test_kept_states_are_never_written_to(start):
-    engine = start()
+@pytest.mark.parametrize("piece", [1, 16])
+def test_kept_states_are_never_written_to(start, piece):
+    """Also where they are read on from by single tokens, which may write over a state that is their own."""
+    engine = start(LIMITS.model_copy(update={"prefill_tokens": piece}))
     turns = [Turn("user", "what?", 1)]
     answer = ask(engine, turns, [image()])
     kept = engine._batch.cache._kept
