@@ -17,9 +17,10 @@ from PIL import Image
 
 import mlmamba
 from mlmamba.loading import load_model
-from tests.helpers.serve_client import ServiceError, ask, request
+from tests.helpers.images import encoded
+from tests.helpers.serve_client import ServiceError, ask, data_uri, request
 from tests.helpers.serving import raw, running
-from tests.helpers.tiny import images, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import PER_IMAGE, images, tiny_model, tiny_tokenizer
 from workflows.registry import ResolvedModel
 from workflows.serve.auth import Access
 from workflows.serve.engine import Engine
@@ -52,6 +53,24 @@ def service(loaded):
 def url(service):
     with running(service) as url:
         yield url
+
+
+def test_a_key_holder_finds_what_was_kept_of_its_own_questions_alone(service, tmp_path):
+    (tmp_path / "keys").write_text("k1\nk2\n")
+    guarded = Service(LIMITS, Access(api_keys_file=str(tmp_path / "keys")))
+    guarded.served = service.served
+    shown = {"type": "image_url", "image_url": {"url": data_uri(encoded(1))}}
+    with running(guarded) as url:
+
+        def cached(key, text, n=1):
+            content = [shown, {"type": "text", "text": text}]
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "n": n}
+            reply = raw(url, "/v1/chat/completions", body, headers={"Authorization": f"Bearer {key}"})[2]
+            return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert [cached("k1", "what?"), cached("k1", "who?"), cached("k1", "where?", n=2)] == [0, PER_IMAGE, PER_IMAGE]
+        assert cached("k2", "what?") == 0
+        assert cached("k2", "what?") > PER_IMAGE
 
 
 def test_before_the_model_is_loaded():
