@@ -23,11 +23,8 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.groups, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.attention_head_dim,
-        )
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.attention_head_dim
         width, bias = self.heads * self.head_dim, config.attention_bias
         self.scale = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.sizes = (width, self.groups * self.head_dim, self.groups * self.head_dim)
@@ -57,11 +54,10 @@ class Attention(nn.Module):
             ValueError: a sequence gets longer than the model's `max_position_embeddings`.
         """
         length = x.shape[1]
-        places = _positions(x, state, seq_idx)
         qkv = scaled(self.in_proj(x), self.sizes, self.factors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.groups, self.groups], dim=1)
         if self.theta is not None:
-            turns = angles(places, self.theta, self.rotated, q.dtype)
+            turns = angles(_positions(x, state, seq_idx), self.theta, self.rotated, q.dtype)
             q, k = rotate(q, *turns), rotate(k, *turns)
         if length == 1 and state is not None and mask is seq_idx is None:
             return self._step(q, k, v, state)
