@@ -20,7 +20,8 @@ class Limits(StrictModel):
     }
 
     max_batch: int = Field(32, gt=0)
-    """Answers that are made together: the number of slots, each as large as the model's recurrent state."""
+    """Answers that are made together: the number of slots, each as large as the model's recurrent state. Those of a
+    hybrid have room for the keys and values of its longest sequence too."""
     max_waiting: int = Field(64, gt=0)
     """Requests that wait for their turn; one more is told to come back later (429)."""
     prefill_tokens: int = Field(512, gt=0)
