@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import pyarrow as pa
 
@@ -188,7 +189,7 @@ class JsonAnnotations(AnnotatedImages):
 
     def _try_fields(self) -> None:
         """List until an entry has had each of the `fields`; raises what `records` raises when none has."""
-        for _ in self.records():
+        for _ in islice(self.records(), self.config.limit):
             if len(self._keys) >= _KEYS or all(self._keys.keys() & {*group} for group in self.fields()):
                 return
 

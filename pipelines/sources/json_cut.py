@@ -118,13 +118,15 @@ class _Fragments:
 
 
 def _chunks(stream: BinaryIO, head: bytes, at: int) -> Iterator[tuple[int, bytes]]:
-    """The rest of a file from `at` on, with the place of each piece; no piece ends within an escape."""
+    """The rest of a file from `at` on, with the place of each piece; none ends within an escape or a line break."""
     data = head[at:]
     while data or (data := stream.read(_CHUNK)):
-        while (len(data) - len(data.rstrip(b"\\"))) % 2:
+        while data.endswith(b"\r") or (len(data) - len(data.rstrip(b"\\"))) % 2:
             if not (more := stream.read(1)):
                 break
             data += more
+        if data.count(b"\r") != data.count(b"\r\n"):
+            raise Unclear
         yield at, data
         at, data = at + len(data), b""
 

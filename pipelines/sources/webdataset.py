@@ -13,6 +13,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 
 from pyarrow import fs
 
@@ -82,7 +83,7 @@ class WebDataset:
     def cut(self, unit: str, size: int) -> Iterator[Fragment]:
         """Cut a shard. With the first one, it is seen that some sample has the files that the config names."""
         if unit == self.units()[0]:
-            for _ in self.records():
+            for _ in islice(self.records(), self.config.limit):
                 if all(any(ending.partition(".")[0] == text for ending in self._seen) for text in self._texts):
                     break
         facts, end, start = self._files.facts(unit), self._files.size(unit), 0

@@ -16,7 +16,7 @@ from pipelines.source_config import (
     WebDatasetSource,
 )
 from pipelines.sources import json_cut, open_source, webdataset
-from pipelines.sources.open import share, share_rows
+from pipelines.sources.open import Choice, share, share_rows
 from tests.helpers.corpora import conversation, write_files, write_parquet, write_tar
 from tests.helpers.images import encoded
 
@@ -122,6 +122,43 @@ def test_what_is_no_json_is_told_as_when_it_is_read_whole(tmp_path, text):
     with pytest.raises(ValueError, match=r"a\.json|source 'llava'") as parts:
         read(llava(tmp_path / "a.json"), 2)
     assert str(parts.value) == str(whole.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_damaged_json_gives_the_same_records_or_error_however_it_is_cut(tmp_path, monkeypatch, layout):
+    """Sixty files, each with up to three changes at random places, also with a limit before or behind them."""
+    chance = random.Random(layout)
+    path = tmp_path / layout
+    for _ in range(60):
+        monkeypatch.setattr(json_cut, "_CHUNK", chance.choice([64, 257, 1 << 22]))
+        data = bytearray(LAYOUTS[layout](entries(chance.randint(1, 12))).encode())
+        for _ in range(chance.randint(1, 3)):
+            at, piece = chance.randrange(3, len(data) + 1), chance.choice(PIECES)
+            data[at : at + chance.choice([0, 0, 1, 30])] = piece
+        path.write_bytes(data)
+        config = llava(path).model_copy(update={"limit": chance.choice([None, None, 1, 5])})
+        size = chance.choice([1, 3, 50])
+        whole = outcome(lambda config=config: list(open_source(config).records()))
+        assert outcome(lambda config=config, size=size: read_limited(config, size)) == whole
+
+
+PIECES = [b'"', b"\\", b"[", b"]", b"{", b"}", b",", b"\n", b"\r", b"\r\n", b" ", b"\0", b"\xff", b"\xc2\xa0", b"[]"]
+
+
+def outcome(read) -> list | str:
+    try:
+        return read()
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def read_limited(config, size: int) -> list:
+    records, source = [], open_source(config)
+    for fragment in source.cut("", size):
+        if config.limit is None or len(records) < config.limit:
+            take = config.limit and config.limit - len(records)
+            records += open_source(config).read(fragment, Choice(take=take))
+    return records
 
 
 def test_a_file_that_changes_after_it_was_cut_is_noticed(tmp_path):
