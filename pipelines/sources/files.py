@@ -74,6 +74,10 @@ class RangeReader:
         """Bytes of a file."""
         return self._open_file(name).size()
 
+    def forget(self) -> None:
+        """Give back the memory of the blocks that are kept."""
+        self._block.cache_clear()
+
 
 class RangeStream:
     """A file of a `RangeReader` as a stream."""

@@ -150,6 +150,7 @@ class WebDataset:
             yield from one_each(self._record(name, key, files), self.config)
         if damage:
             yield Record(f"{name}[damaged]", self.config.label, problem=damage)
+        self._ranges.forget()  # who goes on has read the last sample's images by now
 
     @contextmanager
     def _open(self, name: str):

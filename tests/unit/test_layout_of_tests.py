@@ -45,7 +45,6 @@ NOT_ALONE = {
     "pipelines.manifest": "unit/pipelines/test_reader.py: imports it",
     "pipelines.pack": "unit/pipelines/test_dedup.py: imports it",
     "pipelines.packed": "unit/pipelines/test_inspect.py: imports it",
-    "pipelines.plan": "unit/pipelines/test_dedup.py: imports it",
     "pipelines.prepare": "integration/test_damaged_corpus.py: imports it",
     "pipelines.quarantine": "unit/pipelines/test_dedup.py: imports it",
     "pipelines.records": "unit/pipelines/test_dedup.py: imports it",
