@@ -1,6 +1,7 @@
 """Ray that cannot be started or reached: an error that says so, and nothing left behind."""
 
 import errno
+import json
 import socket
 
 import pytest
@@ -46,3 +47,10 @@ def test_a_full_disk_inside_a_task_crosses_as_one_line():
     assert error.errno == errno.ENOSPC
     assert str(error) == f"[Errno 28] No space left on device on {socket.gethostname()}"
     assert _attempt(lambda task: task, {"a": 1}) == {"done": {"a": 1}}
+
+
+def test_what_is_wrong_with_a_source_crosses_as_its_own_line():
+    def broken(task):
+        raise json.JSONDecodeError("Expecting value", "x", 0)
+
+    assert _attempt(broken, {}) == {"wrong": "Expecting value: line 1 column 1 (char 0)"}
