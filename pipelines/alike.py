@@ -1,5 +1,6 @@
 """Which training images look like one of an evaluation set, compared on Ray, a partition a task."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipelines.records import outcomes_file
 _KEYS = "looks.arrow"
 
 
-def find_alike(names: list[str], total: int, work: str, excluded: Excluded, least: float, on_progress) -> Near:
+def find_alike(names: Iterable[str], total: int, work: str, excluded: Excluded, least: float, on_progress) -> Near:
     """The records with an image that looks like one of an evaluation set, and what is said of them.
 
     Args:

@@ -13,8 +13,9 @@ before. Ids come first and then content: a record that is not used because of it
 A bucket's task takes some 150 bytes of memory a record of `_BUCKET`.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -73,29 +74,27 @@ def find_removals(
         | {"buckets": -(-records[split] // _BUCKET) or 1}
         for split, own in groups.items()
     }
-    images = ""
+    images = None
     if excluded:
-        images = storage.join(work, "removed", "excluded.arrow")
-        excluded.save(images)
-        version = storage.checksum(images)[1]
-    tasks = []
-    for split, own in groups.items():
-        task = search[split] | {"images": [images, version] if images and split == "train" else None}
-        for group in own:
+        file = storage.join(work, "removed", "excluded.arrow")
+        excluded.save(file)
+        images = [file, storage.checksum(file)[1]]
+
+    def tasks(split: str) -> Iterator[dict]:
+        common = search[split] | {"images": images if split == "train" else None}
+        for group in groups[split]:
             found = {name: near[name] for name in group.names if name in near} if near and split == "train" else {}
-            tasks.append(task | {"number": group.number, "first": group.first, "names": group.names, "near": found})
-    small = [task for task in tasks if task["groups"] == task["buckets"] == 1]
-    large = [task for task in tasks if task not in small]
-    list(run_tasks(decide, small, "Deduplicate"))
-    for step in steps if large else ():
-        list(run_tasks(spread, (task | {"step": step} for task in large), "SpreadDigests"))
-        buckets = [
-            {name: task[name] for name in ("split", "groups", "work")} | {"step": step, "bucket": bucket}
-            for task in large
-            if task["number"] == 0
-            for bucket in range(task["buckets"])
-        ]
-        list(run_tasks(find_later, buckets, "FindDuplicates"))
+            yield common | {"number": group.number, "first": group.first, "count": group.count, "near": found}
+
+    small = [split for split, own in search.items() if own["groups"] == own["buckets"] == 1]
+    list(run_tasks(decide, chain.from_iterable(map(tasks, small)), "Deduplicate"))
+    for split in search.keys() - {*small}:
+        for step in steps:
+            for _ in run_tasks(spread, (task | {"step": step} for task in tasks(split)), "SpreadDigests"):
+                pass
+            buckets = ({"step": step, "bucket": bucket} for bucket in range(search[split]["buckets"]))
+            for _ in run_tasks(find_later, (search[split] | bucket for bucket in buckets), "FindDuplicates"):
+                pass
     return search
 
 
@@ -116,7 +115,8 @@ def spread(task: dict) -> dict:
     images: list[tuple[int, int, str, str]] = []
     parts: list[list[pa.RecordBatch]] = [[] for _ in range(buckets)]
     columns = ["reason", step, "record_id", "source", *(["digests"] if excluded and first_step else [])]
-    for owner, (name, outcomes) in enumerate(iter_outcomes(task["names"], task["work"], columns), task["first"]):
+    names = Group(task["split"], task["number"], task["first"], task["count"]).names
+    for owner, (name, outcomes) in enumerate(iter_outcomes(names, task["work"], columns), task["first"]):
         usable = outcomes["reason"].is_null().to_numpy().copy()
         if first_step:
             found = _with_images(outcomes, excluded, task["near"].get(name, []), usable)

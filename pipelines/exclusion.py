@@ -5,6 +5,7 @@ goes on where it was. Every one must be readable, because an image that is not c
 """
 
 import json
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -85,7 +86,7 @@ class Excluded:
 
 
 def read_excluded(
-    config: DataConfig, validation: list[str], cuts: dict[str, SourceCut], work: str, on_progress
+    config: DataConfig, validation: Iterable[str], cuts: dict[str, SourceCut], work: str, on_progress
 ) -> Excluded:
     """The digests of all evaluation sets of a config.
 

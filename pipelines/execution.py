@@ -17,7 +17,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 _MOST_PER_BLOCK = 4
-_AT_ONCE = 4096  # descriptions that the driver holds
+_AT_ONCE, _AT_ONCE_PER_CPU = 1024, 64  # descriptions that the driver holds, at least
 _BLOCKS_PER_CPU = 4  # at least, or a CPU could be left without work at the end
 
 
@@ -113,7 +113,8 @@ def run_tasks(function: Callable[[dict], dict], tasks: Iterable[dict], name: str
     Descriptions and results cross as JSON text: they are small and nested, which Arrow columns would make awkward.
     Ray Data takes some 5 ms of the driver for a read task, and a CPU waits twice for its next look, ten times a second,
     before it gets the next one. So one holds up to `_MOST_PER_BLOCK` descriptions where there are many. Of these,
-    `_AT_ONCE` are taken from `tasks` at a time, so that the driver's memory does not grow with their number.
+    `_AT_ONCE` are taken from `tasks` at a time, more where there are many CPUs: the driver's memory does not grow with
+    their number.
 
     Args:
         function: a module-level function; it must be safe to run twice (Ray reruns tasks of lost machines).
@@ -126,9 +127,9 @@ def run_tasks(function: Callable[[dict], dict], tasks: Iterable[dict], name: str
     """
     waiting = iter(tasks)
     name = name or function.__name__.title().replace("_", "")
-    while some := list(islice(waiting, _AT_ONCE)):
-        for_all_cpus = _BLOCKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
-        count = max(math.ceil(len(some) / _MOST_PER_BLOCK), min(len(some), for_all_cpus))
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    while some := list(islice(waiting, max(_AT_ONCE, _AT_ONCE_PER_CPU * cpus))):
+        count = max(math.ceil(len(some) / _MOST_PER_BLOCK), min(len(some), _BLOCKS_PER_CPU * cpus))
         ends = [len(some) * i // count for i in range(count + 1)]
         blocks = [some[start:end] for start, end in pairwise(ends)]
         dataset = ray.data.read_datasource(Tasks(name, function, blocks), override_num_blocks=count)

@@ -52,11 +52,11 @@ def settle_groups(groups: dict[str, list[Group]], search: dict[str, dict], work:
         search: how `find_removals` looked for duplicates, by split.
         work: folder of their files.
     """
-    tasks = [
-        {"number": group.number, "first": group.first, "names": group.names} | search[split]
+    tasks = (
+        {"number": group.number, "first": group.first, "count": group.count} | search[split]
         for split, own in groups.items()
         for group in own
-    ]
+    )
     found = {
         (result["split"], result["number"]): result["tally"] for result in run_tasks(settle_group, tasks, "Settle")
     }
@@ -70,7 +70,8 @@ def read_bad(groups: dict[str, list[Group]], work: str) -> Iterator[list[dict]]:
     """The rows of the quarantine table, group by group."""
     for own in groups.values():
         for group in own:
-            yield [json.loads(line) for line in storage.read_bytes(_bad_file(work, vars(group))).splitlines()]
+            place = {"split": group.split, "number": group.number}
+            yield [json.loads(line) for line in storage.read_bytes(_bad_file(work, place)).splitlines()]
 
 
 def plan_shards(
@@ -120,8 +121,8 @@ def read_plan(file: str, batch: int) -> list[np.ndarray]:
 
 def settle_group(task: dict) -> dict:
     """Settle a group of partitions. Runs inside a Ray task."""
-    group, work = Group(task["split"], task["number"], task["first"], task["names"]), task["work"]
-    settled = settle(group, work, removed(task, task["steps"]))
+    group, work = Group(task["split"], task["number"], task["first"], task["count"]), task["work"]
+    settled = settle(group.split, group.first, group.names, work, removed(task, task["steps"]))
     digests = [partition_digest(outcomes_file(work, name)) for name in group.names]
     schema = _SAMPLES.with_metadata({_DIGESTS_KEY: json.dumps(digests)})
     storage.write_table(_samples_file(task, group.number), pa.table(settled.samples, schema=schema))

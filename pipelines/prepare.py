@@ -9,7 +9,7 @@
 A second call with the same recipe touches nothing of a finished data set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -232,9 +232,7 @@ def _tokenize(
 
 def _too_many(config: DataConfig, done: dict[str, list[str]], total: int, out: str, work: str) -> str:
     """The message that too many records are bad, with the table of those of the partitions done so far."""
-    settled = {
-        split: settle(Group(split, 0, 0, sorted(names)), work, REMOVED.empty_table()) for split, names in done.items()
-    }
+    settled = {split: settle(split, 0, sorted(names), work, REMOVED.empty_table()) for split, names in done.items()}
     write_quarantine(storage.join(out, QUARANTINE_FILE), (own.bad for own in settled.values()))
     return over_limit(config.max_quarantined, total, {split: own.tally for split, own in settled.items()}, out)
 
@@ -253,10 +251,13 @@ def _remove(
     Returns:
         Counts by split, and images kept out by evaluation set.
     """
-    names = {split: [name for group in own for name in group.names] for split, own in groups.items()}
+
+    def names(split: str) -> Iterator[str]:
+        return (name for group in groups.get(split, ()) for name in group.names)
+
     sets = dict(zip(config.evaluation_sets(), _cuts_of(cuts, "excluded"), strict=True))
     try:
-        excluded = read_excluded(config, names.get("validation", []), sets, work, on_progress)
+        excluded = read_excluded(config, names("validation"), sets, work, on_progress)
     except ExclusionError as error:
         raise PrepareError(str(error)) from error
     records = {split: count.records for split, count in counts.items()}
@@ -265,7 +266,7 @@ def _remove(
     near = None
     if config.compares_looks:
         least = config.similar_evaluation_images
-        near = find_alike(names["train"], records["train"], work, excluded, least, on_progress)
+        near = find_alike(names("train"), records["train"], work, excluded, least, on_progress)
     search = find_removals(groups, records, work, excluded, config.deduplicate, near)
     tallies = settle_groups(groups, search, work)
     write_quarantine(storage.join(out, QUARANTINE_FILE), read_bad(groups, work))

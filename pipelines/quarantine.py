@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.dedup import CONTAMINATED, NEAR
-from pipelines.records import Group
 from pipelines.schema import QUARANTINE
 from pipelines.tokenize import iter_outcomes
 from pipelines.validate import REMOVED
@@ -84,11 +83,13 @@ class Settled(NamedTuple):
     file) and `length`, int32."""
 
 
-def settle(group: Group, work: str, removed: pa.Table) -> Settled:
-    """Put together what became of the records of a group.
+def settle(split: str, first: int, names: list[str], work: str, removed: pa.Table) -> Settled:
+    """Put together what became of the records of some partitions.
 
     Args:
-        group: of tokenized partitions.
+        split: that they are of.
+        first: number of the first one in the split.
+        names: of the partitions, in order, tokenized.
         work: folder of their files.
         removed: tokenized records that are not used (dedup.REMOVED).
     """
@@ -97,7 +98,7 @@ def settle(group: Group, work: str, removed: pa.Table) -> Settled:
     removals: dict[int, dict[int, dict]] = defaultdict(dict)
     for row in removed.to_pylist():
         removals[row["owner"]][row["row"]] = row
-    for owner, (_, outcomes) in enumerate(iter_outcomes(group.names, work, _COLUMNS), group.first):
+    for owner, (_, outcomes) in enumerate(iter_outcomes(names, work, _COLUMNS), first):
         own = removals.get(owner, {})
         tokenized = outcomes["reason"].is_null().to_numpy()
         used = tokenized.copy()
@@ -109,7 +110,7 @@ def settle(group: Group, work: str, removed: pa.Table) -> Settled:
             if i in own:
                 row |= {name: own[i][name] for name in ("reason", "detail")}
             if row["reason"]:
-                bad.append({"split": group.split} | {name: row[name] for name in QUARANTINE.names[1:]})
+                bad.append({"split": split} | {name: row[name] for name in QUARANTINE.names[1:]})
                 tally.quarantined[row["source"], row["reason"]] += 1
                 tally.first.setdefault(row["reason"], _shown(row))
             else:

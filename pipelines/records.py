@@ -110,12 +110,16 @@ class Group:
     number: int
     first: int
     """Number of its first partition in the split."""
-    names: list[str]
-    """Of its partitions."""
+    count: int
+    """How many there are."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of its partitions."""
+        return [name_of(self.split, index) for index in range(self.first, self.first + self.count)]
 
 
 def groups_of(split: str, partitions: int, size: int = _PARTITIONS) -> Iterator[Group]:
     """The groups of a split of so many partitions; at least one."""
     for number, first in enumerate(range(0, max(partitions, 1), size)):
-        names = [name_of(split, index) for index in range(first, min(first + size, partitions))]
-        yield Group(split, number, first, names)
+        yield Group(split, number, first, min(size, partitions - first))
