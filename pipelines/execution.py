@@ -16,9 +16,9 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-_MOST_PER_BLOCK = 4
+_MOST_PER_BLOCK = 8
 _AT_ONCE, _AT_ONCE_PER_CPU = 1024, 64  # descriptions that the driver holds, at least
-_BLOCKS_PER_CPU = 4  # at least, or a CPU could be left without work at the end
+_BLOCKS_PER_CPU = 8  # at least, or a CPU could be left without work at the end
 
 
 def ensure_ray(verbose: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
