@@ -66,7 +66,10 @@ class RangeReader:
             raise storage.TooLarge(f"{length} bytes, over the limit of {MAX_FILE_BYTES}")
         if not self._blocks or length > _BLOCK * (_BLOCKS - 1):
             return self._open_file(name).read_at(length, offset)
-        first, last = offset // _BLOCK, (offset + max(length, 1) - 1) // _BLOCK
+        length = min(length, self.size(name) - offset)  # a store refuses to read behind the end
+        if length <= 0:
+            return b""
+        first, last = offset // _BLOCK, (offset + length - 1) // _BLOCK
         data = b"".join(self._block(name, number) for number in range(first, last + 1))
         return data[offset - first * _BLOCK :][:length]
 
