@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -132,10 +132,7 @@ def _lines(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"]) or "recipe"
         if item["type"] == "extra_forbidden":
-            fields = _fields_at(kind, item["loc"][:-1])
-            guess = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1)
-            hint = f"did you mean {guess[0]!r}?" if guess else f"remove it. There are {', '.join(sorted(fields))}"
-            lines.append(f"  {place}: unknown key; {hint}")
+            lines.append(f"  {place}: unknown key; {_hint(kind, item['loc'])}")
         elif item["type"] == "missing":
             lines.append(f"  {place}: missing, and it has no default")
         else:
@@ -143,6 +140,30 @@ def _lines(error: ValidationError, kind: type[BaseModel]) -> list[str]:
             given = "" if isinstance(item["input"], dict | list) else f" (given: {item['input']!r})"
             lines.append(f"  {place}: {message}{given}")
     return lines
+
+
+def _hint(kind: type[BaseModel], place: tuple) -> str:
+    """What was meant by an unknown key: a field beside it, or one of that very name elsewhere, the nearest first."""
+    *parents, name = place
+    fields = _fields_at(kind, tuple(parents))
+    if guess := difflib.get_close_matches(str(name), fields, n=1):
+        return f"did you mean {guess[0]!r}?"
+    above = ".".join(str(part) for part in parents)
+    # Kinds of sources have fields of one name that are no use to each other, so none is guessed from another section.
+    elsewhere = [path for path in _paths(kind) if path.rpartition(".")[2] == name and not path.startswith("data.")]
+    if elsewhere and parents[:1] != ["data"]:
+        nearest = min(elsewhere, key=lambda path: (not path.startswith(f"{above}."), path.count("."), path))
+        return f"did you mean {nearest}?"
+    return f"remove it. There are {', '.join(sorted(fields))}"
+
+
+def _paths(kind: type[BaseModel], above: str = "", within: tuple = ()) -> Iterator[str]:
+    """The dotted paths of all fields of a model and of the models in it; a list's items are N."""
+    for name, field in kind.model_fields.items():
+        yield f"{above}{name}"
+        number = "N." if get_origin(field.annotation) is list else ""
+        for inner in dict.fromkeys(t for t in _types(field.annotation) if _is_model(t) and t not in within):
+            yield from _paths(inner, f"{above}{name}.{number}", (*within, inner))
 
 
 def _fields_at(kind: type[BaseModel], place: tuple) -> list[str]:
