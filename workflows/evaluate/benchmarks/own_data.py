@@ -90,7 +90,8 @@ class Llava(OwnData):
             return data, (base.rpartition("/")[0] or ".") + mark + query
         names = [name for name in storage.list_names(data) if name.endswith(_ENDINGS)]
         if len(names) != 1:
-            found = f"several ({', '.join(names)}): name one" if names else "none"
+            one = storage.shown(storage.join(data, names[0])) if names else ""
+            found = f"several ({', '.join(names)}): name one of them, as in --data {one}" if names else "none"
             raise UsageError(f"{self.name}: {storage.shown(data)} should hold one .json or .jsonl file, found {found}")
         return storage.join(data, names[0]), data
 
