@@ -99,8 +99,7 @@ def compare(
         UsageError: the two are not of the same benchmark and the same items, each once.
     """
     benchmark = first_scores["benchmark"]
-    if benchmark != second_scores["benchmark"]:
-        raise UsageError(f"{benchmark} cannot be compared with {second_scores['benchmark']}: give the same benchmark")
+    check_same_benchmark(benchmark, second_scores["benchmark"])
     second = _same_items(first, second)
     tables = [columns(first), columns(second)]
     drawn = Draws(benchmark, tables, first)
@@ -124,6 +123,12 @@ def compare(
     changes = tables[1]["score"] - tables[0]["score"]
     labels = (str(first_scores.get("model", "first")), str(second_scores.get("model", "second")))
     return Comparison(benchmark, *labels, len(first), int((changes > 0).sum()), int((changes < 0).sum()), scores)
+
+
+def check_same_benchmark(first: str, second: str) -> None:
+    """Raise UsageError where two names of benchmarks differ."""
+    if first != second:
+        raise UsageError(f"{first} cannot be compared with {second}: give the same benchmark")
 
 
 def _same_items(first: Sequence[Answered], second: Sequence[Answered]) -> list[Answered]:

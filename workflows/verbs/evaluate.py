@@ -21,6 +21,8 @@ def evaluate(a: argparse.Namespace) -> dict:
     _check(a)
     storage = open_local_storage(a.storage)
     benchmark, how, seed = _what(a)
+    if a.compare:
+        _check_comparable(a.compare, benchmark)
     if a.predictions:
         return _score_predictions(a, benchmark, storage)
     console = open_console(loading=True)
@@ -75,6 +77,22 @@ def _check(a: argparse.Namespace) -> None:
     for name in _COUNTS:
         if (value := getattr(a, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+
+
+def _check_comparable(other: str, benchmark) -> None:
+    """Raise UsageError, before the model is asked anything, where the other evaluation is of something else."""
+    from workflows.evaluate.compare import check_same_benchmark
+    from workflows.evaluate.results import read_answers, read_scores
+
+    folder = Path(other)
+    if (folder / "scores.json").is_file():
+        check_same_benchmark(read_scores(folder)["benchmark"], benchmark.name)
+        known, asked = {row.id for row in read_answers(folder)}, {item.id for item in benchmark.items}
+        if not known & asked:
+            raise UsageError(
+                f"--compare {other}: it holds answers to {len(known):,} items, none of which is among the "
+                f"{len(asked):,} of {benchmark.title}: give an evaluation of the same items"
+            )
 
 
 def _what(a: argparse.Namespace) -> tuple:
