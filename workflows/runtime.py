@@ -21,14 +21,23 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_worker_niceness": "0",  # Ray's 15 lets anything else on the machine starve training
 }
+
+
+_DEVICES = ("nvidia[0-9]*", "dxg", "nvhost-gpu", "nvgpu", "kfd")  # a GPU, WSL's, two of Jetson's, ROCm's
+
+
+def accelerators() -> list[Path]:
+    """The devices of this machine through which torch may reach a GPU."""
+    return [found for name in _DEVICES for found in Path("/dev").glob(name)]
 
 
 def quiet_libraries() -> None:
     """Keep the libraries' own messages below errors off the terminal. Call before importing them."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    if not accelerators():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed logs its search for an accelerator
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="mlflow")

