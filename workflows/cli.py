@@ -5,6 +5,7 @@ recipe. Heavy libraries are imported by the verb that needs them, so that --help
 """
 
 import argparse
+import gc
 import json
 import sys
 
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def execute(arguments: argparse.Namespace) -> tuple[int, dict | list | None]:
     """Run a verb. Returns the exit code and the result; errors are told on stderr and have none."""
+    gc.set_threshold(
+        100_000, 20, 20
+    )  # a fifth of importing torch and its like is looking for garbage that is not there
     try:
         result = arguments.run(arguments)
     except UsageError as error:

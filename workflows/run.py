@@ -7,42 +7,33 @@ is skipped when its mark is there. So a workflow killed anywhere and started aga
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING
 
 from pipelines import storage as files
 from pipelines.config import DataConfig, data_identity
 from pipelines.identity import digest
-from pipelines.losses import told
 from pipelines.manifest import MANIFEST_FILE, Manifest
-from pipelines.prepare import PrepareError, prepare
 from workflows.console import Console
 from workflows.errors import WorkflowError
-from workflows.evaluate.run import Evaluated, evaluate_recipe
-from workflows.preflight import (
-    check_evaluation,
-    check_nodes,
-    check_room,
-    check_stages,
-    check_weights,
-    check_workers,
-    tasks_where_files_meet,
-)
 from workflows.recipe.schema import DataRecipe, Recipe
-from workflows.registry import promote, register, rolled_back
+from workflows.rerun import find_finished_run, leave_mark, prepared, tell_data, tell_promotion, trained
 from workflows.runtime import connect_ray, stop_on_sigterm
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout, adopt_earlier, data_folder, earlier_data_folder, layout_of
 from workflows.storage.lock import lock
 from workflows.tracking.journal import FILES as JOURNAL_FILES
 from workflows.tracking.journal import mirrored, short_reason
-from workflows.tracking.tracker import Tracker, check_registry
-from workflows.train.initial import build_initial, built, image_tokens
-from workflows.train.stage import total_steps
-from workflows.train.trainer import finished, run_stage, stage_digest
+from workflows.train.job import finished, stage_digest
+
+# Ray, torch and MLflow take seconds to import, so the steps that need them do it: a run with nothing to do has none.
+if TYPE_CHECKING:
+    from workflows.evaluate.run import Evaluated
+    from workflows.tracking.tracker import Tracker
+    from workflows.train.trainer import Crew
 
 
 def run_workflow(recipe: Recipe, storage: Folder, console: Console) -> dict:
@@ -51,25 +42,33 @@ def run_workflow(recipe: Recipe, storage: Folder, console: Console) -> dict:
     Raises:
         UsageError, WorkflowError: with a message for the person who started it.
     """
-    with session(recipe, storage, console, evaluates=True) as (layout, tracker):
-        manifests = prepare_data(recipe, layout, console)
-        data_digest = digest_of(manifests)
-        tracker.log_data(manifests, layout)
-        trained = train_stages(recipe, layout, manifests, console, tracker)
-        model = trained.fetch()
-        evaluated = evaluate_model(recipe, layout, model, console, tracker)
-        promotion = publish(recipe, layout, tracker, model, data_digest, evaluated, console)
-    summary = {
-        "recipe": recipe.name,
-        "run_id": tracker.run_id,
-        "data": {"folders": sorted({folder.shown for folder in layout.data.values()}), "digest": data_digest},
-        "model": {"folder": trained.shown, **promotion},
-        "evaluation": evaluated.result,
-        "samples": (layout.evaluation / "samples.png").shown,
-        "example": evaluated.shown,
-        "storage": storage.shown,
-    }
-    layout.run.write("summary.json", json.dumps(summary, indent=2))
+    tokens = _image_tokens(recipe)
+    layout = layout_of(recipe, storage, tokens)
+    with _holding(recipe, layout, console):
+        if done := find_finished_run(recipe, layout, tokens):
+            done.tell(recipe, layout, console)
+            return done.summary
+        with session(recipe, layout, tokens, console, evaluates=True) as (tracker, crew):
+            manifests = prepare_data(recipe, layout, console)
+            data_digest = digest_of(manifests)
+            tracker.log_data(manifests, layout)
+            model_folder = train_stages(recipe, layout, manifests, console, tracker, crew)
+            model = model_folder.fetch()
+            evaluated = evaluate_model(recipe, layout, model, console, tracker, crew)
+            crew.dismiss()
+            promotion = publish(recipe, layout, tracker, model, data_digest, evaluated, console)
+            summary = {
+                "recipe": recipe.name,
+                "run_id": tracker.run_id,
+                "data": {"folders": sorted({folder.shown for folder in layout.data.values()}), "digest": data_digest},
+                "model": {"folder": model_folder.shown, **promotion},
+                "evaluation": evaluated.result,
+                "samples": (layout.evaluation / "samples.png").shown,
+                "example": evaluated.shown,
+                "storage": storage.shown,
+            }
+            layout.run.write("summary.json", json.dumps(summary, indent=2))
+            leave_mark(recipe, layout, summary)
     return summary
 
 
@@ -79,52 +78,90 @@ def train_only(recipe: Recipe, storage: Folder, console: Console, stage: str | N
     Raises:
         UsageError, WorkflowError: as `run_workflow`.
     """
-    with session(recipe, storage, console) as (layout, tracker):
+    tokens = _image_tokens(recipe)
+    layout = layout_of(recipe, storage, tokens)
+    with (
+        _holding(recipe, layout, console),
+        session(recipe, layout, tokens, console) as (tracker, crew),
+    ):
         manifests = prepare_data(recipe, layout, console)
         tracker.log_data(manifests, layout)
-        model = train_stages(recipe, layout, manifests, console, tracker, stage)
+        model = train_stages(recipe, layout, manifests, console, tracker, crew, stage)
     return {"model": model.shown, "run_id": tracker.run_id}
 
 
 @contextmanager
-def session(
-    recipe: Recipe, storage: Folder, console: Console, evaluates: bool = False
-) -> Iterator[tuple[Layout, Tracker]]:
-    """Set up what a workflow needs, hold the recipe's lock, and keep its MLflow run open while the block runs.
-
-    Args:
-        evaluates: the block will score the model too.
+def _holding(recipe: Recipe, layout: Layout, console: Console) -> Iterator[None]:
+    """Hold the recipe's lock, and tell of what fails in the block as a person wants to hear it.
 
     Raises:
-        UsageError, WorkflowError: another process works on this recipe, the recipe does not fit the cluster, or the
-            storage is full; before the block where it can be known there.
+        WorkflowError: another process works on this recipe, the storage is full, or it or MLflow does not answer.
     """
-    layout = layout_of(recipe, storage, image_tokens(recipe.model))
-    check_registry(storage)
     try:
-        if not built(layout.initial):
-            check_weights(recipe.model)
         stop_on_sigterm()
         with lock((layout.run / "lock.json").uri, f"recipe {recipe.name}", console.note):
-            connect_ray(say=console.note)
-            check_workers(recipe)
-            check_nodes(storage)
-            if evaluates and storage.remote:
-                check_evaluation(recipe.evaluate)
-            check_room(recipe, layout, console.note)
-            layout.run.local.mkdir(parents=True, exist_ok=True)
-            with mirrored(layout.run, JOURNAL_FILES, console.note):
-                tracker = Tracker(storage.local, recipe, layout.run.name, layout.run.local, console.note)
-                with _run_status(tracker):
-                    yield layout, tracker
+            yield
     except OSError as error:
-        raise explained(error, storage) from error
-    except MlflowException as error:
-        raise WorkflowError(f"{short_reason(error)}. Run the same command again, it goes on from here") from error
+        raise explained(error, layout.storage) from error
+    except Exception as error:
+        if "mlflow" in sys.modules and isinstance(error, sys.modules["mlflow"].MlflowException):
+            raise WorkflowError(f"{short_reason(error)}. Run the same command again, it goes on from here") from error
+        raise
 
 
 @contextmanager
-def _run_status(tracker: Tracker) -> Iterator[None]:
+def session(
+    recipe: Recipe, layout: Layout, tokens: int, console: Console, evaluates: bool = False
+) -> Iterator[tuple["Tracker", "Crew"]]:
+    """Set up what a workflow needs, and keep its MLflow run open and its workers there while the block runs.
+
+    Ray is started when there is something to prepare or to train, and is left alone otherwise.
+
+    Args:
+        tokens: that one image takes.
+        evaluates: the block will score the model too.
+
+    Raises:
+        UsageError, WorkflowError: the recipe does not fit the cluster, or the storage is full; before the block where
+            it can be known there.
+    """
+    console.line("loading the libraries ...")
+    from workflows.preflight import check_evaluation, check_nodes, check_room, check_weights, check_workers
+    from workflows.tracking.tracker import Tracker, check_registry
+    from workflows.train.initial import built, image_tokens
+    from workflows.train.trainer import Crew
+
+    storage = layout.storage
+    image_tokens(recipe.model)
+    check_registry(storage)
+    if not built(layout.initial):
+        check_weights(recipe.model)
+    manifests = prepared(recipe, layout, tokens)
+    if storage.remote or manifests is None or not trained(recipe, layout, manifests):
+        connect_ray(say=console.note)
+        check_workers(recipe)
+        check_nodes(storage)
+        if evaluates and storage.remote:
+            check_evaluation(recipe.evaluate)
+        check_room(recipe, layout, console.note)
+    layout.run.local.mkdir(parents=True, exist_ok=True)
+    with mirrored(layout.run, JOURNAL_FILES, console.note), Crew(recipe.train, layout) as crew:
+        tracker = Tracker(storage.local, recipe, layout.run.name, layout.run.local, console.note)
+        with _run_status(tracker):
+            yield tracker, crew
+
+
+def _image_tokens(recipe: Recipe) -> int:
+    """Tokens that one image takes, for the names of folders; `session` checks that the encoders give them."""
+    if stated := recipe.model.stated_tokens:
+        return stated
+    from workflows.train.initial import image_tokens
+
+    return image_tokens(recipe.model)
+
+
+@contextmanager
+def _run_status(tracker: "Tracker") -> Iterator[None]:
     """Set the MLflow run's status from how the block exits."""
     status = "FAILED"
     try:
@@ -155,7 +192,7 @@ def explained(error: OSError, storage: Folder) -> Exception:
 def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, Manifest]:
     """Shards and manifest of every stage's data. Returns the manifests by stage."""
     made: dict[Folder, Manifest] = {}
-    tokens = image_tokens(recipe.model)
+    tokens = _image_tokens(recipe)
     for stage in recipe.train.stages:
         folder = layout.data[stage.name]
         if folder not in made:
@@ -170,6 +207,8 @@ def prepare_sets(recipe: Recipe | DataRecipe, storage: Folder, console: Console)
         named = (storage, recipe.data, recipe.name, recipe.tokens_per_image, recipe.seed)
         folder, earlier = data_folder(*named), earlier_data_folder(*named)
         return {folder: _prepare_one(recipe.data, folder, earlier, recipe.tokens_per_image, recipe.seed, console)}
+    from workflows.train.initial import image_tokens
+
     layout = layout_of(recipe, storage, image_tokens(recipe.model))
     manifests = prepare_data(recipe, layout, console)
     return {layout.data[stage]: manifest for stage, manifest in manifests.items()}
@@ -180,13 +219,15 @@ def data_configs(recipe: Recipe | DataRecipe, storage: Folder) -> dict[Folder, D
     if isinstance(recipe, DataRecipe):
         named = (storage, recipe.data, recipe.name, recipe.tokens_per_image, recipe.seed)
         return {data_folder(*named): recipe.data}
-    layout = layout_of(recipe, storage, image_tokens(recipe.model))
+    layout = layout_of(recipe, storage, _image_tokens(recipe))
     return {layout.data[stage.name]: recipe.data_of(stage) for stage in recipe.train.stages}
 
 
 def _prepare_one(
     data: DataConfig, folder: Folder, earlier: Folder, tokens_per_image: int, seed: int, console: Console
 ) -> Manifest:
+    from pipelines.prepare import PrepareError, prepare
+
     with console.step(f"prepare {folder.name}"):
         phases = []
 
@@ -207,17 +248,7 @@ def _prepare_one(
             raise WorkflowError(f"preparation: {error}") from error
         if phases == ["finished"]:
             console.note("done before, skipped")
-        train = manifest.splits["train"]
-        bad = sum(sum(split.quarantined.values()) for split in manifest.splits.values())
-        cut = sum(split.cut for split in manifest.splits.values())
-        console.note(
-            f"{train.rows:,} training rows, {train.tokens:,} tokens, {train.fill:.1%} full; {bad} records set aside"
-            + (f", {cut} cut short" if cut else "")
-        )
-        for split in manifest.splits.values():
-            for name, share in split.lost.items():
-                console.note(told(name, share))
-        console.note(manifest.without_images())
+        tell_data(manifest, console)
     return manifest
 
 
@@ -232,7 +263,8 @@ def train_stages(
     layout: Layout,
     manifests: dict[str, Manifest],
     console: Console,
-    tracker: Tracker,
+    tracker: "Tracker",
+    crew: "Crew",
     only: str | None = None,
 ) -> Folder:
     """Train all stages, or the one called `only`. Returns the folder of the last trained model.
@@ -240,6 +272,11 @@ def train_stages(
     Raises:
         WorkflowError: a stage cannot be trained on its data, or `only` needs an earlier stage that is not finished.
     """
+    from workflows.preflight import check_stages
+    from workflows.train.initial import build_initial, built
+    from workflows.train.stage import total_steps
+    from workflows.train.trainer import run_stage
+
     check_stages(recipe, manifests)
     if not built(layout.initial):
         with layout.initial.writing() as folder:
@@ -263,12 +300,12 @@ def train_stages(
                 if done:
                     console.note("done before, skipped")
                 else:
-                    run_stage(recipe, stage, layout, digests, _watch(console, tracker, stage.name, offset))
+                    run_stage(recipe, stage, layout, digests, _watch(console, tracker, stage.name, offset), crew)
         offset += total_steps(stage, manifests[stage.name].splits["train"].rows)
     return model
 
 
-def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
+def _watch(console: Console, tracker: "Tracker", stage: str, offset: int):
     """Callback that shows an event and logs its numbers; steps count on over the stages."""
 
     def on_event(event: dict) -> None:
@@ -294,22 +331,29 @@ def _watch(console: Console, tracker: Tracker, stage: str, offset: int):
     return on_event
 
 
-def evaluate_model(recipe: Recipe, layout: Layout, model: Path, console: Console, tracker: Tracker) -> Evaluated:
+def evaluate_model(
+    recipe: Recipe, layout: Layout, model: Path, console: Console, tracker: "Tracker", crew: "Crew"
+) -> "Evaluated":
     """Scores on the test sources and the benchmarks, beside the baselines; reports, and the sheet of samples."""
+    from workflows.evaluate.run import evaluate_recipe
+    from workflows.preflight import tasks_where_files_meet
+
     with console.step("evaluate"), layout.evaluation.editing() as out, tasks_where_files_meet(layout.storage):
-        return evaluate_recipe(recipe, out, model, console, tracker)
+        return evaluate_recipe(recipe, out, model, console, tracker, crew)
 
 
 def publish(
     recipe: Recipe,
     layout: Layout,
-    tracker: Tracker,
+    tracker: "Tracker",
     model: Path,
     data_digest: str,
-    evaluated: Evaluated,
+    evaluated: "Evaluated",
     console: Console,
 ) -> dict:
     """Register the model, and move the alias to it if the gate holds and it was not rolled back before."""
+    from workflows.registry import promote, register, rolled_back
+
     name, alias = recipe.register_as.name, recipe.register_as.alias
     with console.step("register"):
         scores, example = evaluated.result["scores"], evaluated.example
@@ -320,13 +364,10 @@ def publish(
         else:
             done = promote(tracker.client, name, version, alias, reason=f"mlmamba run {recipe.name}")
             failures, holds = done.gate_failures, done.holds
-        if not holds:
-            console.note(f"{name} version {version} is registered but not promoted:")
-            for failure in failures:
-                console.note(f"  {failure}")
-        elif not done.moved:
-            console.note(f"{name} version {version} is {alias} already")
-        else:
+        promotion = {"name": name, "version": version, "alias": alias, "promoted": holds, "gate_failures": failures}
+        if holds and done.moved:
             was = f" (was {done.previous})" if done.previous else ""
             console.note(f"{name} version {version} is now {alias}{was}")
-    return {"name": name, "version": version, "alias": alias, "promoted": holds, "gate_failures": failures}
+        else:
+            tell_promotion(promotion, console)
+    return promotion

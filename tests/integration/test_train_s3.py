@@ -31,7 +31,8 @@ from workflows.registry.models import resolve_model
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout, open_storage
 from workflows.train.checkpoint import CheckpointStore
-from workflows.train.trainer import finished, run_stage, stage_digest
+from workflows.train.job import finished, stage_digest
+from workflows.train.trainer import run_stage
 
 
 @contextmanager

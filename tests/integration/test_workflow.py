@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +20,11 @@ from mlmamba.loading import load_model
 from tests.helpers.processes import free_port
 from tests.helpers.serve_client import ask
 from tests.helpers.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
+from workflows.recipe.load import load_recipe
+from workflows.rerun import find_finished_run, leave_mark
 from workflows.serve.start import serve_model
+from workflows.storage.folder import Folder
+from workflows.storage.layout import layout_of
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +89,60 @@ def test_the_connector_stage_trains_the_connector_alone(finished):
     assert "stage connector: trains connector (" in finished["stderr"]
 
 
+def test_one_group_of_workers_does_all_stages_and_the_evaluation(finished):
+    """What a stage leaves in them changes nothing: the killed run below trains its last stage in a fresh group."""
+    assert finished["stderr"].count("starting 2 workers ...") == 1
+    assert finished["stderr"].count("2 workers are there after") == 1
+    assert "6/6 batches" in finished["stderr"]
+
+
 def test_a_second_run_does_nothing_and_says_so(finished, recipe_file):
     again = mlmamba("run", recipe_file, "--storage", finished["storage"], "--json")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("done before, skipped") == 4  # data, two stages, evaluation
     ours = {k: v for k, v in finished.items() if k != "stderr"}
     assert json.loads(again.stdout) == ours
+
+
+def test_a_second_run_does_nothing_without_torch_ray_and_mlflow(finished, recipe_file):
+    command = [sys.executable, "-X", "importtime", "-m", "workflows.cli", "run", recipe_file]
+    again = subprocess.run([*command, "--storage", finished["storage"]], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in again.stderr.splitlines() if line.startswith("import time:")}
+    assert "pydantic" in loaded
+    assert not loaded & {"torch", "ray", "mlflow", "transformers", "timm", "deepspeed"}
+
+
+@pytest.mark.parametrize("change", ["alias", "tag", "model", "evaluation", "test", "recipe", "run"])
+def test_what_is_not_as_it_was_left_is_work_again(finished, recipe_file, tmp_path, change):
+    """On a copy of the storage, with the one thing changed."""
+    source, chosen = Path(finished["storage"]), load_recipe(str(recipe_file))
+    storage = tmp_path / "storage"
+    shutil.copytree(source, storage)
+    layout = layout_of(chosen, Folder(str(storage)), chosen.model.stated_tokens)
+    summary = json.loads((layout.run.local / "summary.json").read_text())
+    summary["model"]["folder"] = str(storage / Path(summary["model"]["folder"]).relative_to(source))
+    leave_mark(chosen, layout, summary)
+    assert find_finished_run(chosen, layout, 4)
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    if change == "alias":
+        client.delete_registered_model_alias("tiny", "champion")
+    elif change == "tag":
+        client.set_model_version_tag("tiny", "1", "mlmamba.scores", "{}")
+    elif change == "run":
+        client.delete_run(summary["run_id"])
+    elif change == "model":
+        (Path(summary["model"]["folder"]) / "model.safetensors").touch()
+    elif change == "evaluation":
+        next(layout.evaluation.local.glob("*/scores.json")).unlink()
+    elif change == "test":
+        test = json.loads(Path(chosen.data.test[0].annotations).read_text())
+        moved = tmp_path / "test.json"
+        moved.write_text(json.dumps(test[1:]))
+        chosen.data.test[0].annotations = str(moved)
+    elif change == "recipe":
+        chosen.evaluate.gate.least["overall"] = 0.5
+    assert find_finished_run(chosen, layout, 4) is None
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ ROOMS = (
     "registry",
     "evaluate",
     "preflight",
+    "rerun",
     "run",
     "serve",
     "submit",

@@ -24,6 +24,7 @@ from pipelines.storage import write_atomic
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, Item, ids_text
 from workflows.evaluate.questions import open_store
+from workflows.train.trainer import Crew
 
 OnProgress = Callable[[int, int], None]
 SEEING, BLIND = "seeing", "blind"
@@ -60,6 +61,7 @@ def collect(
     max_new_tokens: int,
     others: dict[str, tuple[int, str]],
     progress: OnProgress,
+    crew: Crew | None = None,
 ) -> dict[str, dict[str, dict]]:
     """Ask what was not asked before. Returns, by mode and item id, the reply, or {"error": why there is none}.
 
@@ -67,6 +69,7 @@ def collect(
         folder: for the parts; the same for the same model, items, other images and length of answers only.
         others: from `blind_images`.
         progress: called with batches done and in all.
+        crew: training workers that are there already, and can answer as they are.
 
     Raises:
         WorkflowError: an item was answered twice, by runs at the same time; or a worker failed.
@@ -83,7 +86,7 @@ def collect(
         tasks += _tasks(mode, todo, folder, how.batch_images)
     progress(0, len(tasks))
     if tasks:
-        _run(tasks, str(model), benchmark, how, max_new_tokens, progress)
+        _run(tasks, str(model), benchmark, how, max_new_tokens, progress, crew)
         known = read_parts(folder)
     return {
         mode: {item.id: reply for item, at in shown.items() if (reply := known.get((mode, item.id, *at)))}
@@ -92,7 +95,13 @@ def collect(
 
 
 def _run(
-    tasks: list[dict], model: str, benchmark: Benchmark, how: Workers, max_new_tokens: int, progress: OnProgress
+    tasks: list[dict],
+    model: str,
+    benchmark: Benchmark,
+    how: Workers,
+    max_new_tokens: int,
+    progress: OnProgress,
+    crew: Crew | None,
 ) -> None:
     setup = json.dumps(
         {
@@ -105,6 +114,19 @@ def _run(
             "precision": how.computes_in,
         }
     )
+    try:
+        if crew is not None and crew.started:
+            _run_on_crew(tasks, setup, how, progress, crew)
+        else:
+            _run_on_ray_data(tasks, setup, how, progress)
+    except (RayError, _Failed) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise WorkflowError(
+            f"{benchmark.name}: a worker failed: {reason}. What was answered is kept: run again to go on"
+        ) from error
+
+
+def _run_on_ray_data(tasks: list[dict], setup: str, how: Workers, progress: OnProgress) -> None:
     # Ray ends a task's process after each task that has a GPU, so there the model is an actor's. Elsewhere tasks do,
     # and leave the CPUs to others between batches.
     ways = {"fn": _Worker, "fn_constructor_args": (setup,)} if how.gpus_per_worker else {"fn": _answer_part}
@@ -118,14 +140,53 @@ def _run(
             concurrency=min(how.workers, len(tasks)),
         )
         progress(0, len(tasks))  # the first answer comes after Ray's workers have loaded the model
+        for done, _ in enumerate(finished.iter_rows(), start=1):
+            progress(done, len(tasks))
+
+
+class _Failed(Exception):
+    """A training worker could not answer."""
+
+
+def _run_on_crew(tasks: list[dict], setup: str, how: Workers, progress: OnProgress, crew: Crew) -> None:
+    answered = 0
+
+    def count(event: dict) -> None:
+        nonlocal answered
+        if event["event"] == "answered":
+            answered = min(answered + 1, len(tasks))  # a worker that follows one that died counts its share again
+            progress(answered, len(tasks))
+
+    texts = tuple(json.dumps(task) for task in tasks)
+    outcome = crew.run(AnswerJob(setup, texts, how.workers), "the evaluation", count)
+    if "failed" in outcome:
+        raise _Failed(outcome["failed"])
+
+
+@dataclass(frozen=True)
+class AnswerJob:
+    """Batches for training workers: each takes every so many-th, and loads the model from its folder for them."""
+
+    setup: str
+    tasks: tuple[str, ...]
+    workers: int
+    """How many of them answer at most."""
+
+    def run(self, rank: int, world: int, tell: Callable[[dict], object]) -> dict:
+        """Answer this worker's share; what a worker that died before had written stays.
+
+        An error is told and not raised: Ray Train would take it for a failed training and start anew.
+        """
+        share = self.tasks[rank :: min(world, self.workers)] if rank < self.workers else ()
         try:
-            for done, _ in enumerate(finished.iter_rows(), start=1):
-                progress(done, len(tasks))
-        except RayError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[-1]
-            raise WorkflowError(
-                f"{benchmark.name}: a worker failed: {reason}. What was answered is kept: run again to go on"
-            ) from error
+            worker = _Worker(self.setup) if share else None
+            for task in share:
+                if not Path(json.loads(task)["file"]).exists():
+                    worker({"task": task})
+                tell({"event": "answered"})
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {error}"}
+        return {}
 
 
 def read_parts(folder: Path) -> dict[tuple, dict]:

@@ -36,7 +36,9 @@ from workflows.evaluate.scoring import Incomplete, missing_items, row_of, write_
 from workflows.recipe.schema import Recipe
 from workflows.registry.history import read_tag
 from workflows.registry.register import Example
+from workflows.runtime import connect_ray
 from workflows.tracking.tracker import Tracker, metric_names
+from workflows.train.trainer import Crew
 
 OnProgress = Callable[[int, int], None]
 
@@ -54,13 +56,16 @@ class Evaluated:
     """An `image` file and a `question` for a person to try."""
 
 
-def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, tracker: Tracker) -> Evaluated:
+def evaluate_recipe(
+    recipe: Recipe, root: Path, model: Path, console: Console, tracker: Tracker, crew: Crew | None = None
+) -> Evaluated:
     """Score a trained model on `data.test` and on `evaluate.benchmarks`, and log it all to the run.
 
     The test records are listed once, and the model's files are read once to name the evaluations.
 
     Args:
         root: folder that the evaluations' folders lie in, and samples.png.
+        crew: training workers that are there already; they answer if they are as the recipe's evaluation wants them.
 
     Raises:
         Incomplete, UsageError, WorkflowError: as `open_benchmark` and `evaluate_benchmark`.
@@ -69,6 +74,9 @@ def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, t
     sets: list[Benchmark] = [test, *(open_benchmark(**asked.model_dump()) for asked in recipe.evaluate.benchmarks)]
     weights = model_digest(model)
     how = workers_of(recipe)
+    if crew is not None and not crew.suits(how.workers, how.cpus_per_worker, how.gpus_per_worker):
+        crew.dismiss()
+        crew = None
     folders = [evaluation_folder(root, one, weights, recipe.seed, computes_in=how.computes_in) for one in sets]
     if all((out / SCORES).exists() for out in folders):
         console.note("done before, skipped")
@@ -76,6 +84,9 @@ def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, t
     for one, out in zip(sets, folders, strict=True):
         if len(sets) > 1:
             console.note(f"{one.title}: {len(one.items):,} items")
+        if not (out / SCORES).exists():
+            connect_ray(say=console.note)
+            console.note(f"asking {len(one.items):,} questions, when the workers have loaded the model ...")
         evaluate_benchmark(
             one,
             model,
@@ -84,6 +95,7 @@ def evaluate_recipe(recipe: Recipe, root: Path, model: Path, console: Console, t
             recipe.seed,
             label=recipe.name,
             on_progress=lambda done, total: console.progress(f"{done}/{total} batches", last=done == total),
+            crew=crew,
         )
         results.append(
             finish(
@@ -128,6 +140,7 @@ def evaluate_benchmark(
     allow_partial: bool = False,
     label: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
+    crew: Crew | None = None,
 ) -> dict:
     """Score a model on a benchmark, seeing and blind.
 
@@ -141,6 +154,7 @@ def evaluate_benchmark(
         allow_partial: score what there is when items are missing.
         label: what a person calls the model.
         on_progress: called with batches done and in all.
+        crew: as `collect` takes it.
 
     Returns:
         The content of scores.json.
@@ -160,7 +174,8 @@ def evaluate_benchmark(
     if cannot and not allow_partial:
         raise Incomplete(benchmark, cannot, "cannot be asked", "Nothing was asked. Mend the files")
     others = blind_images([item for item in benchmark.items if item.id not in cannot], seed)
-    replies = collect(benchmark, model, out, how, max_new_tokens or benchmark.max_new_tokens, others, on_progress)
+    longest = max_new_tokens or benchmark.max_new_tokens
+    replies = collect(benchmark, model, out, how, longest, others, on_progress, crew)
     missing = missing_items(benchmark, replies, others)
     if missing and not allow_partial:
         raise Incomplete(benchmark, missing, "were not answered", "Run again to go on")

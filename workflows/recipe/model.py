@@ -169,3 +169,10 @@ class ModelRecipe(StrictModel):
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
         return with_preset(name, content)
+
+    @property
+    def stated_tokens(self) -> int | None:
+        """Tokens of an image where the recipe itself says them: one for each cell of its grid. None where encoders or a
+        connector that pools must be asked, for which torch is needed."""
+        side = self.vision.grid
+        return side * side if side and self.connector.name != "ldpv2" else None

@@ -1,83 +1,172 @@
-"""What Ray Train's own processes load: the workers' entry point, and the events on their way back to the driver.
+"""What Ray Train's own processes load: the workers' entry point, and the desk between them and the driver.
 
-Light on imports, because Ray Train's controller loads this file too.
+Light on imports, because Ray Train's controller and its helpers load this file too, and none of them needs torch.
 """
 
+import asyncio
+import gc
 import logging
-import threading
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
 from ray.train import UserCallback
+from ray.train.backend import Backend, BackendConfig
 
 OnEvent = Callable[[dict], None]
 logger = logging.getLogger(__name__)
 
 
-def run_job(config: dict) -> dict:
-    """Run the StageJob in `config["job"]`; torch, DeepSpeed and the model are imported here, not in the controller."""
-    from workflows.train.loop import train_stage
+def run_jobs(config: dict) -> None:
+    """A worker's life: one job after the other from the Desk in `config["desk"]`, until there is none."""
+    with lean_imports():
+        from workflows.train.loop import work
 
-    return train_stage(config["job"])
+    work(config["desk"])
+
+
+@contextmanager
+def lean_imports() -> Iterator[None]:
+    """Import torch, DeepSpeed and the model in two thirds of the time.
+
+    Without collecting garbage, of which imports make none; and without MLflow, which DeepSpeed's autotuner, not used
+    here, imports where it is installed. Workers have no use for it: they report to the driver.
+    """
+    absent = {"mlflow": None} if "mlflow" not in sys.modules else {}
+    collecting = gc.isenabled()
+    gc.disable()
+    sys.modules.update(absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name)
+        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 @ray.remote(num_cpus=0)
-class EventLog:
-    """An actor that holds events until the driver takes them."""
+class Desk:
+    """An actor through which the driver gives jobs to the workers, one at a time, and they answer.
+
+    A job is finished when every worker of one group has finished it. A group that Ray Train starts in place of one that
+    failed is given the job that was not finished.
+    """
 
     def __init__(self):
+        self._number = 0
+        self._job: bytes | None = None
+        self._outcomes: dict[str, dict[int, dict]] = {}
+        self._result: dict | None = {}
         self._events: list[dict] = []
+        self._changed = asyncio.Condition()
 
-    def add(self, event: dict) -> None:
-        self._events.append(event)
+    async def give(self, job: bytes | None) -> None:
+        """Put a pickled job there; None sends the workers home."""
+        async with self._changed:
+            self._number, self._job = self._number + 1, job
+            self._outcomes, self._result = {}, None
+            self._changed.notify_all()
 
-    def take(self) -> list[dict]:
-        events, self._events = self._events, []
-        return events
+    async def next(self, after: int) -> tuple[int, bytes | None]:
+        """The number of the job that is not finished, and the job; waits for one with a number over `after`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._number > after and self._result is None)
+            return self._number, self._job
+
+    async def finish(self, number: int, group: str, rank: int, world: int, outcome: dict) -> None:
+        """A worker has finished a job; rank 0's outcome counts, and a `failed` of any."""
+        async with self._changed:
+            if number == self._number and self._result is None:
+                done = self._outcomes.setdefault(group, {})
+                done[rank] = outcome
+                if len(done) == world:
+                    self._result = next((one for one in done.values() if "failed" in one), done[0])
+                    self._changed.notify_all()
+
+    async def add(self, event: dict) -> None:
+        """Put an event there for the driver."""
+        async with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+
+    async def take(self, seconds: float) -> tuple[list[dict], dict | None]:
+        """The events since the last call, and the job's outcome once it is finished; waits a while for either."""
+        async with self._changed:
+            try:
+                there = self._changed.wait_for(lambda: self._events or self._result is not None)
+                await asyncio.wait_for(there, seconds)
+            except TimeoutError:
+                pass
+            events, self._events = self._events, []
+            return events, self._result
 
 
 class Failures(UserCallback):
     """Callback in Ray Train's controller that reports a failed worker as an event."""
 
-    def __init__(self, log):
-        self._log = log
+    def __init__(self, desk):
+        self._desk = desk
 
     def after_exception(self, run_context, worker_exceptions) -> None:
         rank, error = next(iter(worker_exceptions.items()))
         lines = str(error).strip().splitlines() or [""]
         text = f"worker {rank} failed: {type(error).__name__}: {lines[-1][:200]}"
-        self._log.add.remote({"event": "failure", "text": text})
+        self._desk.add.remote({"event": "failure", "text": text})
 
 
-class Pump(threading.Thread):
-    """A thread that hands events from the log to the driver's callback until stopped.
+@dataclass
+class JoinedByTorch(BackendConfig):
+    """The workers form a torch process group, as with Ray's TorchConfig, whose module would bring torch into the driver
+    and the controller.
 
-    An event on which the callback fails is dropped with a warning, so that training does not end because a line of its
-    log could not be written.
+    Attributes:
+        kind: nccl or gloo.
     """
 
-    def __init__(self, log, on_event: OnEvent):
-        super().__init__(name="train-events", daemon=True)
-        self._log, self._on_event, self._stopped = log, on_event, threading.Event()
+    kind: str
 
-    def run(self) -> None:
-        while not self._stopped.wait(0.5):
-            self._drain()
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Joining
 
-    def stop(self) -> None:
-        """Hand over the remaining events and end the thread."""
-        self._stopped.set()
-        self.join()
-        self._drain()
 
-    def _drain(self) -> None:
+class _Joining(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group, backend_config: JoinedByTorch) -> None:
+        from ray.train._internal.utils import get_address_and_port
+
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        world, kind = len(worker_group), backend_config.kind
+        joining = [worker_group.execute_single_async(i, _join, kind, i, world, address, port) for i in range(world)]
+        ray.get(joining)
+
+    def on_shutdown(self, worker_group, backend_config: JoinedByTorch) -> None:
         try:
-            events = ray.get(self._log.take.remote(), timeout=60)
-        except ray.exceptions.RayError as error:
-            logger.warning("training events are lost: %s", error)
-            return
-        for event in events:
-            try:
-                self._on_event(event)
-            except Exception as error:
-                logger.warning("a training event is lost (%s): %s", event.get("event"), error)
+            ray.get(worker_group.execute_async(_leave, len(worker_group) > 1), timeout=30)
+        except ray.exceptions.GetTimeoutError:
+            logger.warning("the workers' process group did not close within 30 s")
+
+
+def _join(kind: str, rank: int, world: int, address: str, port: int) -> None:
+    """Runs in a worker: Ray's own set-up of a process group."""
+    import os
+
+    with lean_imports():
+        from ray.train.torch import config
+
+        import workflows.train.loop  # noqa: F401  (torch and all that is heavy)
+
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(kind, rank, world, "env://")
+
+
+def _leave(several: bool) -> None:
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=several)

@@ -4,7 +4,10 @@ The loop is exact to resume: rows and dropout are functions of (seed, step), wei
 from a checkpoint that all ranks wrote wholly, and rank 0 chooses for all which one that is.
 """
 
+import gc
+import pickle
 import uuid
+from dataclasses import replace
 from itertools import count
 
 import torch
@@ -25,25 +28,52 @@ from workflows.train.step import LossWatch, Meter, batch_maker, grad_norm, seed_
 from workflows.train.validation import Samples, ValidationLoss
 
 
-def train_stage(job: StageJob) -> dict:
+def work(desk) -> None:
+    """Do every job that the Desk has, on this worker; every worker of the group does the same ones."""
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
+    group = [uuid.uuid4().hex]
+    dist.broadcast_object_list(group)
+    if rank == 0:
+        desk.add.remote({"event": "ready", "workers": world})
+    number = 0
+    while True:
+        number, pickled = ray.get(desk.next.remote(number))
+        if pickled is None:
+            return
+        job = pickle.loads(pickled)
+        if isinstance(job, StageJob):
+            outcome = train_stage(replace(job, events=desk), rank, world)
+        else:
+            outcome = job.run(rank, world, desk.add.remote)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        ray.get(desk.finish.remote(number, group[0], rank, world, outcome))
+
+
+def train_stage(job: StageJob, rank: int, world: int) -> dict:
     """Run one stage on this worker; every worker of the group does.
 
     Returns:
         {"exported": True}, or {"stopped": why} when going on or trying again is of no use: the stage has diverged, or
         its storage takes no checkpoint or no model.
     """
-    import ray.train
-
     torch.set_num_threads(job.threads)
-    context = ray.train.get_context()
     try:
-        worker = Worker(job, context.get_world_rank(), context.get_world_size())
+        worker = Worker(job, rank, world)
     except StageError as error:
         return {"stopped": str(error)}
     try:
         why = worker.train()
     finally:
         worker.flush()
+    worker.close()
     return {"stopped": why} if why else {"exported": True}
 
 
@@ -198,3 +228,8 @@ class Worker:
             import ray
 
             ray.wait(self._sent, num_returns=len(self._sent), timeout=10)
+
+    def close(self) -> None:
+        """Let go of the engine, whose hooks and buffers refer to each other, and with it of the memory."""
+        self.engine.destroy()
+        del self.engine

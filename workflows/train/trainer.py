@@ -1,70 +1,65 @@
-"""Ray Train around the loop: one TorchTrainer per stage, events to the driver, restarts from the last checkpoint.
+"""Ray Train around the loop: one group of workers for all stages of a run, restarts from the last checkpoint.
 
-Every start is a run of its own for Ray Train. Which checkpoints there are, and which of them are whole, is read from
-the folders (checkpoint.py), not from Ray Train's records, which a kill may leave half written.
+Every start of a group is a run of its own for Ray Train. Which checkpoints there are, and which of them are whole, is
+read from the folders (checkpoint.py), not from Ray Train's records, which a kill may leave half written.
+
+The workers stay for the next stage because starting them takes longer than many a stage: seconds of imports in each,
+and Ray Train's own actors. Nothing but imported code is carried over. A stage reads its model and its data from their
+folders, as a fresh process would, and seeds itself; its model, engine and GPU memory are given back before the next.
+After a failure no process is used again: Ray Train ends the group and starts another.
 """
 
 import json
 import logging
 import os
+import pickle
+import threading
+import time
 import uuid
 from contextlib import suppress
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import storage
-from pipelines.identity import digest, identity
 from workflows.errors import WorkflowError
 from workflows.recipe.schema import Recipe
-from workflows.recipe.train import StageRecipe
+from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
-from workflows.train.entry import EventLog, Failures, OnEvent, Pump, run_job
-from workflows.train.job import MARK, StageJob
+from workflows.train.entry import Desk, Failures, JoinedByTorch, OnEvent, run_jobs
+from workflows.train.job import StageJob, checkpoint_folder, stage_digest
 
-
-def stage_digest(recipe: Recipe, index: int, data_digests: dict[str, str]) -> str:
-    """Changes when anything that decides the weights of stage `index` changes. Data digests are by stage."""
-    before = recipe.train.stages[: index + 1]
-    numerics = identity(recipe.train)
-    stages = numerics.pop("stages")[: index + 1]
-    data = [data_digests[stage.name] for stage in before]
-    return digest(data, recipe.seed, identity(recipe.model), numerics, stages)
-
-
-def finished(folder: Folder, expected: str) -> bool:
-    """Whether a stage's folder holds its finished model, of the `expected` stage digest."""
-    if not folder.whole():
-        return False
-    try:
-        return json.loads(folder.read(MARK))["digest"] == expected
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
-        return False
-
-
-def checkpoint_folder(layout: Layout, stage: str, key: str) -> Folder:
-    """Where a stage that is not finished has its checkpoints; `key` is its stage digest."""
-    return layout.checkpoints / f"{stage}-{key}"
+_LOOK = 1.0  # seconds between looks whether the workers are still there
+_LEAVE = 30.0  # seconds for them to leave
+logger = logging.getLogger(__name__)
 
 
 def run_stage(
-    recipe: Recipe, stage: StageRecipe, layout: Layout, data_digests: dict[str, str], on_event: OnEvent
+    recipe: Recipe,
+    stage: StageRecipe,
+    layout: Layout,
+    data_digests: dict[str, str],
+    on_event: OnEvent,
+    crew: "Crew | None" = None,
 ) -> Folder:
     """Train one stage from the model before it, or go on from its last checkpoint. Returns the trained model's folder.
+
+    Args:
+        crew: the workers, which stay for the next stage; None: some for this stage alone.
 
     Raises:
         WorkflowError: training failed more often than the recipe allows, diverged, or its storage takes no checkpoint.
     """
+    if crew is None:
+        with Crew(recipe.train, layout) as own:
+            return run_stage(recipe, stage, layout, data_digests, on_event, own)
     index = [s.name for s in recipe.train.stages].index(stage.name)
     start_from = layout.stage(recipe.train.stages[index - 1].name) if index else layout.initial
     out, key = layout.stage(stage.name), stage_digest(recipe, index, data_digests)
-    checkpoints, ray_storage = checkpoint_folder(layout, stage.name, key), layout.checkpoints / ".ray"
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as we do
-    log = EventLog.options(scheduling_strategy=here).remote()
-    pump = Pump(log, on_event)
+    checkpoints = checkpoint_folder(layout, stage.name, key)
     job = StageJob(
         stage=stage,
         train=recipe.train,
@@ -75,20 +70,8 @@ def run_stage(
         checkpoints=checkpoints.uri,
         mark=json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2),
         threads=recipe.train.cpus_per_worker,
-        events=log,
     )
-    trainer = _trainer(recipe, job, f"{stage.name}-{key}-{uuid.uuid4().hex[:8]}", ray_storage.uri)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    pump.start()
-    try:
-        outcome = trainer.fit().return_value or {}
-    except ray.train.TrainingFailedError as error:
-        raise WorkflowError(f"stage {stage.name} failed: {_root_cause(error)}") from error
-    finally:
-        pump.stop()
-        ray.kill(log)
-        with suppress(OSError):
-            ray_storage.delete()
+    outcome = crew.run(job, f"stage {stage.name}", on_event)
     if "stopped" in outcome:
         raise WorkflowError(outcome["stopped"])
     with suppress(OSError):
@@ -96,32 +79,141 @@ def run_stage(
     return out
 
 
-def _trainer(recipe: Recipe, job: StageJob, name: str, ray_storage: str) -> TorchTrainer:
-    train = recipe.train
-    filesystem, path = storage.open_fs(ray_storage)
-    filesystem.create_dir(path)
-    return TorchTrainer(
-        run_job,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=train.workers,
-            use_gpu=bool(train.gpus_per_worker),
-            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            callbacks=[Failures(job.events)],
-            worker_runtime_env={"env_vars": _worker_environment(recipe)},
-        ),
-    )
+class Crew:
+    """The training workers of a run, started with their first job. A context manager: they leave at its end.
+
+    Args:
+        train: how many workers, and what each has.
+        layout: of the run, for what Ray Train writes.
+    """
+
+    def __init__(self, train: TrainRecipe, layout: Layout):
+        self._train, self._storage = train, layout.checkpoints / ".ray"
+        self._desk = None
+        self._group: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._desk is None:
+            return
+        self.dismiss()
+        if not isinstance(error, KeyboardInterrupt | SystemExit):  # workers in the midst of a step do not hear it
+            self._group.join(_LEAVE)
+        ray.kill(self._desk)
+        self._desk = None
+        with suppress(OSError):
+            self._storage.delete()
+
+    def dismiss(self) -> None:
+        """Send the workers home, without waiting until they have left."""
+        if self._desk is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._desk.give.remote(None), timeout=_LEAVE)
+
+    def suits(self, workers: int, cpus: int, gpus: float) -> bool:
+        """Whether so many workers are there with so much each, and write where the driver reads."""
+        have = self._train
+        enough = workers <= have.workers and cpus <= have.cpus_per_worker and gpus <= have.gpus_per_worker
+        return self.started and enough and bool(gpus) == bool(have.gpus_per_worker) and not self._storage.remote
+
+    @property
+    def started(self) -> bool:
+        """Whether there are workers that wait for a job."""
+        return self._group is not None and self._group.is_alive()
+
+    def run(self, job, name: str, on_event: OnEvent) -> dict:
+        """Give all workers a job and wait for its end. Returns rank 0's outcome.
+
+        When a worker dies the group starts again with the same job, as often as the recipe allows for each job.
+
+        Args:
+            job: a StageJob, or an object whose method `run(rank, world, tell)` gives the outcome.
+            name: what it is called in errors.
+            on_event: called with every event. One on which it fails is dropped with a warning, so that training does
+                not end because a line of its log could not be written.
+
+        Raises:
+            WorkflowError: workers failed more often than allowed.
+        """
+        failures, before, began = 0, 0, time.monotonic()
+
+        def handle(events: list[dict]) -> None:
+            nonlocal failures
+            for event in events:
+                failures += event["event"] == "failure"
+                if event["event"] == "ready":
+                    seconds = time.monotonic() - began
+                    text = f"{event['workers']} workers are there after {seconds:.0f} s, loading model and data ..."
+                    event = {"event": "note", "text": text}
+                try:
+                    on_event(event)
+                except Exception as error:
+                    logger.warning("a training event is lost (%s): %s", event.get("event"), error)
+
+        if self._desk is None:
+            here = ray.get_runtime_context().get_node_id()  # lives as long as we do
+            self._desk = Desk.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+        ray.get(self._desk.give.remote(pickle.dumps(job)))
+        while True:
+            if not self.started:
+                handle([{"event": "note", "text": f"starting {self._train.workers} workers ..."}])
+                before = failures
+                self._start(name)
+            events, outcome = ray.get(self._desk.take.remote(_LOOK))
+            handle(events)
+            if outcome is not None:
+                return outcome
+            if not self.started:
+                handle(ray.get(self._desk.take.remote(_LOOK))[0])
+                # Ray Train counts over all jobs of a group; one whose own failures are few enough gets another group.
+                if not before < failures <= self._train.max_failures:
+                    cause = self._error or RuntimeError("the workers left before it was finished")
+                    raise WorkflowError(f"{name} failed: {_root_cause(cause)}") from cause
+
+    def _start(self, name: str) -> None:
+        self._error = None
+        trainer = self._trainer(f"{name.split()[-1]}-{uuid.uuid4().hex[:8]}")
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        self._group = threading.Thread(target=self._fit, args=(trainer,), name="workers", daemon=True)
+        self._group.start()
+
+    def _fit(self, trainer: DataParallelTrainer) -> None:
+        """Runs beside the driver's own work for as long as there are workers."""
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._error = error
+
+    def _trainer(self, name: str) -> DataParallelTrainer:
+        train = self._train
+        filesystem, path = storage.open_fs(self._storage.uri)
+        filesystem.create_dir(path)
+        return DataParallelTrainer(
+            run_jobs,
+            train_loop_config={"desk": self._desk},
+            backend_config=JoinedByTorch("nccl" if train.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=train.workers,
+                use_gpu=bool(train.gpus_per_worker),
+                resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=train.max_failures),
+                callbacks=[Failures(self._desk)],
+                worker_runtime_env={"env_vars": _worker_environment(train)},
+            ),
+        )
 
 
-def _worker_environment(recipe: Recipe) -> dict[str, str]:
-    environment = {"OMP_NUM_THREADS": str(recipe.train.cpus_per_worker), "TOKENIZERS_PARALLELISM": "false"}
-    if not recipe.train.gpus_per_worker:
+def _worker_environment(train: TrainRecipe) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": str(train.cpus_per_worker), "TOKENIZERS_PARALLELISM": "false"}
+    if not train.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
     return {key: os.environ.get(key, value) for key, value in environment.items()}
 

@@ -40,6 +40,7 @@ def evaluate(a: argparse.Namespace) -> dict:
             storage / "evaluations", benchmark, model_digest(model.folder), seed, a.max_new_tokens, how.computes_in
         )
         connect_ray(say=console.note)
+        console.note(f"asking {len(benchmark.items):,} questions, when the workers have loaded the model ...")
         evaluate_benchmark(
             benchmark,
             model.folder,

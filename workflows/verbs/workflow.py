@@ -15,9 +15,10 @@ def run(a: argparse.Namespace) -> dict:
     """the whole workflow, resumable: prepare, train, evaluate, register, promote"""
     if a.dry_run:
         return _plan(a)
-    recipe, storage = recipe_and_storage(a)
-    console = open_console(loading=True)
     from workflows.run import run_workflow
+
+    recipe, storage = recipe_and_storage(a)
+    console = open_console()
 
     summary = run_workflow(recipe, storage, console)
     return {**summary, "text": summary_text(summary)}
@@ -27,14 +28,14 @@ def summary_text(summary: dict) -> str:
     """The summary for a person: a table of scores, where things are, what to try next."""
     from workflows.evaluate.results import table
     from workflows.storage.folder import Folder
-    from workflows.tracking.tracker import tracking_uri
 
     model, example = summary["model"], summary["example"]
     state = f"is {model['alias']}" if model["promoted"] else "not promoted (see the gate above)"
     reference = f"models:/{model['name']}@{model['alias']}" if model["promoted"] else _short(model["folder"])
     storage = Folder(summary["storage"])
     common = reference + ("" if storage.remote else f" --storage {_short(summary['storage'])}")
-    ui = f"  {_command('mlflow')} ui --backend-store-uri {tracking_uri(storage.local)}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.local / 'mlflow.db'}"
+    ui = f"  {_command('mlflow')} ui --backend-store-uri {uri}"
     return "\n".join(
         [
             "",
@@ -100,7 +101,7 @@ def train(a: argparse.Namespace) -> dict:
     names = [stage.name for stage in recipe.train.stages]
     if a.stage not in (None, *names):
         raise UsageError(f"--stage {a.stage}: the recipe's stages are {', '.join(names)}")
-    console = open_console(loading=True)
+    console = open_console()
     from workflows.run import train_only
 
     result = train_only(recipe, storage, console, a.stage)
