@@ -5,6 +5,7 @@
     check_nodes       every node sees the storage and has the packages
     check_evaluation  this node can score the model, where storage is an object store
     check_room        the storage has room for models, checkpoints and data
+    check_images      the folders that sources name for their images are there
     check_stages      the prepared data has the rows and splits that the stages want
 
 Storage that only the head sees is a common mistake on a cluster. So every node is asked to read a word that the driver
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import ray
@@ -28,10 +30,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlmamba.convert.families import FAMILIES, from_family
 from pipelines import storage as files
+from pipelines.config import DataConfig
 from pipelines.manifest import MANIFEST_FILE, Manifest
+from pipelines.sources import open_source
 from workflows.errors import UsageError, WorkflowError
-from workflows.plan.data import count_rows
-from workflows.plan.train import GIB, disk_of, meta_model
 from workflows.recipe.evaluate import EvaluateRecipe
 from workflows.recipe.model import ModelRecipe
 from workflows.recipe.schema import Recipe
@@ -39,7 +41,6 @@ from workflows.recipe.train import TrainRecipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
 from workflows.storage.remote import CACHE
-from workflows.train.initial import image_tokens, locate
 
 _NEEDED = ("torch", "transformers", "timm", "pyarrow", "deepspeed", "mlflow", "safetensors")
 _WAIT = 180.0
@@ -175,6 +176,8 @@ def check_weights(model: ModelRecipe) -> None:
 
     Of a model on the hub only its config.json is fetched.
     """
+    from workflows.train.initial import locate
+
     for i, tower in enumerate(model.vision.towers):
         if tower.weights not in _TOWER_FROM_TIMM and not Path(locate(tower.weights)).exists():
             raise UsageError(f"model.vision.towers.{i}.weights: there is no file {tower.weights}")
@@ -224,6 +227,10 @@ def check_room(recipe: Recipe, layout: Layout, note: Callable[[str], None]) -> N
     Only of a workflow that has not begun: of another, part of it is there. An object store has room, its copies on this
     machine's disk need some.
     """
+    from workflows.plan.data import count_rows
+    from workflows.plan.train import GIB, disk_of, meta_model
+    from workflows.train.initial import image_tokens
+
     if layout.initial.local.exists():
         return
     remote, disk_folder = layout.storage.remote, layout.storage.local
@@ -268,6 +275,36 @@ def check_fit(train: TrainRecipe, nodes: list[dict[str, float]]) -> None:
             f"training wants {train.workers} workers with {wants} each, the cluster's {len(nodes)} nodes hold {fit} of "
             "them (a worker does not span nodes): lower train.cpus_per_worker or train.workers, or add nodes"
         )
+
+
+_FIRST = 5  # records of a source whose images are tried
+
+
+def check_images(data: DataConfig) -> None:
+    """Raise WorkflowError when the folder or zip of a source's images is not there.
+
+    Where it is not, the first records decide: their images may be named by absolute paths or be in the text itself.
+    """
+    for split in ("train", "validation", "test"):
+        for number, config in enumerate(getattr(data, split)):
+            root = getattr(config, "images", None)
+            if root is None or files.exists(root):
+                continue
+            source = open_source(config)
+            shown = [record.images[0] for record in islice(source.records(), _FIRST) if record.images]
+            if shown and not any(_readable(source, location) for location in shown):
+                raise WorkflowError(
+                    f"data.{split}.{number}.images: there is no folder or zip {files.shown(root)}, and the first "
+                    f"records want images from it ({shown[0]}); correct the path, which is taken from the folder that "
+                    "the command runs in"
+                )
+
+
+def _readable(source, location: str) -> bool:
+    try:
+        return bool(source.read_image(location))
+    except (OSError, ValueError):
+        return False
 
 
 def check_stages(recipe: Recipe, manifests: dict[str, Manifest]) -> None:

@@ -227,6 +227,7 @@ def _prepare_one(
     data: DataConfig, folder: Folder, earlier: Folder, tokens_per_image: int, seed: int, console: Console
 ) -> Manifest:
     from pipelines.prepare import PrepareError, prepare
+    from workflows.preflight import check_images
 
     with console.step(f"prepare {folder.name}"):
         phases = []
@@ -240,6 +241,8 @@ def _prepare_one(
             with lock(held, f"preparation of {folder.name}", console.note, wait=True):
                 if not (folder / MANIFEST_FILE).exists():
                     adopt_earlier(earlier, folder, data_identity(data, tokens_per_image, seed), console.note)
+                if not (folder / MANIFEST_FILE).exists():
+                    check_images(data)
                 manifest = prepare(data, folder.uri, tokens_per_image, seed, watch)
                 for name in files.list_names((folder / "tokenizer").uri):  # what the driver reads; workers read shards
                     folder.fetch_file(f"tokenizer/{name}")

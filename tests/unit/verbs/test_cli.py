@@ -15,6 +15,7 @@ import ray
 
 from tests.helpers.toy_workflow import recipe, write_corpus, write_recipe
 from workflows.cli import VERBS, main
+from workflows.runtime import accelerators
 from workflows.verbs.tools import operator_finding
 
 
@@ -62,6 +63,8 @@ def test_help_names_every_verb(mlmamba):
         (["run"], 2, "required: recipe"),
         (["run", "nowhere.yaml"], 2, "cannot read recipe nowhere.yaml"),
         (["run", "quickstart", "--set", "train.worker=1"], 2, "unknown key; did you mean 'workers'?"),
+        (["run", "quickstart", "--set", "model.image_size=9"], 2, "unknown key; did you mean model.vision.image_size?"),
+        (["run", "quickstart", "--set", "train.epochs=9"], 2, "unknown key; did you mean train.stages.N.epochs?"),
         (["run", "quickstart", "--set", "model.text.weights=/nowhere"], 2, "text.weights: cannot load /nowhere"),
         (["train", "quickstart", "--stage", "middle"], 2, "the recipe's stages are connector, full"),
         (["chat", "nowhere", "--question", "?"], 1, "nowhere is neither a model folder"),
@@ -94,7 +97,10 @@ def test_storage_that_is_a_file_is_bad_usage(tmp_path, mlmamba):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": "elsewhere"}, "were set aside"),
+        (
+            {"images": "elsewhere"},
+            "data.train.0.images: there is no folder or zip elsewhere, and the first records",
+        ),
         ({"annotations": "nowhere.json"}, "nowhere.json"),
     ],
 )
@@ -144,3 +150,17 @@ def test_an_empty_registry_is_said_plainly(tmp_path, mlmamba):
     result = mlmamba("models", "list", "--storage", tmp_path)
     assert result.returncode == 0
     assert "no registered models" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["models", "list"]])
+def test_a_command_that_needs_no_torch_does_not_import_it(arguments, tmp_path):
+    """In a process of its own, where nothing else has. `doctor` asks torch only where there is a GPU to ask about."""
+    if arguments == ["doctor"] and accelerators():
+        pytest.skip("this machine has a GPU")
+    command = [sys.executable, "-X", "importtime", "-m", "workflows.cli", *arguments]
+    storage = ["--storage", str(tmp_path)] if "list" in arguments else []
+    result = subprocess.run([*command, *storage], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert "argparse" in loaded
+    assert not loaded & {"torch", "ray", "transformers", "timm", "deepspeed"}
