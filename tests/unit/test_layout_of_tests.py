@@ -76,7 +76,6 @@ NOT_ALONE = {
     "workflows.evaluate.benchmarks.vqav2": "unit/evaluate/test_benchmarks.py: opened by its name",
     "workflows.evaluate.benchmarks.vsr": "unit/evaluate/test_rules.py: imports it",
     "workflows.evaluate.intervals": "unit/evaluate/test_report.py: imports it",
-    "workflows.evaluate.collect": "unit/evaluate/test_results.py: imports it",
     "workflows.evaluate.scoring": "unit/evaluate/test_results.py: imports it",
     "workflows.evaluate.probe_report": "unit/evaluate/test_probe.py: imports it",
     "workflows.evaluate.questions": "unit/evaluate/test_benchmarks.py: imports it",

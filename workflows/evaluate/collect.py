@@ -177,7 +177,7 @@ class AnswerJob:
 
         An error is told and not raised: Ray Train would take it for a failed training and start anew.
         """
-        share = self.tasks[rank :: min(world, self.workers)] if rank < self.workers else ()
+        share = self.share(rank, world)
         try:
             worker = _Worker(self.setup) if share else None
             for task in share:
@@ -187,6 +187,10 @@ class AnswerJob:
         except Exception as error:
             return {"failed": f"{type(error).__name__}: {error}"}
         return {}
+
+    def share(self, rank: int, world: int) -> tuple[str, ...]:
+        """The batches that a worker answers."""
+        return self.tasks[rank :: min(world, self.workers)] if rank < self.workers else ()
 
 
 def read_parts(folder: Path) -> dict[tuple, dict]:

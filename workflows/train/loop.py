@@ -30,7 +30,7 @@ from workflows.train.validation import Samples, ValidationLoss
 
 def work(desk) -> None:
     """Do every job that the Desk has, on this worker; every worker of the group does the same ones."""
-    import ray.train
+    import ray.train.torch
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -100,7 +100,8 @@ class Crew:
         if self._desk is None:
             return
         self.dismiss()
-        if not isinstance(error, KeyboardInterrupt | SystemExit):  # workers in the midst of a step do not hear it
+        # When the run is interrupted, workers in the midst of a step do not hear it; they end with this process.
+        if self._group is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
             self._group.join(_LEAVE)
         ray.kill(self._desk)
         self._desk = None

@@ -1,9 +1,12 @@
-"""Scores and baselines."""
+"""Scores, baselines, and the batches that training workers answer."""
+
+import json
 
 import pytest
 
 from pipelines.source_config import EasyVQASource
 from workflows.evaluate.benchmarks.base import normalise
+from workflows.evaluate.collect import AnswerJob
 from workflows.evaluate.questions import load_questions, majority_answer
 from workflows.evaluate.results import table
 
@@ -71,3 +74,22 @@ def test_the_table_says_that_a_score_is_partial_and_has_no_blind_score():
     assert lines[1].split() == ["overall", "1,234", "90.0%", "40.0%"]
     assert lines[-2] == "2 answers are empty"
     assert lines[-1].startswith("PARTIAL: 7 items are missing (a, b")
+
+
+def test_a_training_worker_that_cannot_answer_tells_why_and_one_without_a_share_loads_nothing(tmp_path):
+    """An error would be a failed training to Ray Train, which would start its workers again."""
+    setup = {"model": str(tmp_path / "nowhere"), "stores": [], "max_new_tokens": 1, "threads": 1, "choices": None}
+    setup = json.dumps(setup | {"batch_questions": 1, "precision": "fp32"})
+    job = AnswerJob(setup, (json.dumps({"mode": "seeing", "file": str(tmp_path / "part"), "images": []}),), workers=1)
+    told = []
+    assert "nowhere" in job.run(0, 2, told.append)["failed"]
+    assert job.run(1, 2, told.append) == {}
+    assert told == []
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 1), (2, 2), (3, 2), (2, 5)])
+def test_every_batch_is_some_training_workers(world, workers):
+    job = AnswerJob("", tuple(map(str, range(7))), workers)
+    shares = [job.share(rank, world) for rank in range(world)]
+    assert sorted(task for share in shares for task in share) == list(job.tasks)
+    assert all(not share for share in shares[workers:])
