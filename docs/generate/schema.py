@@ -27,7 +27,7 @@ def section(model: type[BaseModel], note: str = "") -> str:
     inherited = {name for parent in parents for name in parent.model_fields}
     head = ["field", "type", "default", "meaning"]
     rows = [
-        [code(name), type_text(field), default_text(field), field.description or ""]
+        [code(field.alias or name), type_text(field), default_text(field), field.description or ""]
         for name, field in model.model_fields.items()
         if name not in inherited
     ]

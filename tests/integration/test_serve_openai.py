@@ -4,8 +4,10 @@ import asyncio
 import http.client
 import json
 import math
+from typing import Annotated, Literal
 
 import openai
+import pydantic
 import pytest
 import torch
 
@@ -195,6 +197,35 @@ def test_stop_strings_are_never_seen_in_part(client):
     for i in range(len(chunks)):
         assert expected.startswith(text_of(chunks[:i]))
     assert text_of(chunks) == expected
+
+
+class Shape(pydantic.BaseModel):
+    name: Literal["circle", "square"]
+    sides: int = pydantic.Field(ge=0, le=9)
+    colours: list[Annotated[str, pydantic.Field(pattern="^[a-z]{1,9}$")]] = pydantic.Field(max_length=2)
+
+
+def test_an_answer_is_read_as_a_class_of_the_client(client):
+    options = {"model": "shapes", "messages": CONVERSATION, "max_tokens": 900, "temperature": 1.0, "seed": 2}
+    made = client.chat.completions.parse(response_format=Shape, n=3, **options)
+    assert [type(choice.message.parsed) for choice in made.choices] == [Shape] * 3
+    assert [choice.finish_reason for choice in made.choices] == ["stop"] * 3
+    with client.chat.completions.stream(response_format=Shape, **options) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == made.choices[0].message.content
+    free = client.chat.completions.create(response_format={"type": "json_object"}, **options)
+    assert isinstance(json.loads(free.choices[0].message.content), dict)
+
+
+def test_one_of_several_words(client):
+    asked = {"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}, "logprobs": True, "top_logprobs": 2}
+    answer = create(client, CONVERSATION, **asked)
+    assert answer.choices[0].message.content in ("yes", "no")
+    assert text_of(streamed(client, CONVERSATION, **asked)) == answer.choices[0].message.content
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}
+    with pytest.raises(openai.BadRequestError, match="it cannot be used: Unimplemented keys") as caught:
+        create(client, response_format=form)
+    assert (caught.value.code, caught.value.param) == ("invalid_schema", "response_format")
 
 
 def test_models(client):

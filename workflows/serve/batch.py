@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlmamba.state import KeyValueState, LayerState, MambaState
 from workflows.serve.detokenize import TokenText
+from workflows.serve.grammar import restrict
 from workflows.serve.openai import without_message
 from workflows.serve.options import Limits
 from workflows.serve.reading import Reader
@@ -150,7 +151,11 @@ class Batch:
             read = len(sequence.prompt.input_ids) + len(sequence.ids)
             if len(sequence.ids) < (generation.min_new_tokens or 0) or read < (generation.min_length or 0):
                 logits[row, [token for token in ends if token is not None]] = float("-inf")
-        tokens = choose(logits, [s.settings for s in sequences], [s.generator for s in sequences])
+        tokens = choose(
+            restrict(logits, [s.matcher for s in sequences]),
+            [s.settings for s in sequences],
+            [s.generator for s in sequences],
+        )
         reports = self._reports(sequences, logits, tokens)
         return [(token, report, token in ends) for token, report in zip(tokens, reports, strict=True)]
 

@@ -18,6 +18,7 @@ from mlmamba.images import to_pixels
 from mlmamba.state_cache import Places, image_digest
 from workflows.serve.batch import Batch
 from workflows.serve.detokenize import TokenText
+from workflows.serve.grammar import Grammars
 from workflows.serve.intake import FairQueue
 from workflows.serve.metrics import Metrics
 from workflows.serve.openai import without_message
@@ -62,6 +63,9 @@ class Engine:
         processor: the model's processor.
         limits: batch and queue sizes.
         threads: torch threads; None leaves them.
+
+    Attributes:
+        grammars: compiles the forms of answers, for `Settings.grammar`.
     """
 
     def __init__(self, model, processor, limits: Limits | None = None, threads: int | None = None):
@@ -69,6 +73,11 @@ class Engine:
         self.metrics = Metrics()
         self._model, self._processor = model, processor
         self._text, self._places = TokenText(processor.tokenizer), Places(processor)
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.grammars = Grammars(
+            processor.tokenizer, model.config.text_config.vocab_size, [e for e in ends if e is not None]
+        )
         self._batch = Batch(model, self._text, self.limits)
         self._waiting: FairQueue[Sequence] = FairQueue()
         self._seen: dict[str, float] = {}  # when each client last asked

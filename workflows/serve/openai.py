@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from workflows.registry import ResolvedModel
 from workflows.serve.options import Limits
 from workflows.serve.sampling import Answer, Delta, TokenLogprob
+from workflows.serve.structured import Structured
 
 
 class ErrorDetail(BaseModel):
@@ -103,9 +104,26 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
+    "web_search_options": (),
+    # Of other servers, which their clients send here as well.
+    "top_k": (-1, 0),
+    "min_p": (0, 0.0),
+    "typical_p": (1, 1.0),
+    "repetition_penalty": (1, 1.0),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "echo": (False,),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "guided_regex": (),
+    "guided_grammar": (),
 }
 
 
@@ -164,7 +182,7 @@ class StreamOptions(_Form):
     include_usage: bool | None = None
 
 
-class ChatRequest(_Form):
+class ChatRequest(Structured):
     """A chat completion request. Without a temperature the answer is greedy."""
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)

@@ -51,6 +51,8 @@ class Limits(StrictModel):
     """Longest text of a request, all its messages together, in UTF-8."""
     messages: int = Field(1024, gt=0)
     """Most messages of a request, and most parts of all of them together."""
+    schema_bytes: int = Field(16 * 2**10, gt=0)
+    """Largest JSON schema, or list of words to choose from, that gives an answer its form."""
     images: int = Field(16, gt=0)
     """Most images of one request, where its prompt has room for them."""
     image_bytes: int = Field(20 * 2**20, gt=0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlmamba.state_cache import Place
+from workflows.serve.grammar import Grammar
 
 LEAST_TEMPERATURE = 0.01  # below it logits / temperature can overflow, so the answer is greedy
 _NUCLEUS = 256  # most likely tokens looked at for top_p; nearly always enough, and faster than sorting the vocabulary
@@ -34,6 +35,7 @@ class Settings:
 
     `stop` strings end the answer and are not part of it. `top_p` and `seed` apply to sampling only; without a seed
     each answer is drawn afresh. `logprobs` is the number of alternatives to report with each token, None for no report.
+    `grammar` says what may be answered, None anything.
     """
 
     max_tokens: int
@@ -42,6 +44,7 @@ class Settings:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:
@@ -53,7 +56,7 @@ class Settings:
 class TokenLogprob:
     """One token of an answer as bytes, its log probability, and the most likely alternatives.
 
-    The probability is the model's own, before temperature and top_p.
+    The probability is the model's own, before temperature, top_p and the form of the answer.
     """
 
     data: bytes

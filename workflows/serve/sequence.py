@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 
 from workflows.serve.detokenize import TextStream, TokenText
+from workflows.serve.grammar import GrammarError, Matcher
 from workflows.serve.metrics import Metrics
 from workflows.serve.reading import Reading
 from workflows.serve.sampling import Answer, Delta, FinishReason, Prompt, Settings, Timing, TokenLogprob, generator_of
@@ -55,6 +56,7 @@ class Sequence:
         self.ids: list[int] = []
         self.fed = 0  # of these, tokens that the state in its slot has read
         self.generator = generator_of(settings)
+        self.matcher: Matcher | None = settings.grammar and settings.grammar.matcher()
         self.metrics: Metrics | None = None  # as they were when it came: a version's trial is not counted as its work
         self.began: float | None = None
         self.first: float | None = None
@@ -90,10 +92,10 @@ class Sequence:
             self.fail(DeadlineExceeded(self._deadline, len(self.ids)))
 
     def take(self, token: int | None, report: TokenLogprob | None, is_end: bool) -> None:
-        """The next token of the answer, None where the model gave no number; its report, if one was asked for; and
-        whether it is an end token."""
+        """The next token of the answer, None where the model gave no number or its grammar allows no token; its report,
+        if one was asked for; and whether it is an end token."""
         if token is None:
-            self.fail(NoNumbers())
+            self._without_token()
             return
         if self.first is None:
             self.first = time.monotonic()
@@ -106,7 +108,12 @@ class Sequence:
                 self._reports.append(report)
                 self._starts.append(self._stream.length)
             self._stream.push(token)
-            if self._stream.stopped:
+            try:
+                whole = self.matcher is not None and self.matcher.take(token)
+            except GrammarError as error:
+                self.fail(error)
+                return
+            if self._stream.stopped or whole:
                 reason = "stop"
             elif len(self.ids) >= self.settings.max_tokens:
                 reason = "length"
@@ -117,6 +124,16 @@ class Sequence:
     def fail(self, error: Exception) -> None:
         """End with an error."""
         self._end(lambda: self.future.set_exception(error))
+
+    def _without_token(self) -> None:
+        """End, as no token was chosen: whole where the answer may end here and the model has no token to say so."""
+        if self.matcher is None:
+            self.fail(NoNumbers())
+        elif self.matcher.accepts:
+            self._show(final=True)
+            self._finish("stop")
+        else:
+            self.fail(self.matcher.error or NoNumbers())
 
     def _show(self, final: bool) -> None:
         if not final and self._on_delta is None and not self.settings.stop:

@@ -17,6 +17,7 @@ from mlmamba.processing import PromptTooLong
 from workflows.registry import ResolvedModel
 from workflows.serve.auth import Access, Gate
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
+from workflows.serve.grammar import Form, Grammar, GrammarError, Grammars
 from workflows.serve.intake import Readers
 from workflows.serve.messages import read_messages
 from workflows.serve.metrics import default_metrics
@@ -101,6 +102,7 @@ class Service:
         self.since = int(time.time())
         self._served: Served | None = None
         self._text_readers, self._image_readers = Readers(1, "reader"), Readers(IMAGE_READERS, "image-reader")
+        self._grammar_readers = Readers(2, "grammar-reader")  # a schema may take seconds; texts do not wait
 
     @property
     def served(self) -> Served | None:
@@ -144,6 +146,11 @@ class Service:
                 message = f"the model that was asked for is not served here; ask for {served.id!r}"
                 raise ApiError(404, message, "model", "model_not_found")
             settings = read_settings(request, self.limits)
+            if request.gives_form:
+                form = await self._text_readers.run(client, read_form, request, self.limits)
+                grammars = served.engine.grammars
+                grammar = grammars.find(form) or await self._grammar_readers.run(client, compile_form, grammars, form)
+                settings = [dataclasses.replace(one, grammar=grammar) for one in settings]
             gone = threading.Event()
             try:
                 prompt = await readers.run(client, served.read, request.messages, self.fetcher, gone)
@@ -296,6 +303,22 @@ def read_settings(request: ChatRequest, limits: Limits) -> list[Settings]:
     return [dataclasses.replace(settings, seed=settings.seed + i) for i in range(count)]
 
 
+def read_form(request: ChatRequest, limits: Limits) -> Form:
+    """The form that a request gives its answers. Raises ApiError."""
+    try:
+        return request.form(limits.schema_bytes)
+    except GrammarError as error:
+        raise api_error(error) from error
+
+
+def compile_form(grammars: Grammars, form: Form) -> Grammar:
+    """A form compiled. Raises ApiError."""
+    try:
+        return grammars.compile(form)
+    except GrammarError as error:
+        raise api_error(error) from error
+
+
 def api_error(error: Exception) -> ApiError:
     """What a client is told about an error. One that nobody foresaw is logged, and tells nothing."""
     if isinstance(error, ApiError):
@@ -304,6 +327,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
     if isinstance(error, EngineClosed):
         return ApiError(503, str(error), code="model_stopping", retry_after=1)
+    if isinstance(error, GrammarError):
+        return bad_request(str(error), error.param, "invalid_schema")
     if isinstance(error, DeadlineExceeded):  # OpenAI's client would ask again for what takes too long
         return ApiError(504, str(error), code="deadline_exceeded", extra={"x-should-retry": "false"})
     logger.error("a request failed: %s", without_message(error))
