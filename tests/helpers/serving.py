@@ -45,11 +45,20 @@ def resolved(version: str) -> ResolvedModel:
 
 
 @contextmanager
-def running(service: Service, root_path: str = ""):
-    """URL of the application, under uvicorn. With a root path it is asked for below it, as Ray Serve's route_prefix."""
+def running(service: Service, root_path: str = "", application=None, **options):
+    """URL of the application, under uvicorn. With a root path it is asked for below it, as Ray Serve's route_prefix.
+
+    Args:
+        service: what answers.
+        root_path: of uvicorn.
+        application: in place of `build_app(service)`.
+        options: further ones of uvicorn.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(
-            uvicorn.Config(build_app(service), log_level="critical", ws="none", root_path=root_path)
+            uvicorn.Config(
+                application or build_app(service), log_level="critical", ws="none", root_path=root_path, **options
+            )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

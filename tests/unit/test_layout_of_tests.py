@@ -95,7 +95,6 @@ NOT_ALONE = {
     "workflows.rerun": "integration/test_workflow.py: imports it",
     "workflows.run": "unit/test_preflight.py: imports it",
     "workflows.runtime": "unit/storage/test_lock.py: imports it",
-    "workflows.serve.http": "unit/serve/test_http.py: through tests/helpers/serving.py",
     "workflows.serve.deployment": "unit/serve/test_start.py: imports it",
     "workflows.serve.metrics": "unit/serve/test_request_log.py: imports it",
     "workflows.serve.options": "unit/serve/test_engine.py: imports it",

@@ -15,7 +15,7 @@ from ray.serve.config import RequestRouterConfig
 
 from pipelines.config import StrictModel
 from workflows.serve.auth import Access
-from workflows.serve.options import Limits
+from workflows.serve.options import ROOT_PATH, Limits
 from workflows.serve.swap import SwapOptions
 
 _BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -46,6 +46,10 @@ class ServeOptions(StrictModel):
     registry: str | None = None
     """MLflow tracking URI. Absent: MLFLOW_TRACKING_URI where the replica runs, or the database in the storage folder.
     Name and password of a server belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    served_names: tuple[str, ...] = ()
+    """Names under which clients ask for the model, in place of the registered one; answers give the first."""
+    root_path: str = Field("", pattern=f"^{ROOT_PATH}$")
+    """Path under which a proxy offers the service, such as /llm. Requests may come with it or without."""
     replicas: int = Field(1, gt=0)
     """Processes, each with its own copy of the model."""
     autoscaling: Autoscaling | None = None
@@ -92,7 +96,8 @@ class ModelDeployment:
         from workflows.serve.alias import Follower
         from workflows.serve.service import Service
 
-        self._service = Service(chosen.limits, chosen.access)
+        self._service = Service(chosen.limits, chosen.access, chosen.served_names)
+        self._root_path = chosen.root_path
         if chosen.require_keys and not self._service.gate.has_keys:
             raise ValueError(
                 "no API keys where the replica runs: set MLMAMBA_API_KEYS there or give access.api_keys_file"
@@ -113,7 +118,7 @@ class ModelDeployment:
         from workflows.serve.http import build_app
         from workflows.serve.webhook import add_routes
 
-        app = build_app(self._service)
+        app = build_app(self._service, self._root_path)
         add_routes(app, self._follower, os.environ)
         return app
 

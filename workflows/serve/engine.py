@@ -15,6 +15,7 @@ from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
 from mlmamba.images import to_pixels
+from mlmamba.processing import PromptTooLong
 from mlmamba.state_cache import Places, image_digest
 from workflows.serve.batch import Batch
 from workflows.serve.detokenize import TokenText
@@ -90,12 +91,12 @@ class Engine:
     @property
     def max_images(self) -> int:
         """Images that the longest prompt has room for, and one request may show."""
-        return min(self._processor.max_length // self._processor.tokens_per_image, self.limits.images)
+        return min(self.max_length // self._processor.tokens_per_image, self.limits.images)
 
     @property
     def max_length(self) -> int:
         """Tokens of the longest prompt, placeholders of images included."""
-        return self._processor.max_length
+        return min(self._processor.max_length, self.limits.max_model_len or self._processor.max_length)
 
     @property
     def max_sequence(self) -> int | None:
@@ -139,6 +140,8 @@ class Engine:
         """
         self._refuse_marks(turns)
         ids = self._processor.tokenize([self._processor.prompt(turns)])["input_ids"][0]
+        if len(ids) > self.max_length:
+            raise PromptTooLong(f"a prompt is {len(ids)} tokens long, over the limit of {self.max_length}; shorten it")
         pixels = [to_pixels(image, self._processor.image_size) for image in images]
         shown = sum(turn.images for turn in turns)
         if len(pixels) != shown:
@@ -146,6 +149,18 @@ class Engine:
         images = tuple(map(image_digest, pixels))
         places = self._places.of(ids.tolist(), images, turns[0])
         return Prompt(ids, torch.from_numpy(np.stack(pixels)) if pixels else None, images, places)
+
+    def prompt_ids(self, turns: list[Turn]) -> list[int]:
+        """Token ids of the prompt for some turns, however many, each image as its placeholders. Raises as `prepare`."""
+        self._refuse_marks(turns)
+        run = IMAGE_TOKEN * self._processor.tokens_per_image
+        text = self._processor.prompt(turns).replace(IMAGE_TOKEN, run)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def tokenizer(self):
+        """The model's."""
+        return self._processor.tokenizer
 
     def submit(
         self,

@@ -5,6 +5,8 @@
     GET  /v1/models/{id}        the same by name, or by name/version
     GET  /healthz, /health      200 while the process answers
     GET  /readyz                200 when a model is loaded and answers, else 503
+    POST /tokenize, /detokenize a text or messages to the model's tokens, and back (tokens.py)
+    GET  /metrics               measurements of the replica that answers, for Prometheus (metrics.py)
     GET  /version               the version of mlmamba
     GET  /openapi.json          this interface as an OpenAPI document
     GET  /                      the playground: a page to try the model
@@ -12,17 +14,20 @@
 
 Every response carries `x-model-version` (name/version of the registered model, or the folder's name) and, for a
 registered model, `x-model-run-id` (the MLflow run that made it). With API keys, every path needs one except `/`,
-`/healthz`, `/health`, `/readyz` and `/openapi.json`. Without keys, a request that a web page of another site sent is
-refused, unless `access.origins` names the site.
+`/healthz`, `/health`, `/readyz` and `/openapi.json` (`/metrics` needs one: `authorization` in Prometheus' settings).
+Without keys, a request that a web page of another site sent is refused, unless `access.origins` names the site.
+A body may be compressed with gzip (`Content-Encoding: gzip`); limits hold for what it becomes.
 Prompts, images and answers are never logged.
 """
 
 import asyncio
 import base64
+import functools
 import hashlib
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -34,20 +39,27 @@ from mlmamba import __version__
 from mlmamba.conversation import clean
 from mlmamba.image_files import format_of
 from workflows.registry.register import Example
-from workflows.serve.intake import Bodies
+from workflows.serve.intake import GZIP, Bodies, content_encoding
 from workflows.serve.openai import ApiError, ErrorBody, add_request_schema
 from workflows.serve.request_log import Record, RequestLog
 from workflows.serve.service import Service, api_error
+from workflows.serve.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from workflows.serve.transport import Envelope, EventStream, error_response, routed_path, unless_disconnected
 
+T = TypeVar("T")
 _RECORD = "mlmamba.record"  # key of a request's Record in its ASGI scope
 _REQUEST = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
-def build_app(service: Service) -> FastAPI:
-    """The application. Needs no Ray: any ASGI server can run it. `state.bodies` reads the bodies of further routes."""
-    app = FastAPI(title="mlmamba", docs_url=None, redoc_url=None, responses=_ERRORS)
+def build_app(service: Service, root_path: str = "") -> FastAPI:
+    """The application. Needs no Ray: any ASGI server can run it. `state.bodies` reads the bodies of further routes.
+
+    Args:
+        service: what answers.
+        root_path: path under which a proxy offers it; requests may come with it or without.
+    """
+    app = FastAPI(title="mlmamba", docs_url=None, redoc_url=None, responses=_ERRORS, root_path=root_path)
     bodies = app.state.bodies = Bodies(service.limits)
     _add_envelope(app, service)
     app.add_exception_handler(ApiError, lambda _, error: error_response(error))
@@ -56,28 +68,46 @@ def build_app(service: Service) -> FastAPI:
     described = app.openapi
     app.openapi = lambda: add_request_schema(described())
 
-    # The body is read by hand: it is under limits of its own, and its errors have OpenAI's form.
+    # Bodies are read by hand: they are under limits of their own, and their errors have OpenAI's form.
+    async def read(request: Request, work: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """The result of `work(body, client, *args)`, given up when the client leaves."""
+        client = request.scope[_RECORD].client
+        body = await bodies.read(request, encodings=GZIP)
+        held = len(body)
+        try:
+            if content_encoding(request) in GZIP:
+                body = await unless_disconnected(request, service.inflate(body, client))
+                bodies.hold(len(body))
+                held += len(body)
+            return await unless_disconnected(request, work(body, client, *args))
+        finally:
+            bodies.release(held)
+
     @app.post("/v1/chat/completions", openapi_extra={"requestBody": _REQUEST})
+    @_told
     async def chat(request: Request) -> Response:
         """Answer the last user message of a conversation: whole, or as a stream of server-sent events."""
-        record = request.scope[_RECORD]
-        try:
-            body = await bodies.read(request)
-            try:
-                conversation = await unless_disconnected(request, service.begin(body, record.client))
-            finally:
-                bodies.release(len(body))
-                del body
-            record.conversation = conversation
-            if conversation.streams:
-                return EventStream(conversation.events(), {}, conversation.cancel)
-            return JSONResponse(await unless_disconnected(request, conversation.whole()))
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
-        except ApiError:
-            raise
-        except Exception as error:
-            raise api_error(error) from error
+        conversation = request.scope[_RECORD].conversation = await read(request, service.begin)
+        if conversation.streams:
+            return EventStream(conversation.events(), {}, conversation.cancel)
+        return JSONResponse(await unless_disconnected(request, conversation.whole()))
+
+    @app.post("/tokenize")
+    @_told
+    async def tokens_of(request: Request) -> Response:
+        """The tokens of a text, or of the prompt that messages become."""
+        return JSONResponse(await read(request, service.read_tokens, TokenizeRequest, tokenize))
+
+    @app.post("/detokenize")
+    @_told
+    async def text_of(request: Request) -> Response:
+        """The text of tokens."""
+        return JSONResponse(await read(request, service.read_tokens, DetokenizeRequest, detokenize))
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Measurements of this replica, in Prometheus' text format."""
+        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
@@ -136,6 +166,23 @@ def build_app(service: Service) -> FastAPI:
     return app
 
 
+def _told(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The handler, its errors as the client is told them."""
+
+    @functools.wraps(handler)
+    async def answer(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        except ApiError:
+            raise
+        except Exception as error:
+            raise api_error(error) from error
+
+    return answer
+
+
 def _add_envelope(app: FastAPI, service: Service) -> None:
     """Access before a request, headers on its response, a measurement and a line of the log after it."""
     log = RequestLog() if service.access.log_requests else None
@@ -170,7 +217,7 @@ def _add_envelope(app: FastAPI, service: Service) -> None:
 def _unrouted(request: Request, error: HTTPException) -> ApiError:
     message = f"{request.method} {routed_path(request.scope)}: {error.detail}"
     if error.status_code == 404:
-        message += "; this server answers POST /v1/chat/completions and GET /v1/models"
+        message += "; this server answers POST /v1/chat/completions, for text and images, and GET /v1/models"
     return ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None)
 
 

@@ -7,6 +7,7 @@ plain text where clients of OpenAI's API expect an error in JSON, and none on al
 import asyncio
 import math
 import threading
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 
-from workflows.serve.openai import ApiError
+from workflows.serve.openai import ApiError, bad_request
 from workflows.serve.options import Limits
 
 T = TypeVar("T")
@@ -34,20 +35,22 @@ class Bodies:
         self._arriving: OrderedDict[asyncio.Timeout, int] = OrderedDict()  # bytes so far; the stalest first
         self.held = 0
 
-    async def read(self, request: Request, most: int | None = None) -> bytes:
-        """The body. `release` its length when it is no longer needed.
+    async def read(self, request: Request, most: int | None = None, encodings: tuple[str, ...] = ()) -> bytes:
+        """The body as it was sent. `release` its length when it is no longer needed.
 
         Args:
             most: largest size in bytes; `body_bytes` of the limits by default.
+            encodings: ways to compress it that whoever asks can undo.
 
         Raises:
-            ApiError: it is compressed (415) or too large (413), it does not arrive in time or stands still while others
-                wait (408), or there is no room (429).
+            ApiError: it is compressed otherwise (415) or too large (413), it does not arrive in time or stands still
+                while others wait (408), or there is no room (429).
             ClientDisconnect: the client left before its end.
         """
-        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
-            message = f"bodies with Content-Encoding: {encoding[:40]} are not read; send it as it is"
-            raise ApiError(415, message, code="content_encoding")
+        if (encoding := content_encoding(request)) not in ("identity", *encodings):
+            known = " or ".join([f"with {name}" for name in encodings[:1]] + ["as it is"])
+            message = f"bodies with Content-Encoding: {encoding[:40]} are not read here; send it {known}"
+            raise ApiError(415, message, code="content_encoding", extra={"Accept-Encoding": ", ".join(encodings[:1])})
         most = most or self._limits.body_bytes
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > most:
@@ -74,6 +77,12 @@ class Bodies:
         self._arriving.pop(alarm, None)
         return b"".join(chunks)
 
+    def hold(self, size: int) -> None:
+        """Count this many more bytes as held, to be released as well. Raises ApiError (429) where there is no room."""
+        if self.held + size > self._limits.held_bytes:
+            raise _no_room()
+        self.held += size
+
     def release(self, size: int) -> None:
         """Count this many bytes as no longer held."""
         self.held -= size
@@ -87,8 +96,41 @@ class Bodies:
             stalest, held = self._arriving.popitem(last=False)
             self.release(held)
             if stalest is alarm:  # what is held is being read already
-                raise ApiError(429, "too many large requests at once; try again", code="bodies_full", retry_after=2)
+                raise _no_room()
             stalest.reschedule(asyncio.get_running_loop().time())
+
+
+GZIP = ("gzip", "x-gzip")
+
+
+def content_encoding(request: Request) -> str:
+    """How a request's body is compressed; identity where it is not."""
+    return request.headers.get("content-encoding", "identity").strip().lower()
+
+
+def inflated(body: bytes, most: int) -> bytes:
+    """A body that gzip compressed. No more than one byte over `most` is ever made of it.
+
+    Raises:
+        ApiError: it is not gzip's (400), or larger than `most` bytes (413).
+    """
+    made, rest = b"", body
+    while rest:
+        member = zlib.decompressobj(wbits=31)
+        try:
+            made += member.decompress(rest, most + 1 - len(made))
+        except zlib.error as error:
+            raise bad_request(f"the body is not what gzip writes ({error})", code="invalid_gzip") from error
+        if len(made) > most:
+            raise _too_large(most)
+        if not member.eof:
+            raise bad_request("the body ends before gzip's end", code="invalid_gzip")
+        rest = member.unused_data
+    return made
+
+
+def _no_room() -> ApiError:
+    return ApiError(429, "too many large requests at once; try again", code="bodies_full", retry_after=2)
 
 
 def _too_large(most: int) -> ApiError:

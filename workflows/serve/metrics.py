@@ -14,13 +14,16 @@
 | mlmamba_state_cache_bytes | gauge | host memory of kept states |
 | mlmamba_model_info | gauge | 1 for the version that is served now, 0 for one that was |
 
-Each carries the tag `version`, the label of the model that answered.
+Each carries the tag `version`, the label of the model that answered. GET /metrics has the same numbers, without `ray_`,
+of the replica that answers it (its tag `replica`): enough for one replica. Ray's endpoint has those of all.
 """
 
 import contextlib
 import sys
 import threading
 import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from workflows.serve.sampling import Answer
 
@@ -55,12 +58,14 @@ class Metrics:
     Args:
         version: label of the model.
         parent: where the numbers go; by default an object of its own.
+        replica: the replica that counts.
     """
 
-    def __init__(self, version: str = "", parent: "Metrics | None" = None):
+    def __init__(self, version: str = "", parent: "Metrics | None" = None, replica: str = ""):
         self._tags = {"version": version}
         self._parent = parent
         self._last: tuple[int, int, int] | None = None
+        self._page = Page(replica) if parent is None else None
         self._last_time = 0.0
         self._lock = threading.Lock()
         self.values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
@@ -119,6 +124,12 @@ class Metrics:
         with self._lock:
             key = (name, tuple(sorted(tags.items())))
             self.values[key] = self.values.get(key, 0) + amount
+        if name in COUNTERS:
+            self._page.of(name, tags).inc(amount)
+
+    def page(self) -> bytes:
+        """All of it, in the text format of Prometheus."""
+        return self._parent.page() if self._parent is not None else generate_latest(self._page.registry)
 
     def observe(self, name: str, value: float, tags: dict[str, str]) -> None:
         """One value of a histogram: kept here as its count and its sum."""
@@ -127,6 +138,7 @@ class Metrics:
             return
         self.add(f"{name}_count", 1, tags)
         self.add(f"{name}_sum", value, tags)
+        self._page.of(name, tags).observe(value)
 
     def set(self, name: str, value: float, tags: dict[str, str]) -> None:
         """Set a gauge."""
@@ -135,17 +147,40 @@ class Metrics:
             return
         with self._lock:
             self.values[(name, tuple(sorted(tags.items())))] = value
+        self._page.of(name, tags).set(value)
+
+
+def tag_keys(name: str) -> tuple[str, ...]:
+    """The tags of a measurement."""
+    return ("version", "status") if name == "mlmamba_requests_total" else ("version",)
+
+
+class Page:
+    """The measurements as prometheus_client keeps them."""
+
+    def __init__(self, replica: str):
+        self.registry, self._replica = CollectorRegistry(), replica
+        made = {name: (Counter, text, {}) for name, text in COUNTERS.items()}
+        made |= {name: (Histogram, text, {"buckets": bounds}) for name, (text, bounds) in HISTOGRAMS.items()}
+        made |= {name: (Gauge, text, {}) for name, text in GAUGES.items()}
+        self._made = {
+            name: kind(name, text, (*tag_keys(name), "replica"), registry=self.registry, **options)
+            for name, (kind, text, options) in made.items()
+        }
+
+    def of(self, name: str, tags: dict[str, str]):
+        """The counter, gauge or histogram with these tags."""
+        return self._made[name].labels(**tags, replica=self._replica)
 
 
 class RayMetrics(Metrics):
     """The same on Ray's Prometheus endpoint. Ray Serve adds the tags deployment, replica and application."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, replica: str):
+        super().__init__(replica=replica)
         from ray.serve import metrics
 
-        keys = {name: ("version", "status") if name == "mlmamba_requests_total" else ("version",) for name in COUNTERS}
-        self._counters = {name: metrics.Counter(name, text, tag_keys=keys[name]) for name, text in COUNTERS.items()}
+        self._counters = {name: metrics.Counter(name, text, tag_keys=tag_keys(name)) for name, text in COUNTERS.items()}
         self._histograms = {
             name: metrics.Histogram(name, text, boundaries=bounds, tag_keys=("version",))
             for name, (text, bounds) in HISTOGRAMS.items()
@@ -153,13 +188,16 @@ class RayMetrics(Metrics):
         self._gauges = {name: metrics.Gauge(name, text, tag_keys=("version",)) for name, text in GAUGES.items()}
 
     def add(self, name: str, amount: float, tags: dict[str, str]) -> None:
-        if amount > 0:  # Ray's counters take nothing else
+        super().add(name, amount, tags)
+        if amount > 0 and name in self._counters:  # Ray's counters take nothing else
             self._counters[name].inc(amount, tags)
 
     def observe(self, name: str, value: float, tags: dict[str, str]) -> None:
+        super().observe(name, value, tags)
         self._histograms[name].observe(value, tags)
 
     def set(self, name: str, value: float, tags: dict[str, str]) -> None:
+        super().set(name, value, tags)
         self._gauges[name].set(value, tags)
 
 
@@ -170,6 +208,5 @@ def default_metrics() -> Metrics:
         from ray.serve.exceptions import RayServeException
 
         with contextlib.suppress(RayServeException):  # not in a replica
-            serve.get_replica_context()
-            return RayMetrics()
+            return RayMetrics(serve.get_replica_context().replica_id.unique_id)
     return Metrics()

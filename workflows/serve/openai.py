@@ -9,7 +9,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -95,40 +95,38 @@ def without_message(error: BaseException) -> str:
 
 
 LONGEST_STOP, MOST_LOGPROBS = 256, 20
-# field -> values that ask for nothing; None always does.
+# Fields of OpenAI's and of other servers, whose clients send them here as well -> values that ask for nothing; None
+# always does.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens"), (0, 0.0)),
+    **dict.fromkeys(("repetition_penalty", "typical_p", "best_of"), (1, 1.0)),
+    **dict.fromkeys(("ignore_eos", "use_beam_search", "echo", "continue_final_message"), (False,)),
+    **dict.fromkeys(("audio", "web_search_options", "chat_template", "guided_regex", "guided_grammar"), ()),
     "logit_bias": ({},),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    # Of other servers, which their clients send here as well.
     "top_k": (-1, 0),
-    "min_p": (0, 0.0),
-    "typical_p": (1, 1.0),
-    "repetition_penalty": (1, 1.0),
-    "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "echo": (False,),
-    "continue_final_message": (False,),
     "add_generation_prompt": (True,),
-    "chat_template": (),
-    "guided_regex": (),
-    "guided_grammar": (),
+    "modalities": (["text"],),
 }
 
 
 class _Form(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Supported(_Form):
+    """A request whose fields are refused where they ask for what is not served."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        for name, neutral in _UNSUPPORTED.items() if isinstance(data, dict) else ():
+            value = data.get(name)
+            if value is not None and not any(type(value) is type(v) and value == v for v in neutral):
+                text = f"{name} is not supported by this server; leave it out"
+                raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": name})
+        return data
 
 
 class ImageUrl(_Form):
@@ -182,7 +180,7 @@ class StreamOptions(_Form):
     include_usage: bool | None = None
 
 
-class ChatRequest(Structured):
+class ChatRequest(Supported, Structured):
     """A chat completion request. Without a temperature the answer is greedy."""
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
@@ -206,16 +204,6 @@ class ChatRequest(Structured):
         """Whether there is an image to read."""
         return any(part.type == "image_url" for message in self.messages for part in message.content)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data: Any) -> Any:
-        for name, neutral in _UNSUPPORTED.items() if isinstance(data, dict) else ():
-            value = data.get(name)
-            if value is not None and not any(type(value) is type(v) and value == v for v in neutral):
-                text = f"{name} is not supported by this server; leave it out"
-                raise PydanticCustomError("unsupported", "{text}", {"text": text, "param": name})
-        return data
-
     @model_validator(mode="after")
     def _consistent(self):
         # 0 is what some clients send beside logprobs: false.
@@ -235,8 +223,11 @@ def add_request_schema(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def parse_request(body: bytes, limits: Limits | None = None) -> ChatRequest:
-    """A request from its body.
+Request = TypeVar("Request", bound=BaseModel)
+
+
+def parse_request(body: bytes, limits: Limits | None = None, form: type[Request] = ChatRequest) -> Request:
+    """A request from its body; `messages` among its fields are under limits.
 
     Raises:
         ApiError: 400 naming the first field that is wrong, or the limit that it is over.
@@ -252,22 +243,23 @@ def parse_request(body: bytes, limits: Limits | None = None) -> ChatRequest:
         if body.count(mark) > most:
             raise bad_request(f"the body has more than {most:,} {what}; send fewer", "messages", "too_long")
     try:
-        request = ChatRequest.model_validate_json(body)
+        request = form.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
     else:
-        _check_lengths(request, limits)
+        if messages := getattr(request, "messages", None):
+            _check_lengths(messages, limits)
         return request
     raise _explain(first)
 
 
-def _check_lengths(request: ChatRequest, limits: Limits) -> None:
-    counts = {"messages": len(request.messages), "parts": sum(len(message.content) for message in request.messages)}
+def _check_lengths(messages: list[Message], limits: Limits) -> None:
+    counts = {"messages": len(messages), "parts": sum(len(message.content) for message in messages)}
     for what, count in counts.items():
         if count > limits.messages:
             message = f"the request has {count:,} {what}, at most {limits.messages:,} are read"
             raise bad_request(message, "messages", "too_long")
-    size = sum(len(part.text.encode("utf-8", "replace")) for m in request.messages for part in m.content if part.text)
+    size = sum(len(part.text.encode("utf-8", "replace")) for m in messages for part in m.content if part.text)
     if size > limits.text_bytes:
         raise bad_request(
             f"the messages have {size:,} bytes of text, over the limit of {limits.text_bytes:,}",
@@ -299,13 +291,13 @@ def model_id(source: ResolvedModel) -> str:
 
 
 def model_entry(
-    source: ResolvedModel, since: int, max_length: int, name: str | None = None, max_sequence: int | None = None
+    source: ResolvedModel, since: int, max_length: int, name: str, max_sequence: int | None = None
 ) -> dict[str, Any]:
     """An entry of /v1/models. `max_model_len` is the longest prompt in tokens, by the name that vLLM gave it.
 
     A model with attention has `max_sequence_len` too: most tokens of prompt and answer together.
     """
-    entry = {"id": name or model_id(source), "object": "model", "created": since, "owned_by": "mlmamba"}
+    entry = {"id": name, "object": "model", "created": since, "owned_by": "mlmamba"}
     entry |= {} if max_sequence is None else {"max_sequence_len": max_sequence}
     return entry | {
         "version": source.version,
@@ -318,13 +310,16 @@ def model_entry(
 class Completion:
     """One chat completion: what its response, or every event of its stream, has in common.
 
-    `system_fingerprint` is the label (name/version) of the model that answers.
+    Args:
+        model: the name under which the model is served.
+        label: name/version of the model that answers, which becomes `system_fingerprint`.
+        reports: whether log probabilities were asked for.
     """
 
-    def __init__(self, source: ResolvedModel, reports: bool):
+    def __init__(self, model: str, label: str, reports: bool):
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._source, self._reports = source, reports
+        self._model, self._label, self._reports = model, label, reports
 
     def whole(self, answers: list[Answer]) -> dict[str, Any]:
         """The response body. finish_reason is "stop" where the model or a stop string ended the answer, "length" where
@@ -368,8 +363,8 @@ class Completion:
             "id": self.id,
             "object": kind,
             "created": self._created,
-            "model": model_id(self._source),
-            "system_fingerprint": self._source.label,
+            "model": self._model,
+            "system_fingerprint": self._label,
         }
 
     def _logprobs(self, reports: Iterable[TokenLogprob]) -> dict[str, Any] | None:

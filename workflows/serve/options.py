@@ -7,6 +7,9 @@ from pydantic import ConfigDict, Field
 from mlmamba.images import MAX_PIXELS
 from pipelines.config import StrictModel
 
+ROOT_PATH = "(/[^/?# ]+)*"
+"""What a path under which a proxy offers the service looks like."""
+
 
 class Limits(StrictModel):
     """Limits of one replica."""
@@ -35,6 +38,8 @@ class Limits(StrictModel):
     """Longest time from a request's arrival in the queue to the end of its answer (504)."""
     max_tokens: int = Field(1024, gt=0)
     """Longest answer that a request may ask for."""
+    max_model_len: int | None = Field(None, gt=0)
+    """Longest prompt in tokens, placeholders of images included; absent, and at most: what the model was made for."""
     default_tokens: int = Field(256, gt=0)
     """Longest answer of a request that does not say; at most max_tokens counts."""
     max_choices: int = Field(8, gt=0)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from mlmamba.processing import PromptTooLong
@@ -18,7 +18,7 @@ from workflows.registry import ResolvedModel
 from workflows.serve.auth import Access, Gate
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
 from workflows.serve.grammar import Form, Grammar, GrammarError, Grammars
-from workflows.serve.intake import Readers
+from workflows.serve.intake import Readers, inflated
 from workflows.serve.messages import read_messages
 from workflows.serve.metrics import default_metrics
 from workflows.serve.openai import (
@@ -26,6 +26,7 @@ from workflows.serve.openai import (
     ChatRequest,
     Completion,
     Message,
+    Request,
     bad_request,
     model_entry,
     model_id,
@@ -38,6 +39,7 @@ from workflows.serve.sampling import Answer, Delta, Prompt, Settings
 from workflows.serve.sequence import DeadlineExceeded
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 15  # proxies cut connections that are silent, as while a request waits for its slot
 IMAGE_READERS = 2  # requests whose images are decoded at once; each may take image_pixels x 3 bytes
 _SMALL = 2**20  # bytes of a body that is read at once, with the texts
@@ -49,11 +51,13 @@ class Served:
 
     engine: Engine
     source: ResolvedModel
+    names: tuple[str, ...] = ()
+    """Names under which clients ask for it, in place of the registered one; the first is the one that answers give."""
 
     @property
     def id(self) -> str:
         """The name under which clients ask for it; stays the same from version to version."""
-        return model_id(self.source)
+        return self.names[0] if self.names else model_id(self.source)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -63,18 +67,22 @@ class Served:
 
     def entry(self, since: int, name: str | None = None) -> dict[str, Any]:
         """Its entry of /v1/models."""
-        entry = model_entry(self.source, since, self.engine.max_length, name, self.engine.max_sequence)
+        entry = model_entry(self.source, since, self.engine.max_length, name or self.id, self.engine.max_sequence)
         return entry | {"state_cache_bytes": self.engine.state_cache_bytes}
 
     def is_called(self, name: str | None) -> bool:
         """Whether a request for a model of this name means this one."""
-        return name in (None, self.id, self.source.label)
+        return name in (None, self.id, self.source.label, *self.names)
 
     def read(self, messages: list[Message], fetcher: Fetcher, gone: threading.Event) -> Prompt:
         """Messages to a prompt; nothing more is read once `gone` is set. Raises ApiError."""
         turns, images = read_messages(messages, self.engine.limits, self.engine.max_images, fetcher, gone.is_set)
+        return self.prompted(self.engine.prepare, turns, images)
+
+    def prompted(self, work: Callable[..., T], *args: Any) -> T:
+        """The result of work that makes a prompt of messages, its errors as the client is told them: ApiError."""
         try:
-            return self.engine.prepare(turns, images)
+            return work(*args)
         except ControlText as error:
             raise bad_request(str(error), "messages", "control_text") from error
         except PromptTooLong as error:
@@ -89,13 +97,14 @@ class Service:
     Args:
         limits: of the replica.
         access: keys and allowed addresses; everyone may ask and nothing is fetched by default.
+        names: of the model, in place of the registered one.
 
     Raises:
         ValueError: the API keys cannot be read.
     """
 
-    def __init__(self, limits: Limits, access: Access | None = None):
-        self.limits, self.access = limits, access or Access()
+    def __init__(self, limits: Limits, access: Access | None = None, names: tuple[str, ...] = ()):
+        self.limits, self.access, self._names = limits, access or Access(), names
         self.gate = Gate(self.access.keys(dict(os.environ)), self.access.hosts, self.access.origins)
         self.metrics = default_metrics()
         self.fetcher = Fetcher(self.access.image_urls, limits.image_bytes, limits.fetch_seconds)
@@ -111,6 +120,8 @@ class Service:
 
     @served.setter
     def served(self, served: Served | None) -> None:
+        if served is not None and self._names:
+            served = dataclasses.replace(served, names=self._names)
         before, self._served = self._served, served
         if before is not None:
             before.engine.metrics.serving(False)
@@ -129,6 +140,29 @@ class Service:
             raise ApiError(503, "the model is still being loaded; try again", code="model_loading", retry_after=5)
         return self._served
 
+    async def inflate(self, body: bytes, client: str) -> bytes:
+        """A body that gzip compressed. It takes a turn of those that read images. Raises ApiError."""
+        return await self._image_readers.run(client, inflated, body, self.limits.body_bytes)
+
+    async def read_tokens(self, body: bytes, client: str, form: type[Request], work: Callable[..., dict]) -> dict:
+        """What `work(served, request, limits)` makes of a request of some form. Raises ApiError."""
+
+        def read() -> dict:
+            request = parse_request(body, self.limits, form)
+            return work(self.asked_for(request.model), request, self.limits)
+
+        self.loaded()
+        readers = self._text_readers if len(body) <= _SMALL else self._image_readers
+        return await readers.run(client, read)
+
+    def asked_for(self, model: str | None) -> Served:
+        """The model, which the request names so. Raises ApiError (404, 503)."""
+        served = self.loaded()
+        if not served.is_called(model):
+            message = f"the model that was asked for is not served here; ask for {served.id!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return served
+
     async def begin(self, body: bytes, client: str = "") -> "Conversation":
         """Read the body of a chat completion request and queue it. Text does not wait for images. Raises ApiError.
 
@@ -141,10 +175,7 @@ class Service:
         request = await readers.run(client, parse_request, body, self.limits)
         readers = self._image_readers if request.shows_images else self._text_readers
         while True:
-            served = self.loaded()
-            if not served.is_called(request.model):
-                message = f"the model that was asked for is not served here; ask for {served.id!r}"
-                raise ApiError(404, message, "model", "model_not_found")
+            served = self.asked_for(request.model)
             settings = read_settings(request, self.limits)
             if request.gives_form:
                 form = await self._text_readers.run(client, read_form, request, self.limits)
@@ -204,7 +235,7 @@ class Conversation:
         self.images = 0 if prompt.pixels is None else len(prompt.pixels)
         self.answers: list[Answer] = []
         self._usage = bool(request.stream_options and request.stream_options.include_usage)
-        self._completion = Completion(served.source, settings[0].logprobs is not None)
+        self._completion = Completion(served.id, served.source.label, settings[0].logprobs is not None)
         self._events = Events()
         self._loop = asyncio.get_running_loop()
         asked = [(own, self._listener(index) if self.streams else None) for index, own in enumerate(settings)]

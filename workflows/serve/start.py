@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from pathlib import Path
@@ -67,6 +68,9 @@ def serve_model(
     limits: Limits | None = None,
     precision: str = "auto",
     routing: str = "load",
+    served_names: tuple[str, ...] = (),
+    root_path: str = "",
+    certificate: tuple[str, str] | None = None,
     block: bool = True,
 ) -> Server:
     """Serve a model over HTTP.
@@ -86,6 +90,9 @@ def serve_model(
         limits: of one replica.
         precision: what the model computes in, as `load_model` takes it.
         routing: which replica answers, as in `ServeOptions`.
+        served_names: names under which clients ask for the model, in place of the registered one.
+        root_path: path under which a proxy offers the service.
+        certificate: files of a private key and of its certificate: serve https.
         block: return only after Ctrl-C (or SIGTERM), with everything stopped; else return as soon as it serves.
 
     Raises:
@@ -106,7 +113,7 @@ def serve_model(
     connect_ray()
     if joined and os.environ.get("RAY_ADDRESS", "") in ("", "local") and os.environ.get("RAY_AUTH_MODE") != "token":
         _say("note: Ray runs without its token check, and its ports listen on every interface; set RAY_AUTH_MODE=token")
-    server = Server(f"http://{_address(host)}:{port}", joined)
+    server = Server(f"{'https' if certificate else 'http'}://{_address(host)}:{port}", joined)
     try:
         options = _options(ray.cluster_resources(), reference, storage, replicas, max_replicas, threads, gpus)
         options = options.model_copy(
@@ -117,6 +124,8 @@ def serve_model(
                 "limits": limits or Limits(),
                 "precision": precision,
                 "routing": routing,
+                "served_names": served_names,
+                "root_path": root_path,
             }
         )
         _refuse_second(ray)
@@ -125,7 +134,7 @@ def serve_model(
             ray.shutdown()
         raise
     try:
-        _deploy(options, host, port)
+        _deploy(options, host, port, certificate)
     except BaseException:
         server.stop()
         raise
@@ -229,14 +238,30 @@ def _options(
     )
 
 
-def _deploy(options, host: str, port: int) -> None:
+def check_certificate(key: str | None, certificate: str | None) -> tuple[str, str] | None:
+    """Files of a private key and its certificate, None where neither is given. Raises UsageError."""
+    if (key is None) != (certificate is None):
+        raise UsageError("--ssl-keyfile and --ssl-certfile: give both, or neither")
+    if key is None:
+        return None
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, lambda: "")
+    except OSError as error:  # ssl.SSLError is one; an empty password, else OpenSSL would ask for one
+        raise UsageError(f"--ssl-certfile {certificate}, --ssl-keyfile {key}: cannot be used ({error})") from error
+    return str(Path(key).absolute()), str(Path(certificate).absolute())
+
+
+def _deploy(options, host: str, port: int, certificate: tuple[str, str] | None) -> None:
     from ray import serve
 
     from workflows.serve.deployment import application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        http = {"host": host, "port": port}
+        if certificate is not None:
+            http |= dict(zip(("ssl_keyfile", "ssl_certfile"), certificate, strict=True))
+        serve.start(proxy_location="HeadOnly", http_options=http)
         serve.run(application(options), name=APPLICATION)
     except RuntimeError as error:
         raise WorkflowError(f"{options.model} could not be served: {_cause(serve.status())}") from error

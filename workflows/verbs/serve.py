@@ -1,6 +1,7 @@
 """serve and chat: asking a model, over HTTP or in the terminal."""
 
 import argparse
+import re
 
 from workflows.verbs.verb import Verb, precision_option, storage_option
 
@@ -11,19 +12,24 @@ def serve(a: argparse.Namespace) -> None:
 
     from workflows.errors import UsageError
     from workflows.serve.auth import Access
-    from workflows.serve.options import Limits
-    from workflows.serve.start import serve_model
+    from workflows.serve.options import ROOT_PATH, Limits
+    from workflows.serve.start import check_certificate, serve_model
     from workflows.serve.swap import SwapOptions
     from workflows.storage.layout import open_local_storage
 
     try:
-        access = Access(api_keys_file=_absolute(a.api_keys_file), image_urls=tuple(a.image_urls))
+        access = Access(
+            api_keys_file=_absolute(a.api_keys_file), image_urls=tuple(a.image_urls), origins=tuple(a.origins)
+        )
+        limits = {name: getattr(a, name) for name in ("max_tokens", "max_model_len", "state_cache_bytes")}
+        limits = Limits(**{name: value for name, value in limits.items() if value is not None})
         swap = SwapOptions(poll_seconds=a.poll_seconds, same_answer=a.same_answer)
-        limits = Limits() if a.state_cache_bytes is None else Limits(state_cache_bytes=a.state_cache_bytes)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = "--" + "-".join(str(first["loc"][0]).split("_"))
         raise UsageError(f"{option}: {first['msg']}") from error
+    if not re.fullmatch(ROOT_PATH, a.root_path):
+        raise UsageError(f"--root-path {a.root_path}: it begins with / and ends without, such as /llm")
     serve_model(
         a.model,
         open_local_storage(a.storage),
@@ -36,9 +42,12 @@ def serve(a: argparse.Namespace) -> None:
         access=access,
         no_api_keys=a.no_api_keys,
         swap=swap,
+        limits=limits,
         precision=a.precision or "auto",
         routing=a.routing,
-        limits=limits,
+        served_names=tuple(a.served_model_name),
+        root_path=a.root_path,
+        certificate=check_certificate(a.ssl_keyfile, a.ssl_certfile),
     )
 
 
@@ -76,6 +85,23 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-urls", action="append", default=[], metavar="PATTERN", help="fetch images from there, repeatable"
     )
+    parser.add_argument(
+        "--origins", action="append", default=[], metavar="SITE", help="web pages from there may ask (CORS), repeatable"
+    )
+    parser.add_argument(
+        "--served-model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what clients call the model, repeatable; answers give the first (default: its registered name)",
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer to ask for (default: 1024)")
+    parser.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longest prompt in tokens (default: the model's)"
+    )
+    parser.add_argument("--root-path", default="", metavar="/PATH", help="path under which a proxy offers the service")
+    parser.add_argument("--ssl-keyfile", metavar="FILE", help="private key: serve https, with --ssl-certfile")
+    parser.add_argument("--ssl-certfile", metavar="FILE", help="certificate of --ssl-keyfile, with its chain")
     parser.add_argument("--poll-seconds", type=float, default=5, metavar="S", help="between looks at the alias")
     parser.add_argument(
         "--same-answer", action="store_true", help="refuse a version whose answer to its stored image has changed"

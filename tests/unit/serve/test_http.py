@@ -8,12 +8,14 @@ import json
 import re
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 import mlmamba
 from mlmamba.loading import load_model
@@ -24,6 +26,9 @@ from tests.helpers.tiny import PER_IMAGE, images, tiny_model, tiny_tokenizer
 from workflows.registry import ResolvedModel
 from workflows.serve.auth import Access
 from workflows.serve.engine import Engine
+from workflows.serve.http import build_app
+from workflows.serve.intake import Bodies
+from workflows.serve.openai import ApiError
 from workflows.serve.options import Limits
 from workflows.serve.service import Served, Service
 from workflows.train.initial import save
@@ -318,11 +323,45 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(url):
     assert raw(url, "/v1/chat/completions", body)[2]["error"]["code"] == "context_length_exceeded"
 
 
-def test_a_compressed_body_is_named(url):
-    status, _, content = raw(
-        url, "/v1/chat/completions", gzip.compress(json.dumps(HELLO).encode()), headers={"Content-Encoding": "gzip"}
-    )
-    assert (status, content["error"]["code"]) == (415, "content_encoding")
+def zipped(url, body, encoding="gzip"):
+    status, headers, content = raw(url, "/v1/chat/completions", body, headers={"Content-Encoding": encoding})
+    return status, content.get("error", {}).get("code"), headers
+
+
+def test_a_body_that_gzip_compressed_is_read(url, service):
+    plain = json.dumps(HELLO).encode()
+    for body in (gzip.compress(plain), gzip.compress(plain[:9]) + gzip.compress(plain[9:])):
+        assert zipped(url, body, "GZIP")[0] == 200
+    assert raw(url, "/tokenize", gzip.compress(b'{"prompt":"a"}'), headers={"Content-Encoding": "x-gzip"})[0] == 200
+    status, code, headers = zipped(url, plain, "br")
+    assert (status, code, headers["Accept-Encoding"]) == (415, "content_encoding", "gzip")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (gzip.compress(b" " * 50_000_000), 413, "too_large"),
+        (b"".join(gzip.compress(b" " * 60_000) for _ in range(9)), 413, "too_large"),
+        (gzip.compress(json.dumps(HELLO).encode())[:-9], 400, "invalid_gzip"),
+        (gzip.compress(json.dumps(HELLO).encode()) + b"more", 400, "invalid_gzip"),
+        (json.dumps(HELLO).encode(), 400, "invalid_gzip"),
+        (b"", 400, "invalid_json"),
+        (gzip.compress(b"{"), 400, "invalid_json"),
+    ],
+    ids=["a bomb", "several", "cut", "more behind it", "not gzip", "nothing", "no JSON"],
+)
+def test_a_bomb_and_what_is_no_gzip_are_refused(url, body, status, code):
+    assert zipped(url, body)[:2] == (status, code)
+    assert raw(url, "/v1/chat/completions", HELLO)[0] == 200
+
+
+def test_bodies_are_counted_until_they_are_released():
+    bodies = Bodies(Limits(held_bytes=100))
+    bodies.hold(90)
+    with pytest.raises(ApiError, match="too many large requests"):
+        bodies.hold(20)
+    bodies.release(90)
+    assert bodies.held == 0
 
 
 def test_what_other_servers_clients_ask_for(url):
@@ -330,9 +369,77 @@ def test_what_other_servers_clients_ask_for(url):
     assert raw(url, "/version")[2] == {"version": mlmamba.__version__}
     (entry,) = raw(url, "/v1/models")[2]["data"]
     assert (entry["max_model_len"], entry["state_cache_bytes"]) == (300, LIMITS.state_cache_bytes)
-    status, _, content = raw(url, "/v1/completions", {"prompt": "x"})
-    assert (status, content["error"]["code"]) == (404, "not_found")
-    assert "POST /v1/chat/completions" in content["error"]["message"]
+    for path in ("/v1/completions", "/v1/responses", "/v1/embeddings", "/completions"):
+        status, _, content = raw(url, path, {"prompt": "x"})
+        assert (status, content["error"]["code"]) == (404, "not_found")
+        assert content["error"]["message"].startswith(f"POST {path}: ")
+        assert "POST /v1/chat/completions" in content["error"]["message"]
+
+
+def test_the_model_by_other_names(loaded):
+    service = Service(LIMITS, names=("gpt-shapes", "second"))
+    service.served = Served(Engine(*loaded, LIMITS, threads=1), ResolvedModel(Path("somewhere"), "shapes", "3", "run0"))
+    with running(service) as url:
+        entry = raw(url, "/v1/models")[2]["data"][0]
+        assert (entry["id"], entry["label"]) == ("gpt-shapes", "shapes/3")
+        for name in ("gpt-shapes", "second", "shapes/3"):
+            answer = raw(url, "/v1/chat/completions", {**HELLO, "model": name})[2]
+            assert (answer["model"], answer["system_fingerprint"]) == ("gpt-shapes", "shapes/3")
+            assert raw(url, f"/v1/models/{name}")[2]["id"] == name
+        status, _, content = raw(url, "/v1/chat/completions", {**HELLO, "model": "shapes"})
+        assert (status, "ask for 'gpt-shapes'" in content["error"]["message"]) == (404, True)
+    service.served.engine.close()
+
+
+def test_a_prompt_limit_below_the_models(loaded):
+    limits = LIMITS.model_copy(update={"max_model_len": 40})
+    service = Service(limits)
+    service.served = Served(Engine(*loaded, limits, threads=1), ResolvedModel(Path("somewhere"), "shapes", "3", "run0"))
+    with running(service) as url:
+        assert raw(url, "/v1/models")[2]["data"][0]["max_model_len"] == 40
+        assert raw(url, "/v1/chat/completions", HELLO)[0] == 200
+        long = {"messages": [{"role": "user", "content": "a" * 30}]}
+        status, _, content = raw(url, "/v1/chat/completions", long)
+        assert (status, content["error"]["code"]) == (400, "context_length_exceeded")
+        assert "over the limit of 40" in content["error"]["message"]
+    service.served.engine.close()
+
+
+def test_measurements_for_prometheus(loaded, tmp_path):
+    (tmp_path / "keys").write_text("k1\n")
+    service = Service(LIMITS, Access(api_keys_file=str(tmp_path / "keys")))
+    service.served = Served(Engine(*loaded, LIMITS, threads=1), ResolvedModel(Path("somewhere"), "shapes", "3", "run0"))
+    with running(service) as url:
+        key = {"Authorization": "Bearer k1"}
+        assert raw(url, "/metrics")[0] == 401
+        assert raw(url, "/v1/chat/completions", HELLO, headers=key)[0] == 200
+        with urllib.request.urlopen(urllib.request.Request(url + "/metrics", headers=key)) as reply:
+            assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+            text = reply.read().decode()
+    service.served.engine.close()
+    found = {
+        (sample.name, sample.labels.get("status"), sample.labels["version"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert found["mlmamba_requests_total", "200", "shapes/3"] == 1
+    assert found["mlmamba_request_seconds_count", None, "shapes/3"] == 2
+    assert found["mlmamba_model_info", None, "shapes/3"] == 1
+
+
+def test_under_a_path_that_a_proxy_takes_away_or_leaves(loaded, tmp_path):
+    (tmp_path / "keys").write_text("k1\n")
+    service = Service(LIMITS, Access(api_keys_file=str(tmp_path / "keys")))
+    service.served = Served(Engine(*loaded, LIMITS, threads=1), ResolvedModel(Path("somewhere"), "shapes", "3", "run0"))
+    key = {"Authorization": "Bearer k1"}
+    with running(service, application=build_app(service, "/llm")) as url:
+        for prefix in ("", "/llm"):
+            assert raw(url, prefix + "/healthz")[0] == 200
+            assert raw(url, prefix + "/v1/models")[0] == 401
+            assert raw(url, prefix + "/v1/chat/completions", HELLO, headers=key)[0] == 200
+        assert raw(url, "/llm/openapi.json")[2]["servers"] == [{"url": "/llm"}]
+        assert raw(url, "/llm/llm/v1/models", headers=key)[0] == 404
+    service.served.engine.close()
 
 
 def test_pages_of_named_sites_may_ask(loaded):

@@ -12,7 +12,15 @@ from workflows.cli import main
 from workflows.errors import UsageError
 from workflows.serve.auth import KEYS_VARIABLE, Access
 from workflows.serve.deployment import ServeOptions
-from workflows.serve.start import _address, _only_here, _options, _wait_for_interrupt, check_keys, check_port
+from workflows.serve.start import (
+    _address,
+    _only_here,
+    _options,
+    _wait_for_interrupt,
+    check_certificate,
+    check_keys,
+    check_port,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -53,6 +61,31 @@ def test_hosts_in_urls():
 )
 def test_which_addresses_others_can_reach(host, only_here):
     assert _only_here(host) == only_here
+
+
+def test_a_certificate_needs_both_files_that_fit(tmp_path):
+    assert check_certificate(None, None) is None
+    with pytest.raises(UsageError, match="give both"):
+        check_certificate("key.pem", None)
+    (tmp_path / "wrong").write_text("no certificate")
+    for name in ("wrong", "absent"):
+        with pytest.raises(UsageError, match=r"--ssl-keyfile .*cannot be used"):
+            check_certificate(str(tmp_path / name), str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--root-path", "llm"], "--root-path llm: it begins with /"),
+        (["--root-path", "/llm/"], "--root-path /llm/"),
+        (["--max-tokens", "0"], "--max-tokens: "),
+        (["--max-model-len", "-1"], "--max-model-len: "),
+        (["--ssl-keyfile", "x"], "give both"),
+    ],
+)
+def test_options_that_cannot_be(options, message, capsys):
+    assert main(["serve", "nowhere", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_address_that_others_reach_needs_keys(monkeypatch, tmp_path):
