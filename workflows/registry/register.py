@@ -1,5 +1,6 @@
 """Registering a finished model: its folder, what made it, what it scored, and one question to check it by."""
 
+import importlib.metadata
 import json
 import os
 import tempfile
@@ -11,6 +12,7 @@ import yaml
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+import mlmamba
 from pipelines.identity import digest
 from pipelines.manifest import Manifest
 from workflows.errors import WorkflowError
@@ -133,6 +135,23 @@ def describe_data(folders: dict[str, Folder]) -> list[dict]:
     return described
 
 
+# What pyfunc.py and the package mlmamba import beside the standard library (tests/unit/registry/test_pyfunc.py).
+NEEDED = (
+    *("torch", "torchvision", "timm", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
+    *("jinja2", "pillow", "numpy", "pandas"),
+)
+
+
+def carried() -> dict[str, list[str]]:
+    """What a version carries to be loaded where there is no checkout and no index that has mlmamba: the source of the
+    package mlmamba, and the versions of what it needs. Options of MLflow's `log_model` and `save_model`."""
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in NEEDED}  # torch 2.15.0+cpu
+    return {
+        "code_paths": [str(Path(mlmamba.__file__).parent)],
+        "pip_requirements": [f"{name}=={version}" for name, version in versions.items()],
+    }
+
+
 def _create(tracker: Tracker, name: str, model: Path, example: Example | None, tags: dict[str, str]) -> ModelVersion:
     from workflows.registry import pyfunc  # it imports torch, which nothing else here needs
 
@@ -148,7 +167,7 @@ def _create(tracker: Tracker, name: str, model: Path, example: Example | None, t
                 python_model=pyfunc.__file__,
                 artifacts=artifacts,
                 signature=pyfunc.SIGNATURE,
-                pip_requirements=["mlmamba"],
+                **carried(),
             )
     try:
         client.create_registered_model(name)

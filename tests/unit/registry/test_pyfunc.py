@@ -1,8 +1,15 @@
 """The registered model as MLflow loads and serves it: rows with and without an image, and what is said of a bad one."""
 
+import ast
 import base64
 import io
 import json
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -16,6 +23,7 @@ from PIL import Image
 
 from tests.helpers.swap_models import QUESTION, answer_of, write_model
 from workflows.registry import pyfunc
+from workflows.registry.register import carried
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +33,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(folder, tmp_path_factory):
-    """The package as registration writes it, loaded by MLflow."""
+def package(folder, tmp_path_factory):
+    """The package as registration writes it."""
     package = tmp_path_factory.mktemp("package") / "model"
     mlflow.pyfunc.save_model(
         package,
         python_model=pyfunc.__file__,
         artifacts={"model": str(folder)},
         signature=pyfunc.SIGNATURE,
-        pip_requirements=["mlmamba"],
+        **carried(),
     )
+    return package
+
+
+@pytest.fixture(scope="module")
+def model(package):
+    """The package loaded by MLflow."""
     return mlflow.pyfunc.load_model(str(package))
 
 
@@ -57,6 +71,49 @@ def expected(folder, image) -> tuple[str, str]:
     found = answer_of(folder, QUESTION, image, 64), answer_of(folder, QUESTION, None, 64)
     assert found[0] != found[1]
     return found
+
+
+_ALONE = """
+import sys
+sys.path.append(sys.argv[1])  # the packages, without what makes an editable checkout importable
+import mlflow, pandas
+model = mlflow.pyfunc.load_model(sys.argv[2])
+print(model.predict(pandas.DataFrame({"question": [sys.argv[3]]})))
+import mlmamba
+print(mlmamba.__file__)
+print([name for name in sys.modules if name.split(".")[0] in ("workflows", "pipelines", "ray", "deepspeed")])
+"""
+
+
+def test_a_version_is_loaded_where_there_is_no_checkout(package, expected, tmp_path):
+    packages = sysconfig.get_paths()["purelib"]
+    command = [sys.executable, "-I", "-S", "-c", _ALONE, packages, str(package), QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer, place, others = done.stdout.splitlines()[-3:]
+    assert answer == str([expected[1]])
+    assert Path(place).is_relative_to(package)
+    assert others == "[]"
+
+
+def test_it_asks_for_versions_of_what_it_imports_and_for_no_package_of_ours(package):
+    wanted = dict(line.split("==") for line in (package / "requirements.txt").read_text().splitlines())
+    assert "mlmamba" not in wanted
+    assert all(re.fullmatch(r"[\d.]+\w*", version) for version in wanted.values()), wanted
+    files = [package / "pyfunc.py", *(package / "code" / "mlmamba").rglob("*.py")]
+    assert len(files) > 40
+    imported = {name.split(".")[0] for file in files for name in _imports(ast.parse(file.read_text()))}
+    known = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
+    available = {known.get(name, name) for name in wanted} | sys.stdlib_module_names | {"mlmamba"}
+    assert imported - available == {"mamba_ssm", "causal_conv1d", "triton"}  # on a GPU, where they are installed
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
 
 
 @pytest.mark.parametrize("nothing", [None, np.nan, float("nan"), pd.NA, pd.NaT], ids=repr)
