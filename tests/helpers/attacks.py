@@ -7,7 +7,9 @@ client, and returns the status it got (or "closed"); tests/benchmarks/drills/ser
 import base64
 import contextlib
 import functools
+import gzip
 import io
+import itertools
 import json
 import socket
 import struct
@@ -138,9 +140,44 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks)
 
 
-def _body(make: Callable[[], bytes]) -> Callable[[int, str], int | str]:
+def of_form(schema: dict, **fields) -> bytes:
+    """A question whose answer has a schema."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return chat("tell me", response_format=form, **{"max_tokens": 200, **fields})
+
+
+def nested(levels: int, *, wide: bool = False) -> dict:
+    """A schema of lists in lists; `wide`: of lists or objects, so that it doubles with each level."""
+    schema = {"type": "integer"}
+    for _ in range(levels):
+        inner = {"type": "array", "items": schema}
+        schema = {"anyOf": [inner, {"type": "object", "properties": {"a": schema}}]} if wide else inner
+    return schema
+
+
+def chain(levels: int, word: str) -> dict:
+    """References that each stand for the next one twice."""
+    twice = {f"d{n}": {word: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(levels)}
+    return {"$defs": twice | {f"d{levels}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+_numbers = itertools.count()
+
+
+def fresh(port: int, headers: str) -> int | str:
+    """A schema that nobody sent before."""
+    names = {f"n{next(_numbers)}": {"type": "integer"} for _ in range(40)}
+    return post(port, headers, of_form({"type": "object", "properties": names, "required": list(names)}))
+
+
+def zipped(make: Callable[[], bytes], path: str = CHAT) -> Callable[[int, str], int | str]:
+    made = functools.cache(lambda: gzip.compress(make()))
+    return lambda port, headers: post(port, headers + "Content-Encoding: gzip\r\n", made(), path)
+
+
+def _body(make: Callable[[], bytes], path: str = CHAT) -> Callable[[int, str], int | str]:
     made = functools.cache(make)
-    return lambda port, headers: post(port, headers, made())
+    return lambda port, headers: post(port, headers, made(), path)
 
 
 MB = 2**20
@@ -171,6 +208,56 @@ ATTACKS: dict[str, Callable[[int, str], int | str]] = {
     "250 kB of combining marks": _body(lambda: chat("e" + "\u0301" * 120_000)),
     "stop strings of 256 characters": _body(lambda: chat("go on", stop=["x" * 255 + c for c in "abcd"], max_tokens=64)),
     "20 logprobs of 8 answers": _body(lambda: chat("go on", logprobs=True, top_logprobs=20, n=8, max_tokens=64)),
+    # Forms of answers.
+    "a schema 100 deep": _body(lambda: of_form(nested(100))),
+    "a schema 190 deep": _body(lambda: of_form(nested(190))),
+    "a schema that doubles eight times": _body(lambda: of_form(nested(8, wide=True))),
+    "references in a circle": _body(
+        lambda: of_form({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})
+    ),
+    "a schema that is its own part": _body(lambda: of_form({"type": "array", "items": {"$ref": "#"}, "minItems": 1})),
+    "anyOf of anyOf, 25 deep": _body(lambda: of_form(chain(25, "anyOf"))),
+    "allOf of allOf, 25 deep": _body(lambda: of_form(chain(25, "allOf"))),
+    "a multiple of two large primes": _body(
+        lambda: of_form({"allOf": [{"type": "integer", "multipleOf": n} for n in (99_991, 99_989)]})
+    ),
+    "multiples of a prime": _body(lambda: of_form({"type": "integer", "multipleOf": 9_973}, n=8)),
+    "a pattern of repeated repeats": _body(lambda: of_form({"type": "string", "pattern": "^((a{1,99}){1,99}){1,99}$"})),
+    "a pattern that remembers 20 characters": _body(lambda: of_form({"type": "string", "pattern": ".*a.{20}$"}, n=8)),
+    "patterns that must all hold": _body(
+        lambda: of_form({"allOf": [{"type": "string", "pattern": f"^(.{{{n}}})*$"} for n in (97, 89, 83)]})
+    ),
+    "a billion of items": _body(lambda: of_form({"type": "array", "items": {}, "minItems": 10**9}, n=8)),
+    "an enumeration of 1 MB": _body(lambda: of_form({"enum": [f"word{n:06}" for n in range(80_000)]})),
+    "one word of 1 MB": _body(lambda: of_form({"const": "x" * MB})),
+    "900 fields that may be left out": _body(lambda: of_form({"properties": {f"p{n}": {} for n in range(900)}})),
+    "an ambiguous schema": _body(
+        lambda: of_form(
+            {
+                "$defs": {"n": {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/n"}}] * 40}},
+                "$ref": "#/$defs/n",
+            },
+            n=8,
+        )
+    ),
+    "what nothing satisfies": _body(lambda: of_form({"type": "integer", "minimum": 5, "maximum": 3})),
+    "types that there are not": _body(lambda: of_form({"type": [1, None], "properties": [], "$ref": {}})),
+    "a limit of 4,000 digits": _body(lambda: of_form({"type": "integer", "maximum": 10**4_000})),
+    "a choice of 10,000 words": _body(lambda: chat("say", guided_choice=[f"word{n}" for n in range(10_000)])),
+    "a choice of 2,500 words": _body(lambda: chat("say", guided_choice=[f"w{n}" for n in range(2_500)], n=8)),
+    "a choice of every script": _body(lambda: chat("say", guided_choice=[chr(n) for n in range(0x4E00, 0x5E00)], n=8)),
+    "numbers as words": _body(lambda: chat("say", guided_choice=[1] * 50_000)),
+    "another schema each time": fresh,
+    # Compressed.
+    "a gzip bomb": zipped(lambda: b" " * (200 * MB)),
+    "40 MB of spaces in 40 kB": zipped(lambda: b'{"messages":' + b" " * (40 * MB)),
+    "40 MB of numbers in 40 kB": zipped(lambda: _CONTENT % (b"[" + b"1," * (20 * MB) + b"1]")),
+    "a gzip bomb for /tokenize": zipped(lambda: b'{"prompt":"' + b"a" * (40 * MB) + b'"}', "/tokenize"),
+    # Tokens.
+    "20 MB to tokenize": _body(lambda: json.dumps({"prompt": "word " * (4 * MB)}).encode(), "/tokenize"),
+    "60 kB to tokenize": _body(lambda: json.dumps({"prompt": "a" * 60_000}).encode(), "/tokenize"),
+    "images to tokenize": _body(lambda: shows(flat("PNG", 8000), 16), "/tokenize"),
+    "70,000 tokens to detokenize": _body(lambda: json.dumps({"tokens": [5] * 70_000}).encode(), "/detokenize"),
     # Images.
     "16 flat PNGs of 8000 x 8000": _body(lambda: shows(flat("PNG", 8000), 16)),
     "one flat PNG of 8000 x 8000": _body(lambda: shows(flat("PNG", 8000))),

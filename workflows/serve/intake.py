@@ -101,6 +101,7 @@ class Bodies:
 
 
 GZIP = ("gzip", "x-gzip")
+_FREE, _MOST_RATIO = 2**20, 100  # bytes of an inflated body, and more for each byte that was sent
 
 
 def content_encoding(request: Request) -> str:
@@ -109,11 +110,13 @@ def content_encoding(request: Request) -> str:
 
 
 def inflated(body: bytes, most: int) -> bytes:
-    """A body that gzip compressed. No more than one byte over `most` is ever made of it.
+    """A body that gzip compressed. No more than one byte over `most` is ever made of it, nor over 100 times its size: a
+    small body must not cost what a large one does, and encoded images hardly become smaller.
 
     Raises:
-        ApiError: it is not gzip's (400), or larger than `most` bytes (413).
+        ApiError: it is not gzip's (400), or larger than that (413).
     """
+    most = min(most, _FREE + _MOST_RATIO * len(body))
     made, rest = b"", body
     while rest:
         member = zlib.decompressobj(wbits=31)
@@ -134,7 +137,7 @@ def _no_room() -> ApiError:
 
 
 def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body is over the limit of {most:,} bytes; send smaller images", code="too_large")
+    return ApiError(413, f"the body is over the limit of {most:,} bytes; send less or smaller images", code="too_large")
 
 
 class FairQueue(Generic[T]):
