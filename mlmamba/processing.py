@@ -165,7 +165,8 @@ class MLMambaProcessor(ProcessorMixin):
             raise ValueError(f"truncation={others['truncation']!r}: prompts are never cut; shorten the text")
         known = {"truncation", "add_special_tokens"}
         if unknown := sorted(name for name, value in others.items() if value is not None and name not in known):
-            raise TypeError(f"MLMambaProcessor has no option {', '.join(unknown)}")
+            what = f"MLMambaProcessor has no option {', '.join(unknown)}"
+            raise TypeError(f"{what}; those of `generate` go to it, by a pipeline's generate_kwargs")
 
     def _check_counts(self, texts: list[str], groups: list[list], grouped: bool) -> None:
         if not all(isinstance(text, str) for text in texts):

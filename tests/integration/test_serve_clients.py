@@ -6,6 +6,8 @@ WebUI sends was written down by hand from what its backend forwards to a server 
 
 import json
 import os
+import shutil
+import ssl
 import subprocess
 import sys
 import time
@@ -14,11 +16,14 @@ import urllib.request
 
 import pytest
 
+from tests.helpers.certificates import certificate
 from tests.helpers.images import encoded
 from tests.helpers.processes import free_port
 from tests.helpers.serve_client import data_uri, request
 from tests.helpers.serving import load_tiny, raw, running, save_tiny, serve
+from workflows.errors import WorkflowError
 from workflows.serve.options import Limits
+from workflows.serve.start import serve_model
 
 KEY = "one-key"
 IMAGE = data_uri(encoded(1))
@@ -153,3 +158,28 @@ def test_a_client_of_its_own_environment(served, package, script, said, tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     for line in said:
         assert line in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+def test_https_by_other_names_under_a_path(tmp_path):
+    """A service of its own: Ray Serve has one proxy, which speaks HTTP or HTTPS."""
+    folder = save_tiny(tmp_path / "tiny")
+    key, made = certificate(tmp_path)
+    options = {"served_names": ("gpt-shapes",), "root_path": "/llm", "certificate": (str(key), str(made))}
+    with serve_model(str(folder), tmp_path, port=free_port(), threads=1, block=False, **options) as server:
+        trusting = ssl.create_default_context(cafile=str(made))
+        base = server.url.replace("127.0.0.1", "localhost") + "/llm"
+        assert base.startswith("https://")
+        with urllib.request.urlopen(base + "/v1/models", context=trusting) as reply:
+            assert json.load(reply)["data"][0]["id"] == "gpt-shapes"
+        with urllib.request.urlopen(base + "/metrics", context=trusting) as reply:
+            assert b"mlmamba_requests_total" in reply.read()
+
+
+@pytest.mark.slow
+def test_a_proxy_that_does_not_start_in_time_is_one_line(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "tiny")
+    monkeypatch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 0.0)
+    with pytest.raises(WorkflowError, match="Ray Serve did not start in time"):
+        serve_model(str(folder), tmp_path, port=free_port(), threads=1, block=False)

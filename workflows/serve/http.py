@@ -59,9 +59,9 @@ def build_app(service: Service, root_path: str = "") -> FastAPI:
         service: what answers.
         root_path: path under which a proxy offers it; requests may come with it or without.
     """
-    app = FastAPI(title="mlmamba", docs_url=None, redoc_url=None, responses=_ERRORS, root_path=root_path)
+    app = FastAPI(title="mlmamba", docs_url=None, redoc_url=None, responses=_ERRORS)
     bodies = app.state.bodies = Bodies(service.limits)
-    _add_envelope(app, service)
+    _add_envelope(app, service, root_path)
     app.add_exception_handler(ApiError, lambda _, error: error_response(error))
     app.add_exception_handler(HTTPException, lambda request, error: error_response(_unrouted(request, error)))
 
@@ -183,11 +183,12 @@ def _told(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Reques
     return answer
 
 
-def _add_envelope(app: FastAPI, service: Service) -> None:
+def _add_envelope(app: FastAPI, service: Service, root_path: str) -> None:
     """Access before a request, headers on its response, a measurement and a line of the log after it."""
     log = RequestLog() if service.access.log_requests else None
 
     def check(scope: dict) -> None:
+        scope["root_path"] = scope.get("root_path", "").rstrip("/") or root_path
         scope[_RECORD] = Record("")
         scope[_RECORD].client = service.gate.check(scope, routed_path(scope))
 

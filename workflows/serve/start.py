@@ -263,6 +263,10 @@ def _deploy(options, host: str, port: int, certificate: tuple[str, str] | None) 
             http |= dict(zip(("ssl_keyfile", "ssl_certfile"), certificate, strict=True))
         serve.start(proxy_location="HeadOnly", http_options=http)
         serve.run(application(options), name=APPLICATION)
+    except TimeoutError as error:  # of Ray Serve's proxy, which has 60 s to start
+        logs = "/tmp/ray/session_latest/logs/serve"
+        message = f"Ray Serve did not start in time ({error}); the machine may be too busy: try again, or see {logs}"
+        raise WorkflowError(message) from error
     except RuntimeError as error:
         raise WorkflowError(f"{options.model} could not be served: {_cause(serve.status())}") from error
 
