@@ -8,10 +8,10 @@ feeds the convolution nor moves the state, so right and left padding both leave 
 Shapes: b batch, l length, d model width, e inner width (heads x head dim).
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,6 @@ from mlmamba.configuration import as_text_config
 from mlmamba.ops.linear import Linear
 from mlmamba.selective_scan import RMSNorm, SelectiveScan
 from mlmamba.state import KeyValueState, LayerState, MambaState
-
-logger = logging.getLogger(__name__)
-
-# Blocks in one compiled graph. Each call of one costs 0.15 ms, each block more of compiling 6 s, on a CPU.
-_COMPILED_TOGETHER = 4
 
 
 class Mamba2Mixer(SelectiveScan):
@@ -56,7 +51,9 @@ class Mamba2Mixer(SelectiveScan):
         self.sizes = (inner, inner, shared, shared, self.heads)
         self.factors, self.out_factor = config.ssm_multipliers or (1.0,) * 5, config.ssm_out_multiplier
         self.dt_limit = tuple(config.time_step_limit)
-        self.fusible = config.mixer_norm == "gated" and self.out_factor == 1
+        self.gated = config.mixer_norm == "gated"
+        self.fusible = self.gated and self.out_factor == 1
+        self.between: ops.Between | None = None
 
     def forward(self, x: Tensor, state: LayerState | None = None, mask=None, seq_idx=None, keep_state: bool = True):
         """(b, l, d) -> (b, l, d) and the layer's state afterwards, or None."""
@@ -66,6 +63,23 @@ class Mamba2Mixer(SelectiveScan):
         z, xBC, dt = zxBCdt.split([self.inner, self.conv_dim, self.heads], dim=-1)
         y, state = self.scan(xBC, dt, state, mask, seq_idx, keep_state)
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        return times(self.out_proj(y), self.out_factor), state
+
+    def prepare_step(self, make: bool) -> str:
+        """Get ready for `step`, and say how it runs: see `Mamba2Backbone.prepare_decoding`."""
+        if not self.gated:
+            return "torch: the mixer's norm is of another kind"
+        self.between, way = ops.between(self, make)
+        return way
+
+    def step(self, x: Tensor, state: LayerState, slots: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        """One token (b, d) -> (b, d), the state written over, with what `prepare_step` made."""
+        if slots is None and not state.conv.is_contiguous():  # as a prompt leaves it
+            state = LayerState(state.conv.contiguous(), state.ssm.contiguous(), state.in_place)
+        if self.between is None:
+            y, state = self(x[:, None], state)
+            return y[:, 0], state
+        y = self.between(scaled(self.in_proj(x), self.sizes, self.factors), state.conv, state.ssm, slots)
         return times(self.out_proj(y), self.out_factor), state
 
     def _fused(self, zxBCdt: Tensor, seq_idx: Tensor | None, keep_state: bool):
@@ -122,8 +136,19 @@ class Mamba2Block(nn.Module):
 
     def forward(self, x: Tensor, state=None, mask=None, seq_idx=None, keep_state: bool = True):
         """(b, l, d) -> (b, l, d) and the mixer's state afterwards: of its kind, a pair of `both`, None of an MLP."""
-        y, state = self.mixer(self.norm(x).to(self.mixer.in_proj.weight.dtype), state, mask, seq_idx, keep_state)
+        y, state = self.mixer(self.norm(x).to(self.norm.weight.dtype), state, mask, seq_idx, keep_state)
         return (x.float() if self.residual_in_fp32 else x) + times(y, self.scale), state
+
+    def step(self, y: Tensor, stream: Tensor | None, state, slots: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
+        """One token: what the block before gave (b, d), the residual stream without it, and the mixer's state. Returns
+        the same of this block. Sum and norm are one step, as kernels have it."""
+        x, stream = ops.add_norm(y, stream, self.norm.weight, self.norm.eps, self.residual_in_fp32)
+        if self.kind == "mamba2":
+            y, state = self.mixer.step(x, state, slots)
+        else:
+            y, state = self.mixer(x[:, None], state)
+            y = y[:, 0]
+        return times(y, self.scale), stream, state
 
     def own_state(self, states: Iterator) -> LayerState | KeyValueState | tuple | None:
         """The mixer's state out of those of a model, in order."""
@@ -149,35 +174,24 @@ class Mamba2Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.scale_in, self.scale_out = config.embedding_multiplier, config.logits_scaling
         self.gradient_checkpointing = False
-        self._compiled_step: Callable | None = None
+        self.prepared = False
         nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
         for name, weight in self.layers.named_parameters():
             if name.endswith("out_proj.weight"):  # GPT-2's scheme, as state-spaces does it: one residual branch a block
                 weight.data.div_(math.sqrt(config.num_hidden_layers))
 
-    def compile_decoding(self) -> bool:
-        """Compile the step of one token with torch.compile: one graph for some blocks together, which the others share;
-        half a minute on a CPU.
+    def prepare_decoding(self, make: bool) -> str:
+        """From now on a step of one token takes the fast way, on states that may be written over. Weights must stay.
 
-        Pays where a step's many small operations weigh beside reading the weights: small models and batches. Every new
-        batch size may compile once more. Returns whether it is compiled; without a working compiler the reason is
-        logged and decoding goes on as before, as it does for a hybrid, whose attention sees another length each step.
+        Args:
+            make: compile code for this processor where there is none yet (mlmamba/ops/compiled.py).
+
+        Returns:
+            How steps run: "kernels", "compiled", or "torch" with the reason.
         """
-        if any(layer.kind != "mamba2" for layer in self.layers):
-            logger.warning("decoding is not compiled: the model has blocks other than Mamba-2")
-            return False
-        step, blocks = torch.compile(_step), list(self.layers[:_COMPILED_TOGETHER])
-        weight = self.embeddings.weight
-        x = torch.zeros(1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
-        try:
-            with torch.no_grad():
-                states = [block(x)[1] for block in blocks]
-                step(blocks, x, states)
-        except Exception as error:  # whatever a missing or broken compiler raises
-            logger.warning("decoding is not compiled: %s", str(error).strip().splitlines()[0])
-            return False
-        self._compiled_step = step
-        return True
+        ways = [layer.mixer.prepare_step(make) for layer in self.layers if layer.kind == "mamba2"]
+        self.prepared = True
+        return next((way for way in ways if way.startswith("torch")), ways[0] if ways else "torch")
 
     def forward(
         self,
@@ -208,8 +222,9 @@ class Mamba2Backbone(nn.Module):
         if seq_idx is not None:  # numbered through, as the operators need it: an id that comes back is a new sequence
             seq_idx = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
         known = state is not None and state.layers  # an empty state is a start
-        if known and self._compiled_step is not None and x.shape[1] == 1 and mask is seq_idx is None:
-            return self._decode(x, state)
+        if known and self._steps(x, state) and mask is seq_idx is None:
+            x, after = self.decode(embeds[:, 0], state.layers)
+            return x[:, None], MambaState(after)
         states = iter(state.layers if known else ())
         for layer in self.layers:
             before = layer.own_state(states) if known else None
@@ -223,23 +238,29 @@ class Mamba2Backbone(nn.Module):
         x = x if mask is None else _reorder(x, torch.argsort(order, dim=1))
         return x, MambaState(after) if keep_state else None
 
-    def _decode(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """`forward` for one token (b, 1, d), compiled."""
-        after: list[LayerState] = []
-        for first in range(0, len(self.layers), _COMPILED_TOGETHER):
-            part = slice(first, first + _COMPILED_TOGETHER)
-            x, states = self._compiled_step(list(self.layers[part]), x, state.layers[part])
-            after += states
-        return self.norm_f(x).to(self.embeddings.weight.dtype), MambaState(after)
+    def _steps(self, x: Tensor, state: MambaState) -> bool:
+        """Whether x (b, l, d) is a token for each row that `decode` takes."""
+        own = self.prepared and x.shape[1] == 1 and not torch.is_grad_enabled()
+        return own and all(layer.in_place for layer in state.layers)
 
+    def decode(self, embeds: Tensor, states: list, slots: Tensor | None = None) -> tuple[Tensor, list]:
+        """One token of each row, without gradients, after `prepare_decoding`.
 
-def _step(blocks: list[Mamba2Block], x: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
-    """One token through some blocks."""
-    after = []
-    for block, state in zip(blocks, states, strict=True):
-        x, state = block(x, state)
-        after.append(state)
-    return x, after
+        Args:
+            embeds: (b, d).
+            states: of the mixers, in order; written over.
+            slots: (b,) int32, where in the states of Mamba-2 mixers the rows lie; None when they are the first b.
+
+        Returns:
+            Hidden states (b, d) after the final norm, and the states, which attention makes anew.
+        """
+        y, stream = times(embeds, self.scale_in), None
+        left, after = iter(states), []
+        for layer in self.layers:
+            y, stream, state = layer.step(y, stream, layer.own_state(left), slots)
+            after += layer.as_list(state)
+        x, _ = ops.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, self.layers[0].residual_in_fp32)
+        return times(x, 1 / self.scale_out), after
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

@@ -18,15 +18,20 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mlmamba.ops import chunked, convolution, naive
+from mlmamba.ops import chunked, convolution, naive, step
 from mlmamba.ops.chunked import ssd_step
 from mlmamba.ops.convolution import causal_conv1d_step
+from mlmamba.ops.step import Between
 
 PATHS = ("naive", "torch", "cuda")
 __all__ = [
     "KERNELS",
     "OPERATORS",
     "PATHS",
+    "WORTH_COMPILING",
+    "Between",
+    "add_norm",
+    "between",
     "block",
     "causal_conv1d",
     "causal_conv1d_step",
@@ -62,6 +67,8 @@ OPERATORS = {"ssd": "mamba_ssm", "causal_conv1d": "causal_conv1d"}
 """The operators that have a CUDA kernel, and the package that the first choice comes from."""
 KERNELS = {"ssd": ("mamba_ssm",), "causal_conv1d": ("causal_conv1d", "triton_convolution")}
 """The kernels of each operator, best first: `triton_convolution` is ours and needs Triton alone."""
+WORTH_COMPILING = 2**18
+"""Bytes of one row's recurrent state in one mixer from which a CPU's decoding is worth compiling: 130m has 786,432."""
 OLDEST = (7, 0)
 """Compute capability that Triton's compiler asks for."""
 
@@ -195,6 +202,41 @@ def block(
     kernels = import_module("mlmamba.ops.cuda")
     rest = (eps, groups, chunk_size, dt_limit, seq_idx, final_state)
     return kernels.block(zxBCdt, weight, bias, dt_bias, A, D, norm_weight, *rest)
+
+
+def between(mixer, make: bool) -> tuple[Between, str]:
+    """The part of a decoding step between a `Mamba2Mixer`'s projections, made ready, and how it runs.
+
+    Args:
+        mixer: on its device; its weights must not change from now on.
+        make: compile code for the processor where there is none yet; False to use only what is there.
+
+    Returns:
+        `Between`, and "kernels", "compiled", or "torch" with the reason.
+    """
+    own = Between.of(mixer)
+    if path_for(mixer.A_log, "ssd") == "cuda":
+        cuda = import_module("mlmamba.ops.cuda")
+        problem = cuda.loads("step") or cuda.step_problem(own)
+        if not problem:
+            own.kernels, own.taps = cuda.between, own.taps.t().contiguous().t()  # a channel's taps side by side
+        return own, f"torch: {problem}" if problem else "kernels"
+    if mixer.A_log.device.type != "cpu":
+        return own, "torch: no kernels for this device"
+    if own.bytes < WORTH_COMPILING:
+        return own, "torch: the states are small"
+    compiled = import_module("mlmamba.ops.compiled")
+    try:
+        own.compiled = compiled.between(own.shape, make)
+    except compiled.NotCompiled as problem:
+        return own, f"torch: {problem}"
+    return own, "compiled"
+
+
+def add_norm(y: Tensor, stream: Tensor | None, weight: Tensor, eps: float, wide: bool) -> tuple[Tensor, Tensor]:
+    """Sum and norm of a decoding step on the chosen path; arguments and results as in `step.add_norm`."""
+    cuda = path_for(y, "ssd") == "cuda" and import_module("mlmamba.ops.cuda")
+    return (cuda if cuda and not cuda.loads("norm") else step).add_norm(y, stream, weight, eps, wide)
 
 
 def _known(path: str) -> str:

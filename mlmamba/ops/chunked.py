@@ -76,9 +76,7 @@ def ssd_step(
     """One position of the recurrence, for decoding: x (b, h, p), dt (b, h), B and C (b, g, n), state (b, h, p, n).
 
     With `in_place` the new state may be written over the old one, which halves the time where states are large.
-    (Compiled it is not: the compiler would make the new one beside it all the same, and then copy.)
     """
-    in_place = in_place and not torch.compiler.is_compiling()
     b, h, p = x.shape
     g, n = B.shape[1:]
     work = state.dtype
@@ -102,8 +100,6 @@ def _advance(state: Tensor, added: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """Add one position to the decayed state (b, h, p, n), in place, and read it: (b, g, h/g p, 1)."""
     b, g = B.shape[:2]
     grouped = state.view(b, g, -1, state.shape[-1]).addcmul_(added, B)
-    if torch.compiler.is_compiling():  # one pass over the state for update and product, which eager torch cannot fuse
-        return (grouped * C.transpose(2, 3)).sum(-1, keepdim=True)
     return grouped @ C
 
 

@@ -89,7 +89,6 @@ def causal_conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """One position of the convolution: x (b, d), state (b, w-1, d). With `in_place` the state may be
     written over, as in `ssd_step`."""
-    in_place = in_place and not torch.compiler.is_compiling()
     window = torch.cat([state.to(x.dtype), x[:, None]], dim=1)
     y = (window * weight.to(x.dtype).T).sum(1)
     if bias is not None:

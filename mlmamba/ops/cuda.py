@@ -4,6 +4,7 @@ kernels of our own (triton_convolution.py), under the contract of naive.py.
 A package is imported when a kernel of it is first asked for: `import mamba_ssm` loads Triton.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mlmamba.ops import convolution
+from mlmamba.ops.step import Between
 
 
 @cache
@@ -56,7 +58,33 @@ def load_block() -> Callable:
     return mamba_split_conv1d_scan_combined
 
 
+@cache
+def load_step() -> tuple[Callable, Callable, Callable]:
+    """What a decoding step runs between its products: the convolution's update (causal_conv1d's, or our own in Triton),
+    mamba_ssm's update of the state, and its gated norm."""
+    load_scan()
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    if loads("causal_conv1d"):
+        from mlmamba.ops.triton_convolution import causal_conv1d_update
+    else:
+        from causal_conv1d import causal_conv1d_update
+    return causal_conv1d_update, selective_state_update, rmsnorm_fn
+
+
+@cache
+def load_norm() -> Callable:
+    """mamba_ssm's sum and norm in one kernel."""
+    load_scan()
+    from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
+
+    return layer_norm_fn
+
+
 LOADERS = {
+    "step": load_step,
+    "norm": load_norm,
     "mamba_ssm": load_scan,
     "block": load_block,
     "causal_conv1d": load_convolution,
@@ -177,3 +205,45 @@ def block(
     xBC = zxBCdt[..., inner : inner + channels]
     history = xBC.new_zeros(len(xBC), weight.shape[1] - 1, channels)
     return y, convolution.last_inputs(xBC, history, seq_idx), state
+
+
+def step_problem(own: Between) -> str:
+    """Why a mixer's decoding step cannot run in `between`, or ""."""
+    if own.dt_limit != (0.0, math.inf):
+        return f"the kernel knows no time_step_limit of {own.dt_limit}"
+    if not 2 <= len(own.taps) <= 4:
+        return f"the kernels take 2 to 4 taps, the convolution has {len(own.taps)}"
+    return ""
+
+
+def between(own: Between, zxBCdt: Tensor, conv: Tensor, ssm: Tensor, slots: Tensor | None) -> Tensor:
+    """Same contract as `step.Between`, in three kernels; without `slots` too."""
+    convolve, advance, norm = load_step()
+    (inner, channels, heads), (_, _, p, n) = own.sizes, ssm.shape
+    z, xBC, dt = zxBCdt.split([inner, channels, heads], -1)
+    if slots is None:
+        conv, ssm = conv[: len(z)], ssm[: len(z)]
+    bias = own.bias.to(xBC.dtype)
+    out = convolve(
+        xBC, conv.transpose(1, 2), own.taps.t().to(xBC.dtype), bias, activation="silu", conv_state_indices=slots
+    )
+    x, B, C = out.split([inner, own.groups * n, own.groups * n], -1)
+    y = advance(
+        ssm,
+        x.unflatten(-1, (heads, p)),
+        dt[..., None].expand(-1, -1, p),
+        own.A[:, None, None].expand(-1, p, n),
+        *(t.unflatten(-1, (own.groups, n)) for t in (B, C)),
+        D=own.D[:, None].expand(-1, p),
+        dt_bias=own.dt_bias[:, None].expand(-1, p),
+        dt_softplus=True,
+        state_batch_indices=slots,
+    )
+    size = inner // own.norm_groups
+    y = y.reshape(len(y), inner)
+    return norm(y, own.weight, None, z=z, eps=own.eps, group_size=size, norm_before_gate=False)
+
+
+def add_norm(y: Tensor, stream: Tensor | None, weight: Tensor, eps: float, wide: bool) -> tuple[Tensor, Tensor]:
+    """Same contract as `step.add_norm`, in one kernel."""
+    return load_norm()(y, weight, None, residual=stream, eps=eps, prenorm=True, residual_in_fp32=wide, is_rms_norm=True)

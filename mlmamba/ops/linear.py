@@ -2,8 +2,7 @@
 
 For so few rows torch's CPU matrix product reads the weights at a fifth to a half of the memory's rate. The transposed
 product, weight times columns, comes closer to that rate from two columns on, so a single row is taken twice
-(tests/benchmarks/measurements/linear_rows.py prints the rates). Compiled, a single row is written as a sum of products
-instead: the compiler's own loop reads the weights at nine tenths of the memory's rate.
+(tests/benchmarks/measurements/linear_rows.py prints the rates). A model that only answers has packed.py instead.
 """
 
 import torch
@@ -25,10 +24,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.numel() // x.shape[-1]
     if rows > FEW_ROWS or not rows or not _applies(x, weight):
         return F.linear(x, weight, bias)
-    if rows == 1 and torch.compiler.is_compiling():
-        y = (weight * x.reshape(-1)).sum(-1)
-        y = y if bias is None else y + bias
-        return y.reshape(*x.shape[:-1], -1)
     columns = x.reshape(rows, -1)
     columns = torch.cat([columns, columns]) if rows == 1 else columns.contiguous()
     y = (weight @ columns.t()).t()[:rows]

@@ -39,6 +39,29 @@ def causal_conv1d(
     return _ConvSiLU.apply(x, history, weight, bias, seq_idx), last_inputs(x, history, seq_idx)
 
 
+def causal_conv1d_update(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, activation: str, conv_state_indices: Tensor | None
+) -> Tensor:
+    """One position of each row, in place, with the arguments of causal_conv1d's function of this name.
+
+    Args:
+        x: (b, d).
+        state: (s, d, w-1), the last inputs, those of one position beside each other in memory.
+        weight, bias: (d, w) and (d,).
+        activation: "silu".
+        conv_state_indices: (b,) int32, where in the state the rows lie, or None for the first b.
+    """
+    (b, d), w = x.shape, weight.shape[1]
+    y, weight = torch.empty(b, d, dtype=x.dtype, device=x.device), weight.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    grid = (triton.cdiv(d, _CHANNELS), b)
+    slots = conv_state_indices
+    with torch.cuda.device(x.device.index):
+        arguments = (x, state, slots, weight, bias, y, d, x.stride(0), state.stride(0))
+        _update[grid](*arguments, TAPS=w, PLACED=slots is not None, CHANNELS=_CHANNELS)
+    return y
+
+
 class _ConvSiLU(torch.autograd.Function):
     """x (b, l, d), history (b, w-1, d), weight (d, w), bias (d,), seq_idx (b, l) or None -> (b, l, d)."""
 
@@ -72,6 +95,29 @@ def _launch(kernel, x: Tensor, positions: int, arguments: tuple, taps: int, seq_
     grid = (triton.cdiv(d, _CHANNELS), triton.cdiv(positions, _LENGTH), b)
     with torch.cuda.device(x.device.index):
         kernel[grid](*arguments, length, d, TAPS=taps, PACKED=seq_idx is not None, LENGTH=_LENGTH, CHANNELS=_CHANNELS)
+
+
+@triton.jit
+def _update(
+    x, state, slots, weight, bias, y, d, row_stride, slot_stride,
+    TAPS: tl.constexpr, PLACED: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    slot = tl.load(slots + row).to(tl.int64) if PLACED else row
+    known = c < d
+    now = tl.load(x + row * row_stride + c, mask=known, other=0.0)
+    tap = tl.load(weight + c * TAPS + TAPS - 1, mask=known, other=0.0).to(tl.float32)
+    total = tl.load(bias + c, mask=known, other=0.0).to(tl.float32) + now.to(tl.float32) * tap
+    place = state + slot * slot_stride + c
+    for i in tl.static_range(TAPS - 1):
+        old = tl.load(place + i * d, mask=known, other=0.0)
+        total += old.to(tl.float32) * tl.load(weight + c * TAPS + i, mask=known, other=0.0).to(tl.float32)
+        if i > 0:
+            tl.store(place + (i - 1) * d, old, mask=known)
+    tl.store(place + (TAPS - 2) * d, now, mask=known)
+    out = total * tl.sigmoid(total)
+    tl.store(y + row * d + c, out.to(y.dtype.element_ty), mask=known)
 
 
 @triton.jit

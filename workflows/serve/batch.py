@@ -2,7 +2,7 @@
 
 A step encodes some images, reads one piece of some prompts (reading.py), and gives every running answer its next token.
 Each part is bounded, so a long prompt delays running answers by one piece at most. Padding is masked and rows do not
-see each other, so a greedy answer is the same as for its prompt alone, apart from rounding. `StatePool` holds the
+see each other, so a greedy answer is the same as for its prompt alone, apart from rounding. `Decoder` holds the
 recurrent states.
 """
 
@@ -11,13 +11,13 @@ import logging
 import torch
 from torch import Tensor
 
-from mlmamba.state import KeyValueState, LayerState, MambaState
+from mlmamba.decoding import Decoder, StatePool, Tokens
 from workflows.serve.detokenize import TokenText
 from workflows.serve.grammar import restrict
 from workflows.serve.openai import without_message
 from workflows.serve.options import Limits
 from workflows.serve.reading import Reader
-from workflows.serve.sampling import TokenLogprob, choose, log_probabilities
+from workflows.serve.sampling import TokenLogprob, choose, draw_of, log_probabilities
 from workflows.serve.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,17 @@ class Batch:
     def __init__(self, model, text: TokenText, limits: Limits):
         self.reading: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.pool = StatePool(limits.max_batch, longest_sequence(model.config, limits) or 0)
         self._ended: list[Sequence] = []
         self._reader = Reader(model, limits)
         self.cache = self._reader.cache
         self._model, self._text, self._limits = model, text, limits
+        self._decoder = Decoder(model, limits.max_batch, longest_sequence(model.config, limits) or 0)
+        self._on_its_way: tuple[list[Sequence], Tokens] | None = None
+
+    @property
+    def pool(self) -> StatePool:
+        """The states of the running answers."""
+        return self._decoder.pool
 
     def __len__(self) -> int:
         return len(self.reading) + len(self.running)
@@ -72,8 +78,8 @@ class Batch:
         """End every sequence with an error."""
         for sequence in (*self.reading, *self.running):
             sequence.fail(error)
-        self.reading, self.running = [], []
-        self.pool.clear()
+        self.reading, self.running, self._on_its_way = [], [], None
+        self._decoder.clear()
 
     def _free(self) -> None:
         """Take ended sequences out of the batch, and free their slots."""
@@ -88,7 +94,7 @@ class Batch:
                 if sequence.answered:
                     read = sequence.ids[: sequence.fed]
                     self._reader.keep_answer(sequence.reading, read, lambda slot=slot: self.pool.row(slot))
-                self.pool.remove(slot)
+                self._decoder.remove(slot)
                 self._ended.append(self.running[slot])
                 last = self.running.pop()
                 if slot < len(self.running):
@@ -104,9 +110,10 @@ class Batch:
             return
         self.reading = [sequence for sequence in self.reading if sequence not in ready]
         try:
-            picked = self._pick(ready, torch.stack([sequence.reading.logits for sequence in ready]))
-            for sequence in ready:
-                self.pool.append(sequence.reading.state, 0)
+            logits = torch.stack([sequence.reading.logits for sequence in ready])
+            picked = self._pick(ready, self._decoder.suppress(logits))
+            for sequence, (token, _, _) in zip(ready, picked, strict=True):
+                self._decoder.add(sequence.reading.state, 0, token or 0, sequence.settings.sampled)
                 self.running.append(sequence)
         except Exception as error:  # for example when the device is out of memory for the slots
             logger.error("%d answers could not begin: %s", len(ready), without_message(error))
@@ -119,45 +126,97 @@ class Batch:
             sequence.take(token, report, end)
 
     def _answer(self) -> None:
-        """Give every running answer its next token."""
-        if not self.running or all(sequence.over for sequence in self.running):
-            return
+        """Give every running answer its next token.
+
+        Where the device makes steps on its own, a step begins before the tokens of the last one are here: an answer
+        that they end has then been given one token too many, which nobody sees.
+        """
+        self._free()
         try:
+            if self._decoder.ahead and not any(map(self._on_host, self.running)):
+                self._answer_ahead()
+                return
+            self._settle()
             self._free()
-            last = torch.tensor([[sequence.ids[-1]] for sequence in self.running], device=self._model.device)
-            out = self._model(input_ids=last, cache_params=self.pool.view(), use_cache=True, logits_to_keep=1)
-            self.pool.write(out.cache_params)
+            if not self.running:
+                return
+            logits = self._decoder.logits([s.ids[-1] for s in self.running])
             for sequence in self.running:
                 sequence.fed = len(sequence.ids)
-            picked = self._pick(self.running, out.logits[:, -1])
-        except Exception as error:  # for example when the device is out of memory
-            logger.error("a step of %d answers failed: %s", len(self.running), without_message(error))
-            for sequence in self.running:
-                sequence.fail(error)
+            picked = self._pick(self.running, logits)
+        except Exception as error:
+            self._fail_running(error)
             return
-        for sequence, (token, report, end) in zip(self.running, picked, strict=True):
-            sequence.take(token, report, end)
+        for sequence, choice in zip(self.running, picked, strict=True):
+            sequence.take(*choice)
+
+    def _answer_ahead(self) -> None:
+        last, self._on_its_way = self._on_its_way, None
+        if self.running:
+            draws = [0.0 if s.generator is None else draw_of(s.generator) for s in self.running]
+            known = None if last else [s.ids[-1] for s in self.running]
+            for sequence in self.running:  # what its state has read when this step is done
+                sequence.fed = len(sequence.ids) + bool(last and sequence in last[0])
+            self._on_its_way = [*self.running], self._decoder.step(draws, known)
+        self._deliver(last)
+
+    def _settle(self) -> None:
+        """Wait for the tokens that are on their way."""
+        last, self._on_its_way = self._on_its_way, None
+        self._deliver(last)
+
+    def _deliver(self, made: tuple[list[Sequence], Tokens] | None) -> None:
+        ends = self._ends
+        for sequence, token in zip(made[0], made[1].get(), strict=True) if made else ():
+            if not sequence.over:
+                sequence.take(token, None, token in ends)
+
+    def _fail_running(self, error: Exception) -> None:
+        """End the running answers, of which no state is whole any more."""
+        if isinstance(error, torch.OutOfMemoryError):
+            limits = f"max_batch = {self._limits.max_batch} or prefill_tokens = {self._limits.prefill_tokens}"
+            message = f"the GPU's memory is used up: lower limits.{limits}, or serve in bf16"
+        else:
+            message = without_message(error)
+        logger.error("a step of %d answers failed: %s", len(self.running), message)
+        self._on_its_way = None
+        for sequence in self.running:
+            sequence.fail(error)
 
     def _pick(self, sequences: list[Sequence], logits: Tensor) -> list[Pick]:
         """Choose each sequence's next token from its row of logits."""
+        self._forbid(sequences, logits)
+        allowed = restrict(logits, [s.matcher for s in sequences])
+        tokens = choose(allowed, [s.settings for s in sequences], [s.generator for s in sequences])
+        reports = self._reports(sequences, logits, tokens)
+        ends = self._ends
+        return [(token, report, token in ends) for token, report in zip(tokens, reports, strict=True)]
+
+    def _forbid(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Make impossible what a sequence must not say now. Whatever is decided here is decided on the host, for each
+        token anew, so `_on_host` is true of the sequence."""
         generation = self._model.generation_config
-        end = generation.eos_token_id
-        ends = end if isinstance(end, list) else [end]
-        if generation.suppress_tokens:
-            logits[:, generation.suppress_tokens] = float("-inf")
         for row, sequence in enumerate(sequences):  # as `generate` does
             if not sequence.ids and generation.begin_suppress_tokens:
                 logits[row, generation.begin_suppress_tokens] = float("-inf")
-            read = len(sequence.prompt.input_ids) + len(sequence.ids)
-            if len(sequence.ids) < (generation.min_new_tokens or 0) or read < (generation.min_length or 0):
-                logits[row, [token for token in ends if token is not None]] = float("-inf")
-        tokens = choose(
-            restrict(logits, [s.matcher for s in sequences]),
-            [s.settings for s in sequences],
-            [s.generator for s in sequences],
-        )
-        reports = self._reports(sequences, logits, tokens)
-        return [(token, report, token in ends) for token, report in zip(tokens, reports, strict=True)]
+            if self._cannot_end_yet(sequence):
+                logits[row, self._ends] = float("-inf")
+
+    def _on_host(self, sequence: Sequence) -> bool:
+        """Whether the host has a part in a sequence's next token: it reports logits, or forbids what depends on those
+        before, as a grammar does."""
+        logprobs, matcher = sequence.settings.logprobs, sequence.matcher
+        return logprobs is not None or matcher is not None or self._cannot_end_yet(sequence)
+
+    def _cannot_end_yet(self, sequence: Sequence) -> bool:
+        generation = self._model.generation_config
+        read = len(sequence.prompt.input_ids) + len(sequence.ids)
+        return len(sequence.ids) < (generation.min_new_tokens or 0) or read < (generation.min_length or 0)
+
+    @property
+    def _ends(self) -> list[int]:
+        end = self._model.generation_config.eos_token_id
+        return [token for token in (end if isinstance(end, list) else [end]) if token is not None]
 
     def _reports(
         self, sequences: list[Sequence], logits: Tensor, tokens: list[int | None]
@@ -177,63 +236,3 @@ def longest_sequence(config, limits: Limits) -> int | None:
     """Most tokens of a sequence, prompt and answer; None for a model whose state does not grow."""
     room = config.text_config.room
     return None if room is None else min(room, config.max_position_embeddings + limits.max_tokens)
-
-
-class StatePool:
-    """States of up to `size` sequences. Memory is allocated with the first state, which gives the shapes.
-
-    Args:
-        size: number of slots.
-        limit: most tokens of a sequence, prompt and answer. Attention keeps room for so many in every slot.
-    """
-
-    def __init__(self, size: int, limit: int = 0):
-        self.size, self.limit, self.used = size, limit, 0
-        self._layers: list[LayerState | KeyValueState] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held; the same from the first sequence on."""
-        return MambaState(self._layers).nbytes
-
-    def view(self) -> MambaState:
-        """The states in use, not copied: a step of one token may write its new states into the slots."""
-        return MambaState([slots.head(self.used) for slots in self._layers]).in_place()
-
-    def row(self, slot: int) -> MambaState:
-        """A copy of the state in a slot."""
-        return self.view().select(torch.tensor([slot], device=self._layers[0].parts[0].device))
-
-    def write(self, state: MambaState) -> None:
-        """Store the states after a step, unless the step has written them into the slots itself."""
-        for slots, new in zip(self._layers, state.layers, strict=True):
-            slots.take(new)
-
-    def append(self, state: MambaState, row: int) -> int:
-        """Copy row `row` of a state into a free slot. Returns the slot's number.
-
-        Raises:
-            IndexError: no slot is free.
-        """
-        if self.used == self.size:
-            raise IndexError(f"all {self.size} slots are in use")
-        if not self._layers:
-            self._layers = [own.slots(self.size, self.limit) for own in state.layers]
-        for slots, new in zip(self._layers, state.layers, strict=True):
-            slots.put(self.used, new, row)
-        self.used += 1
-        return self.used - 1
-
-    def remove(self, slot: int) -> None:
-        """Free a slot. The last slot in use moves to its place."""
-        self.used -= 1
-        for slots in self._layers:
-            if slot != self.used:
-                slots.put(slot, slots, self.used)
-            slots.keep(self.used)
-
-    def clear(self) -> None:
-        """Free every slot."""
-        self.used = 0
-        for slots in self._layers:
-            slots.keep(0)

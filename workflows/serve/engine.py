@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
+from mlmamba.decoding import prepare
 from mlmamba.images import to_pixels
 from mlmamba.processing import PromptTooLong
 from mlmamba.state_cache import Places, image_digest
@@ -73,6 +74,7 @@ class Engine:
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self._model, self._processor = model, processor
+        self.prepared = prepare(model)
         self._text, self._places = TokenText(processor.tokenizer), Places(processor)
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]

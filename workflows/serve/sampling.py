@@ -1,7 +1,8 @@
 """What a request asks of the engine and gets from it, and how the next token of every row is chosen.
 
 A row's choice depends only on its own logits and its own random generator. The same seed therefore gives the same
-answer whatever else is in the batch, apart from rounding of the logits. Shapes: n rows, V vocabulary.
+answer whatever else is in the batch, apart from rounding of the logits. `choose` takes the quick way to each row's
+token and waits for them; a device that makes steps on its own has mlmamba/choosing.py. Shapes: n rows, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mlmamba.choosing import draw, draw_nucleus, finite
 from mlmamba.state_cache import Place
 from workflows.serve.grammar import Grammar
 
@@ -50,6 +52,11 @@ class Settings:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < LEAST_TEMPERATURE
+
+    @property
+    def sampled(self) -> tuple[float, float] | None:
+        """Temperature and top_p, None where they do not apply."""
+        return None if self.greedy else (self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,11 @@ def generator_of(settings: Settings) -> torch.Generator | None:
     return generator
 
 
+def draw_of(generator: torch.Generator) -> float:
+    """The next number of a row, in [0, 1). Drawn on the CPU, so that a seed means the same on every device."""
+    return torch.rand((), dtype=torch.float64, generator=generator).item()
+
+
 def choose(logits: Tensor, settings: list[Settings], generators: list[torch.Generator | None]) -> list[int | None]:
     """Choose the next token of each row.
 
@@ -124,17 +136,15 @@ def choose(logits: Tensor, settings: list[Settings], generators: list[torch.Gene
         rows = torch.tensor(sampled, device=logits.device)
         temperatures = torch.tensor([settings[row].temperature for row in sampled], device=logits.device)
         probabilities = torch.softmax(logits[rows] / temperatures[:, None], dim=-1)
-        # Drawn on the CPU, so that a seed means the same on every device.
-        draws = [torch.rand((), dtype=torch.float64, generator=generators[row]) for row in sampled]
-        draws = torch.stack(draws).to(logits.device)
+        draws = torch.tensor([draw_of(generators[row]) for row in sampled], dtype=torch.float64, device=logits.device)
         cut = [i for i, row in enumerate(sampled) if settings[row].top_p < 1]
         whole = [i for i, row in enumerate(sampled) if settings[row].top_p >= 1]
         if whole:
-            ids[rows[whole]] = _draw(probabilities[whole], draws[whole])
+            ids[rows[whole]] = draw(probabilities[whole], draws[whole])
         if cut:
             top_p = torch.tensor([settings[sampled[i]].top_p for i in cut], device=logits.device)
-            ids[rows[cut]] = _draw_nucleus(probabilities[cut], draws[cut], top_p)
-    return [token if fine else None for token, fine in zip(ids.tolist(), best.isfinite().tolist(), strict=True)]
+            ids[rows[cut]] = _nucleus(probabilities[cut], draws[cut], top_p)
+    return [None if token < 0 else token for token in finite(ids, best).tolist()]
 
 
 def log_probabilities(logits: Tensor, ids: list[int], count: int) -> list[tuple[float, list[tuple[int, float]]]]:
@@ -146,19 +156,9 @@ def log_probabilities(logits: Tensor, ids: list[int], count: int) -> list[tuple[
     return list(zip(chosen, tops, strict=True))
 
 
-def _draw(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """Sample an index (n,) per row: invert its cumulative distribution (n, V) at the draw (n,) in [0, 1)."""
-    mass = probabilities.double().cumsum(dim=-1)
-    places = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
-    return places[:, 0].clamp(max=probabilities.shape[1] - 1)  # a row of NaN gives no valid index
-
-
-def _draw_nucleus(probabilities: Tensor, draws: Tensor, top_p: Tensor) -> Tensor:
-    """As `_draw`, from the fewest most likely tokens that together have probability top_p (n,)."""
+def _nucleus(probabilities: Tensor, draws: Tensor, top_p: Tensor) -> Tensor:
+    """`draw_nucleus` of the most likely tokens of (n, V), of all where those have not enough probability."""
     values, indices = probabilities.topk(min(_NUCLEUS, probabilities.shape[1]), dim=-1)
     if bool((values.double().sum(-1) < top_p).any()):
         values, indices = probabilities.sort(dim=-1, descending=True)
-    before = values.double().cumsum(dim=-1) - values
-    values = values.masked_fill(before >= top_p[:, None], 0.0)
-    values[:, 0] = values[:, 0].clamp(min=torch.finfo(values.dtype).tiny)  # top_p 0 keeps the most likely
-    return indices.gather(1, _draw(values, draws)[:, None])[:, 0]
+    return draw_nucleus(values, indices, draws, top_p)

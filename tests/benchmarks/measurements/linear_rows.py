@@ -1,9 +1,9 @@
-"""How fast a CPU reads a weight matrix for few rows: torch's linear layer against ours, as it is and compiled.
+"""How fast a CPU gets through a weight matrix, by rows: torch's linear layer against ours, as it is and packed.
 
     python -m tests.benchmarks.measurements.linear_rows [--threads 2]
 
-Printed per number of rows: the weights' bytes over the median time of each, in turns, and beside them the rate at which
-this machine reads memory in the same run.
+Printed per number of rows: microseconds a layer, the median of rounds in turns, and how many times torch's speed that
+is; and the rate at which this machine reads memory in the same run.
 """
 
 import argparse
@@ -15,27 +15,27 @@ import torch
 from torch.nn import functional as F
 
 from mlmamba.ops.linear import linear
+from mlmamba.ops.packed import PACKED, PackedLinear
 
-MATRICES, ROUNDS = 12, 15  # different matrices one after the other, as in a model: none is found in the cache
+MATRICES, ROUNDS = 12, 9  # different matrices one after the other, as in a model: none is found in the cache
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     torch.set_num_threads(parser.parse_args().threads)
-    weights = [torch.randn(3352, 768) for _ in range(MATRICES)]
-    size = sum(w.nbytes for w in weights)
     memory = torch.ones(2**26)
     print(f"reading memory {memory.nbytes / _median([memory.sum])[0] / 1e9:.1f} GB/s")
-    compiled = torch.compile(linear, dynamic=False)
-    print(f"{'rows':>4} {'torch':>10} {'mlmamba':>10} {'compiled':>10}")
-    for rows in range(1, 9):
-        x = torch.randn(rows, 768)
-        calls = [lambda f=f, x=x: [f(x, w) for w in weights] for f in (F.linear, linear, compiled)]
-        with torch.no_grad():
-            compiled(x, weights[0])
-            rates = [size / seconds / 1e9 for seconds in _median(calls)]
-        print(f"{rows:>4} " + " ".join(f"{rate:>5.1f} GB/s" for rate in rates))
+    with torch.no_grad():
+        layers = [torch.nn.Linear(768, 3352, bias=False) for _ in range(MATRICES)]
+        packed = {form: [PackedLinear(layer, form) for layer in layers] for form in PACKED}
+        print(f"{'rows':>4} {'torch':>10} {'unpacked':>15} " + " ".join(f"{form:>15}" for form in PACKED))
+        for rows in (1, 2, 3, 4, 8, 16, 32, 128, 512):
+            x = torch.randn(rows, 768)
+            calls = [lambda f=f, x=x: [f(x, layer.weight) for layer in layers] for f in (F.linear, linear)]
+            calls += [lambda own=own, x=x: [layer(x) for layer in own] for own in packed.values()]
+            first, *others = (seconds / MATRICES * 1e6 for seconds in _median(calls))
+            print(f"{rows:>4} {first:>8,.0f}us " + " ".join(f"{own:>8,.0f}us {first / own:4.1f}x" for own in others))
 
 
 def _median(calls: list[Callable]) -> list[float]:

@@ -1,6 +1,6 @@
 """The Mamba-2 backbone against transformers', same weights and inputs, in one process.
 
-    python -m tests.benchmarks.measurements.mamba2 [--threads 2] [--rounds 7] [--compile] [--device cuda]
+    python -m tests.benchmarks.measurements.mamba2 [--threads 2] [--rounds 7] [--prepare] [--device cuda]
 
 Shape: width 768 as mamba2-130m, 4 layers. Each round times both, one after the other, so that a busy machine hits both;
 printed are the medians, the median ratio, and the share of this machine's own limit that each reaches. The limits are
@@ -18,6 +18,7 @@ import torch
 from transformers import Mamba2Config, Mamba2Model
 from transformers.utils import logging
 
+from mlmamba.decoding import pack
 from mlmamba.mamba2 import Mamba2Backbone
 
 WIDTH, LAYERS, HEADS, HEAD_DIM, STATE = 768, 4, 24, 64, 128
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="decoding also with the step compiled")
+    parser.add_argument("--prepare", action="store_true", help="decoding also as a service does it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
@@ -122,8 +123,9 @@ def main() -> None:
 
         work = weights + 2 * our_state.nbytes
         rows.append(("decoding, batch 1", *decode(), work, "bytes"))
-        if options.compile and ours.compile_decoding():
-            rows.append(("decoding, ours compiled", *decode(), work, "bytes"))
+        if options.prepare:
+            pack(ours, "fp32")
+            rows.append((f"decoding, {ours.prepare_decoding(make=True)}", *decode(), work, "bytes"))
 
     flops, reading = limits(device, rounds)
     print(

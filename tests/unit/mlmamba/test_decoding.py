@@ -1,0 +1,259 @@
+"""A model made ready to answer, and the step of one token over a pool: same answers, no waiting, nothing that moves."""
+
+import copy
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mlmamba import choosing
+from mlmamba.decoding import Decoder, StatePool, prepare
+from mlmamba.mamba2 import Mamba2LanguageModel
+from mlmamba.ops import compiled
+from mlmamba.ops.packed import PackedLinear, has_bf16
+from mlmamba.state import LayerState, MambaState
+from tests.helpers.closeness import assert_close
+from tests.helpers.fake_gpu import FakeGPU
+from tests.helpers.host_reads import HostRead, no_host_reads
+from tests.helpers.tiny import images, prompt, tiny_config, tiny_model
+from workflows.serve.sampling import Settings, choose, generator_of
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+LARGER = {"hidden_size": 128, "head_dim": 32, "num_heads": 8, "state_size": 256, "num_hidden_layers": 3}
+"""So large that weights are packed and the step is compiled."""
+
+
+@pytest.fixture
+def larger():
+    return tiny_model(LARGER)
+
+
+@torch.inference_mode()
+def answers(model, new: int = 8) -> list[list[int]]:
+    """Greedy ones to three prompts of one image, each alone and all together by one state."""
+    found = []
+    for count in (1, 3):
+        ids = torch.cat([prompt(9, 1, seed=i) for i in range(count)])
+        out = model.generate(ids, pixel_values=images(count), max_new_tokens=new, do_sample=False)
+        found += out[:, ids.shape[1] :].tolist()
+    return found
+
+
+@torch.inference_mode()
+def states(model, rows: int) -> MambaState:
+    ids = torch.cat([prompt(9, 1, seed=i) for i in range(rows)])
+    return model(ids, pixel_values=images(rows), use_cache=True).cache_params
+
+
+def moving(decoder: Decoder) -> list[torch.Tensor]:
+    """All that a captured step would read and write."""
+    own = [t for layer in decoder.pool.layers for t in layer.parts]
+    return [*own, *(value for value in vars(decoder).values() if isinstance(value, torch.Tensor))]
+
+
+def test_a_prepared_model_gives_the_same_answers(larger):
+    before = answers(larger)
+    way = prepare(larger, make=False)
+    assert (way.precision, way.packed) == ("fp32", "packed")
+    assert prepare(larger) is way  # once
+    packed = [name for name, module in larger.named_modules() if isinstance(module, PackedLinear)]
+    assert packed == [f"language_model.backbone.layers.{i}.mixer.in_proj" for i in range(3)]  # the large ones
+    assert answers(larger) == before
+
+
+def test_its_weights_can_still_be_saved(larger, tmp_path):
+    weights = {name: t.clone() for name, t in larger.state_dict().items()}
+    prepare(larger, make=False)
+    assert any(isinstance(module, PackedLinear) for module in larger.modules())
+    found = larger.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], t) for name, t in weights.items())
+
+
+def test_a_model_in_half_precision_or_int8_is_close(larger):
+    with torch.inference_mode():
+        ids = prompt(40, 1)
+        exact = larger(ids, pixel_values=images(1)).logits
+        for form, limit in (("bf16", 0.05), ("int8", 0.05)):
+            other = copy.deepcopy(larger)
+            other = other.bfloat16() if form == "bf16" else other
+            assert prepare(other, "int8" if form == "int8" else None, make=False).precision == form
+            found = other(ids, pixel_values=images(1)).logits
+            assert found.dtype == torch.float32
+            assert (found - exact).norm() < limit * exact.norm()
+
+
+@pytest.mark.slow  # compiling takes half a minute
+def test_compiled_decoding_equals_decoding_and_is_kept(larger, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLMAMBA_CACHE", str(tmp_path / "cache"))
+    fresh, again = copy.deepcopy(larger), copy.deepcopy(larger)
+    assert prepare(fresh, make=False).decoding.startswith("torch: nothing was compiled")
+    assert prepare(larger).decoding == "compiled"
+    assert answers(larger) == answers(fresh)
+    state, pooled = states(fresh, 3), []
+    with torch.inference_mode():
+        for model in (larger, fresh):
+            own = state.select(torch.arange(3)).in_place()
+            out = model(torch.tensor([[5], [6], [7]]), cache_params=own)
+            pooled.append((out.logits, *(t for layer in out.cache_params.layers for t in layer.parts)))
+    for ours, truth in zip(*pooled, strict=True):
+        assert_close(ours, truth, 1e-5)
+    monkeypatch.setattr(compiled, "_compile", None)  # what is there needs no compiler
+    assert prepare(again).decoding == "compiled"
+
+
+def test_without_a_compiler_decoding_runs_in_torch_and_says_why(larger, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLMAMBA_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = answers(larger)
+    way = prepare(larger).decoding
+    assert way.startswith("torch: ")
+    assert "compiler" in way.lower()
+    assert "\n" not in way
+    assert answers(larger) == before
+
+
+def test_a_cache_that_cannot_be_written_or_is_damaged_is_no_error(larger, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLMAMBA_CACHE", str(tmp_path / "file" / "below"))
+    assert prepare(copy.deepcopy(larger)).decoding.startswith("torch: ")
+    monkeypatch.setenv("MLMAMBA_CACHE", str(tmp_path))
+    shape = larger.language_model.backbone.layers[0].mixer
+    shape.prepare_step(make=False)
+    damaged = tmp_path / f"between-{compiled._digest(shape.between.shape)}.pt2"
+    damaged.write_bytes(b"no archive")
+    assert "does not load, and is removed" in prepare(larger, make=False).decoding
+    assert not damaged.exists()
+
+
+def test_a_pool_that_moves_nothing_keeps_each_state_where_it_is():
+    def state(*values: float) -> MambaState:
+        shape = (len(values), 1, 2, 2)
+        own = torch.tensor(values)[:, None, None, None].expand(shape).clone()
+        return MambaState([LayerState(own[:, 0] + 10, own)])
+
+    pool = StatePool(3, moves=False)
+    assert [pool.append(state(1.0, 2.0, 3.0), row) for row in range(3)] == [0, 1, 2]
+    assert pool.layers[0].ssm.shape[0] == 4  # one more, for what only fills a batch
+    pool.remove(0)
+    assert (pool.order[:2], pool.used) == ([2, 1], 2)
+    assert [float(pool.row(row).layers[0].ssm.mean()) for row in range(2)] == [3.0, 2.0]
+    assert pool.append(state(7.0), 0) == 2
+    assert [float(pool.row(row).layers[0].ssm.mean()) for row in range(3)] == [3.0, 2.0, 7.0]
+    with pytest.raises(IndexError, match="all 3 slots are in use"):
+        pool.append(state(8.0), 0)
+
+
+ASKED = [None, (0.8, 1.0), (1.3, 0.6), None, (0.5, 0.95)]
+
+
+@torch.inference_mode()
+def test_steps_on_the_device_choose_what_the_host_would():
+    """Rows of all kinds, which leave one by one; the host's own way beside it, with the same seeds."""
+    model = tiny_model()
+    prepare(model, make=False)
+    settings = [Settings(9, *(one or (0.0, 1.0)), seed=i) for i, one in enumerate(ASKED)]
+    device, host = Decoder(model, 5, ahead=True), Decoder(model, 5, ahead=False)
+    state, generators = states(model, 5), [[generator_of(s) for s in settings] for _ in range(2)]
+    last = list(range(5, 10))
+    for row in range(5):
+        device.add(state, row, last[row], ASKED[row])
+        host.add(state, row, last[row], ASKED[row])
+    left = list(range(5))
+    for _ in range(4):
+        for _ in range(3):
+            mine = [generators[0][row] for row in left]
+            draws = [0.0 if g is None else float(torch.rand((), dtype=torch.float64, generator=g)) for g in mine]
+            found = device.step(draws).get()
+            logits = host.logits([last[row] for row in left])
+            expected = choose(logits, [settings[row] for row in left], [generators[1][row] for row in left])
+            assert found == expected
+            last = dict(zip(left, expected, strict=True))
+        device.remove(1)
+        host.remove(1)
+        left[1] = left[-1]
+        left.pop()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("asked", ASKED[:3])
+def test_a_step_on_the_device_reads_nothing_back_and_moves_nothing(asked):
+    model = tiny_model()
+    prepare(model, make=False)
+    decoder, state = Decoder(model, 6, ahead=True), states(model, 3)
+    for row in range(3):
+        decoder.add(state, row, 5, asked)
+    decoder.step([0.3] * 3)
+    before = [t.data_ptr() for t in moving(decoder)]
+    with no_host_reads():
+        tokens = [decoder.step([0.3] * 3) for _ in range(2)]
+        decoder.remove(0)
+        decoder.add(state, 1, 6, None)
+        tokens.append(decoder.step([0.3] * 3))
+    assert [t.data_ptr() for t in moving(decoder)] == before
+    assert all(len(step.get()) == 3 for step in tokens)
+
+
+def test_the_host_s_own_choice_would_wait():
+    """Which shows that the test above can fail."""
+    settings = Settings(1, temperature=1.0, top_p=0.5)
+    with pytest.raises(HostRead), no_host_reads():
+        choose(torch.randn(1, 9), [settings], [generator_of(settings)])
+
+
+def test_a_row_without_numbers_gives_no_token_and_ends_no_other():
+    logits = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [float("-inf")] * 2])
+    assert choosing.greedy(logits).tolist() == [1, -1, -1]
+    three = torch.tensor([True] * 3), *(torch.ones(3) for _ in range(2)), torch.full((3,), 0.9, dtype=torch.float64)
+    assert choosing.choose(logits, *three, cut=False).tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_faked_gpu_the_step_is_all_there(dtype, monkeypatch):
+    """Mixed devices and reads of values fail there. Only the choice is made in float64, as on the host."""
+    monkeypatch.setenv("MLMAMBA_OPS", "torch")
+    gpu = FakeGPU()
+    with gpu(), torch.no_grad():
+        config = tiny_config()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("cuda"):
+                model = SimpleNamespace(language_model=Mamba2LanguageModel(config.text_config).eval())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.device, model.config = torch.device("cuda"), config
+        model.generation_config = SimpleNamespace(suppress_tokens=[1])
+        found = prepare(model, make=False)
+        assert (found.precision, found.packed) == (NAMES[dtype], "as they are on cuda")
+        decoder, text = Decoder(model, 4, ahead=True), config.text_config
+        channels = text.num_heads * text.head_dim + 2 * text.n_groups * text.state_size
+        conv = torch.zeros(1, 3, channels, dtype=dtype, device="cuda")
+        ssm = torch.zeros(1, text.num_heads, text.head_dim, text.state_size, device="cuda")
+        for asked in ASKED[:3]:
+            decoder.add(MambaState([LayerState(conv, ssm)] * 2), 0, 5, asked)
+        decoder._update()
+        gpu.float64.clear()  # draws are float64
+        decoder._forward(4, "logits")
+        assert gpu.float64 == set()
+        assert {t.device.type for t in moving(decoder)} == {"cuda"}
+        assert {layer.ssm.dtype for layer in decoder.pool.layers} == {torch.float32}
+        for kind in ("greedy", "whole", "cut"):
+            decoder._choose(4, kind)
+
+
+def test_a_capture_that_fails_is_said_once_and_decoding_goes_on(caplog):
+    """There is no GPU here, so capturing fails."""
+    model = tiny_model()
+    prepare(model, make=False)
+    decoder = Decoder(model, 2, ahead=True)
+    decoder._captures = True
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        decoder.add(states(model, 1), 0, 5, None)
+        assert len(decoder.step([0.0]).get()) == 1
+    assert caplog.text.count("decoding is not captured as CUDA graphs, and slower") == 1
+
+
+def test_the_processor_is_asked_for_bf16():
+    assert isinstance(has_bf16(), bool)
