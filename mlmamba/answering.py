@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mlmamba.conversation import Turn
+from mlmamba.decoding import prepare
 from mlmamba.images import load_pixels
 from mlmamba.loading import load_model
 from mlmamba.state import MambaState
@@ -49,7 +50,7 @@ class Answerer:
         threads: torch threads; None leaves them.
         choices: two answers whose probability as first token is wanted.
         batch_questions: most questions in one forward pass; None for all of a call.
-        precision: as `load_model` takes it.
+        precision: as `load_model` takes it; `model.prepared` says what became of it.
 
     Raises:
         ValueError: the two choices begin with the same token, so their first tokens cannot tell them apart.
@@ -67,6 +68,7 @@ class Answerer:
         if threads:
             torch.set_num_threads(threads)
         self.model, self.processor = load_model(model, precision=precision)
+        prepare(self.model)
         self.max_new_tokens, self.batch_questions = max_new_tokens, batch_questions
         self._choices = None if choices is None else first_tokens(self.processor.tokenizer, choices)
 

@@ -40,12 +40,11 @@ class Prepared:
         return f"{self.precision}, decoding {self.decoding}, weights {self.packed}"
 
 
-def prepare(model, form: str | None = None, make: bool = True) -> Prepared:
+def prepare(model, make: bool = True) -> Prepared:
     """Make a model ready for answers, once: on a CPU its weights are packed, which it does not come back from.
 
     Args:
         model: MLMambaForConditionalGeneration in evaluation mode, on its device. It must not be trained afterwards.
-        form: of the packed weights, see mlmamba/ops/packed.py; None for that of its own precision.
         make: compile the decoding step for this processor where that was not done yet; else use what is there.
 
     Returns:
@@ -55,33 +54,36 @@ def prepare(model, form: str | None = None, make: bool = True) -> Prepared:
         return done
     language = model.language_model
     dtype = language.backbone.embeddings.weight.dtype
-    form = form or _FORMS.get(dtype)
-    problem = _packing_problem(model, form)
-    if not problem:
-        pack(language, form)
+    whole = not any(isinstance(module, PackedLinear) for module in language.modules())  # else it was loaded as int8
+    problem = _packing_problem(model, dtype)
+    if whole and not problem:
+        pack(language, _FORMS[dtype])
     if hasattr(model, "hf_device_map"):
         way = "torch: the model is on several devices"
     else:
         way = language.backbone.prepare_decoding(make)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    model.prepared = Prepared(form if form == "int8" and not problem else names[dtype], way, problem or "packed")
+    model.prepared = Prepared(names[dtype] if whole else "int8", way, "packed" if not whole else problem or "packed")
+    level = logging.WARNING if make and "compiler" in way.lower() else logging.INFO
+    logger.log(level, "the model computes in %s", model.prepared)
     return model.prepared
 
 
 def pack(model: nn.Module, form: str) -> None:
-    """Put packed layers in the place of a model's large linear ones."""
+    """Put packed layers in the place of a model's linear ones; small ones only change for int8."""
+    least = 0 if form == "int8" else WORTH_PACKING
     for module in [*model.modules()]:
         for name, child in [*module.named_children()]:
-            if type(child) in (Linear, nn.Linear) and child.weight.numel() >= WORTH_PACKING:
+            if type(child) in (Linear, nn.Linear) and child.weight.numel() >= least:
                 setattr(module, name, PackedLinear(child, form))
 
 
-def _packing_problem(model, form: str | None) -> str:
+def _packing_problem(model, dtype: torch.dtype) -> str:
     if hasattr(model, "hf_device_map"):
         return "not packed: accelerate places them"
     if model.device.type != "cpu":
         return f"as they are on {model.device.type}"
-    return "not packed: their precision has no form for it" if form is None else packs()
+    return "not packed: their precision has no form for it" if dtype not in _FORMS else packs()
 
 
 class StatePool:

@@ -50,7 +50,9 @@ class Workers:
     @property
     def computes_in(self) -> str:
         """The precision of the answers: `auto` is bf16 where the workers have GPUs."""
-        return "bf16" if self.precision == "bf16" or (self.precision == "auto" and self.gpus_per_worker) else "fp32"
+        if self.precision == "auto" or (self.precision == "int8" and self.gpus_per_worker):
+            return "bf16" if self.gpus_per_worker else "fp32"
+        return self.precision
 
 
 def collect(

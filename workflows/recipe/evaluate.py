@@ -79,8 +79,9 @@ class EvaluateRecipe(StrictModel):
     """Images in one batch, with all their questions. Changes speed only."""
     batch_questions: int = Field(64, gt=0)
     """Most questions in one forward pass. Changes speed and memory only."""
-    precision: Annotated[Literal["auto", "bf16", "fp32"], Decides.WHEN_SET] = "auto"
-    """What the answering model computes in: bf16 or fp32; `auto` is bf16 where `gpus_per_worker` gives it a GPU."""
+    precision: Annotated[Literal["auto", "bf16", "fp32", "int8"], Decides.WHEN_SET] = "auto"
+    """What the answering model computes in: bf16, fp32 or, on a CPU, int8; `auto` is bf16 where `gpus_per_worker` gives
+    it a GPU."""
     max_new_tokens: int = Field(8, gt=0)
     """Longest answer to the test sources in tokens; benchmarks have their own."""
     benchmarks: list[BenchmarkRecipe] = Field(default=[])

@@ -18,6 +18,8 @@ from mlflow.types.schema import AnyType, ColSpec, Schema
 from mlmamba.answering import Answerer, Asked
 
 ROWS = 32  # answered together, so that the memory taken does not grow with the frame
+OPTIONS = {"precision": "auto"}
+"""Of the package; MLflow lets whoever loads it change those that are there."""
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(AnyType(), "image", required=False), ColSpec("string", "question")]),
     outputs=Schema([ColSpec("string")]),
@@ -28,11 +30,13 @@ class MLMambaPyfunc(PythonModel):
     """predict takes a frame with the column `question` and, where there are images, `image`; one answer per row.
 
     An image is an encoded file: its bytes, or their base64 as text, which is what JSON holds, also as a data: URI.
-    A row with None, NaN or NA for one, and a frame without the column, ask about text alone.
+    A row with None, NaN or NA for one, and a frame without the column, ask about text alone. What it computes in is
+    `mlflow.pyfunc.load_model(..., model_config={"precision": "int8"})`, or another of mlmamba/loading.py.
     """
 
     def load_context(self, context) -> None:
-        self._answerer = Answerer(context.artifacts["model"], max_new_tokens=64)
+        precision = (context.model_config or {}).get("precision", "auto")  # None in versions of before it
+        self._answerer = Answerer(context.artifacts["model"], max_new_tokens=64, precision=precision)
 
     def predict(self, context, model_input: pd.DataFrame, params=None) -> list[str]:
         """Answers in the order of the rows. Raises MlflowException that names the first row that cannot be answered."""

@@ -167,6 +167,7 @@ def _create(tracker: Tracker, name: str, model: Path, example: Example | None, t
                 python_model=pyfunc.__file__,
                 artifacts=artifacts,
                 signature=pyfunc.SIGNATURE,
+                model_config=pyfunc.OPTIONS,
                 **carried(),
             )
     try:

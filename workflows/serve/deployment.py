@@ -61,8 +61,8 @@ class ServeOptions(StrictModel):
     """CPU cores, and torch threads, of one replica."""
     gpus: float = Field(0, ge=0, le=1)
     """GPU of one replica; 0.5 puts two on one. While a new version is loaded, a replica holds two models."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """What the model computes in: bf16 or fp32; `auto` is bf16 on a GPU that has it."""
+    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
+    """What the model computes in: bf16, fp32 or, on a CPU, int8; `auto` is bf16 on a GPU that has it."""
     limits: Limits = Limits()
     """Limits of one replica."""
     access: Access = Access()

@@ -68,7 +68,8 @@ class Served:
     def entry(self, since: int, name: str | None = None) -> dict[str, Any]:
         """Its entry of /v1/models."""
         entry = model_entry(self.source, since, self.engine.max_length, name or self.id, self.engine.max_sequence)
-        return entry | {"state_cache_bytes": self.engine.state_cache_bytes}
+        own = {"computes_in": str(self.engine.prepared), "state_cache_bytes": self.engine.state_cache_bytes}
+        return entry | own
 
     def is_called(self, name: str | None) -> bool:
         """Whether a request for a model of this name means this one."""

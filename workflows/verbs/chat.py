@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from mlmamba.conversation import Turn
+from mlmamba.decoding import prepare
 from mlmamba.images import ImageError, open_image
 from mlmamba.loading import load_model
 from workflows.errors import UsageError, WorkflowError
@@ -51,9 +52,11 @@ def talk(reference: str, storage: Path, image: str | None, precision: str = "aut
 
 def _load(folder: Path, precision: str) -> Engine:
     try:
-        return Engine(*load_model(folder, precision=precision), _LIMITS)
+        model, processor = load_model(folder, precision=precision)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    prepare(model, make=False)  # a few answers do not pay for compiling
+    return Engine(model, processor, _LIMITS)
 
 
 def _ask() -> str:

@@ -40,8 +40,8 @@ def set_option(parser: argparse.ArgumentParser) -> None:
 
 def precision_option(parser: argparse.ArgumentParser) -> None:
     """--precision, None where it is not given."""
-    text = "what the model computes in: bf16, fp32, or auto (default: bf16 on a GPU, else as it was saved)"
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help=text)
+    text = "what the model computes in: bf16, fp32, int8 (on a CPU), or auto (default: bf16 on a GPU, else as saved)"
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), help=text)
 
 
 def storage_option(parser: argparse.ArgumentParser, remote: bool = False) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlmamba import choosing
-from mlmamba.decoding import Decoder, StatePool, prepare
+from mlmamba.decoding import Decoder, StatePool, pack, prepare
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.ops import compiled
 from mlmamba.ops.packed import PackedLinear, has_bf16
@@ -77,8 +77,11 @@ def test_a_model_in_half_precision_or_int8_is_close(larger):
         exact = larger(ids, pixel_values=images(1)).logits
         for form, limit in (("bf16", 0.05), ("int8", 0.05)):
             other = copy.deepcopy(larger)
-            other = other.bfloat16() if form == "bf16" else other
-            assert prepare(other, "int8" if form == "int8" else None, make=False).precision == form
+            if form == "int8":
+                pack(other.language_model, form)
+            else:
+                other = other.bfloat16()
+            assert prepare(other, make=False).precision == form
             found = other(ids, pixel_values=images(1)).logits
             assert found.dtype == torch.float32
             assert (found - exact).norm() < limit * exact.norm()

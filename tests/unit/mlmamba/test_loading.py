@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from mlmamba import loading
 from mlmamba.conversation import Turn
 from mlmamba.loading import load_model
+from mlmamba.ops.packed import PackedLinear
 from tests.helpers.images import encoded, image
 from tests.helpers.serving import save_tiny
 from workflows.evaluate.collect import Workers
@@ -70,13 +72,66 @@ def test_auto_on_a_cpu_is_as_the_weights_were_saved(folder, tmp_path):
 
 
 def test_another_precision_is_refused(folder):
-    with pytest.raises(ValueError, match="precision is 'int8'; expected one of auto, bf16, fp32"):
-        load_model(folder, precision="int8")
+    with pytest.raises(ValueError, match="precision is 'int4'; expected one of auto, bf16, fp32, int8"):
+        load_model(folder, precision="int4")
 
 
 @pytest.mark.parametrize(
     ("precision", "gpus", "expected"),
-    [("auto", 0, "fp32"), ("auto", 0.5, "bf16"), ("bf16", 0, "bf16"), ("fp32", 1, "fp32")],
+    [
+        ("auto", 0, "fp32"),
+        ("auto", 0.5, "bf16"),
+        ("bf16", 0, "bf16"),
+        ("fp32", 1, "fp32"),
+        ("int8", 0, "int8"),
+        ("int8", 1, "bf16"),
+    ],
 )
 def test_what_an_evaluation_computes_in_follows_its_workers(precision, gpus, expected):
     assert Workers(gpus_per_worker=gpus, precision=precision).computes_in == expected
+
+
+def test_in_int8_only_the_language_model_s_products_change(folder):
+    whole, processor = load_model(folder, precision="fp32")
+    model, _ = load_model(folder, precision="int8")
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert packed == {
+        name
+        for name, module in whole.language_model.named_modules(prefix="language_model")
+        if isinstance(module, torch.nn.Linear)
+    }
+    kept = dict(model.named_parameters())
+    exact = {name: p for name, p in whole.named_parameters() if name.removesuffix(".weight") not in packed}
+    assert kept.keys() == exact.keys()
+    assert all(torch.equal(kept[name], p) for name, p in exact.items())
+    inputs = processor(images=image(1), text=processor.prompt([Turn("user", "what is shown?", images=1)]))
+    with torch.inference_mode():
+        found, truth = model(**inputs), whole(**inputs)
+    assert found.logits.dtype == torch.float32
+    assert all(layer.ssm.dtype == torch.float32 for layer in found.cache_params.layers)
+    assert (found.logits - truth.logits).norm() < 0.05 * truth.logits.norm()
+
+
+def test_the_engine_answers_in_int8_and_says_so(folder):
+    model, processor = load_model(folder, precision="int8")
+    engine = Engine(model, processor, threads=1)
+    prompt = engine.prepare([Turn("user", "what is shown?", images=1)], [image(1)])
+    answers = [engine.submit(prompt, Settings(8)).result(60).ids for _ in range(2)]
+    engine.close()
+    assert answers[0] == answers[1]
+    assert str(engine.prepared).startswith("int8, decoding torch: the states are small")
+
+
+def test_a_precision_that_the_device_lacks_is_replaced_by_the_next_best_and_said(folder, monkeypatch, caplog):
+    monkeypatch.setattr(loading, "has_bf16", lambda: False)
+    assert load_model(folder, "cpu", "bf16")[0].dtype == torch.float32
+    assert "this processor has no bf16: the model computes in float32" in caplog.text
+    monkeypatch.setattr(loading, "packs", lambda: "this torch was built without oneDNN")
+    assert load_model(folder, "cpu", "int8")[0].dtype == torch.float32
+    assert "precision int8 cannot be had: this torch was built without oneDNN" in caplog.text
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    for half, asked, taken in ((True, "int8", "bf16"), (False, "bf16", "fp32"), (False, "int8", "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, half=half: half)
+        caplog.clear()
+        assert loading._possible(asked, torch.device("cuda")) == taken
+        assert len(caplog.records) == 1
