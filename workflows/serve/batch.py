@@ -172,7 +172,7 @@ class Batch:
                 sequence.take(token, None, token in ends)
 
     def _fail_running(self, error: Exception) -> None:
-        """End the running answers, of which no state is whole any more."""
+        """End the running answers, of which no state is whole any more; their slots are free again."""
         if isinstance(error, torch.OutOfMemoryError):
             limits = f"max_batch = {self._limits.max_batch} or prefill_tokens = {self._limits.prefill_tokens}"
             message = f"the GPU's memory is used up: lower limits.{limits}, or serve in bf16"

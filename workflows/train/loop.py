@@ -24,7 +24,16 @@ from workflows.train.job import StageError, StageJob
 from workflows.train.optim import start_engine
 from workflows.train.saver import Saver
 from workflows.train.stage import describe, freeze, total_steps
-from workflows.train.step import LossWatch, Meter, batch_maker, grad_norm, seed_step, take_step
+from workflows.train.step import (
+    LossWatch,
+    Meter,
+    batch_maker,
+    grad_norm,
+    memory_advice,
+    refuse_device,
+    seed_step,
+    take_step,
+)
 from workflows.train.validation import Samples, ValidationLoss
 
 
@@ -84,6 +93,7 @@ class Worker:
         self.job, self.rank, self.world = job, rank, world
         self.stage, self.config = job.stage, job.train
         self._sent: list = []
+        refuse_device(self.config)
         torch.manual_seed(job.seed)
         self.start_from = Folder(job.start_from).fetch()
         model = MLMambaForConditionalGeneration.from_pretrained(self.start_from, dtype=torch.float32)
@@ -137,7 +147,8 @@ class Worker:
         try:
             for step, micro_batches in zip(range(self.done + 1, self.steps + 1), stream, strict=False):
                 seed_step(self.job.seed, step, self.rank)
-                loss, tokens = take_step(self.engine, micro_batches, self.world)
+                with memory_advice(self.stage, self.config, step):
+                    loss, tokens = take_step(self.engine, micro_batches, self.world)
                 meter.add(loss, tokens)
                 if why := self._after_step(step, meter):
                     return why

@@ -3,7 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,8 @@ from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.positions import Positions, find_positions
 from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, collate
+from workflows.recipe.train import StageRecipe, TrainRecipe
+from workflows.train.job import StageError
 
 
 @dataclass(frozen=True)
@@ -203,3 +205,29 @@ class LossWatch:
             return f"the loss has risen to {loss:.3f} from {lowest:.3f} (train.max_loss_rise is {self._rise:g})"
         self.lowest = loss if lowest is None else min(loss, lowest)
         return ""
+
+
+def refuse_device(train: TrainRecipe) -> None:
+    """Raises StageError where this worker's GPU does not compute in the recipe's precision."""
+    if train.precision != "bf16" or not (train.gpus_per_worker and torch.cuda.is_available()):
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise StageError(f"train.precision is bf16, and {name} does not compute in it: set train.precision=fp32")
+
+
+@contextmanager
+def memory_advice(stage: StageRecipe, train: TrainRecipe, step: int) -> Iterator[None]:
+    """A GPU that is out of memory inside the block raises StageError, which says what of the recipe takes less.
+
+    It ends the stage by an error and not as stopped: the other workers wait for this one.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows = stage.micro_batch_rows
+        ways = [f"micro_batch_rows of stage {stage.name} ({rows})" if rows > 1 else "the data's max_tokens"]
+        ways += [] if train.activation_checkpointing else ["set train.activation_checkpointing=true"]
+        ways += [] if train.zero_stage == 3 else [f"raise train.zero_stage ({train.zero_stage})"]
+        ways += [] if train.precision == "bf16" else ["set train.precision=bf16"]
+        raise StageError(f"the GPU's memory was used up in step {step}: lower {', or '.join(ways)}") from error

@@ -309,6 +309,21 @@ def test_a_failing_step_fails_its_answers_and_no_others(engine, loaded, monkeypa
     wait_for(lambda: engine._batch.pool.used == 0)
 
 
+def test_a_step_without_memory_says_in_the_log_what_to_lower(engine, loaded, monkeypatch, caplog):
+    original = loaded[0].forward
+
+    def forward(input_ids, **kwargs):
+        if input_ids.shape[1] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ...")
+        return original(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(loaded[0], "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.submit(words(engine), Settings(3)).result(30)
+    limit = engine.limits.max_batch
+    assert f"the GPU's memory is used up: lower limits.max_batch = {limit}" in caplog.text
+
+
 def test_output_that_is_no_number_is_an_error_of_that_row_alone(engine, loaded, monkeypatch):
     original = loaded[0].forward
 

@@ -14,7 +14,9 @@ from tests.helpers.fake_gpu import FakeGPU, gradients
 from tests.helpers.host_reads import HostRead, no_host_reads
 from tests.helpers.images import encoded
 from tests.helpers.tiny import HYBRID, IMAGE_ID, PER_IMAGE, prompt, tiny_model
-from workflows.train.step import MicroBatch, batch_maker
+from workflows.recipe.train import StageRecipe, TrainRecipe
+from workflows.train.job import StageError
+from workflows.train.step import MicroBatch, batch_maker, memory_advice, refuse_device
 
 LENGTH = 24
 
@@ -119,3 +121,34 @@ def test_on_a_faked_gpu_no_tensor_is_left_behind_and_none_is_float64(micro_batch
     trained = {name: found.get(id(weight)) for name, weight in weights.items() if weight.requires_grad}
     assert [name for name, gradient in trained.items() if gradient is None] == []
     assert {(g.device.type, g.dtype) for g in trained.values()} == {("cuda", torch.float32)}
+
+
+STAGE = {"name": "full", "trains": ["language_model"], "steps": 1, "learning_rate": 1e-3, "batch_rows": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "advice"),
+    [
+        ({}, 4, "lower micro_batch_rows of stage full (4), or set train.activation_checkpointing=true, or raise "),
+        ({"precision": "bf16", "zero_stage": 3, "activation_checkpointing": True}, 1, "lower the data's max_tokens"),
+    ],
+)
+def test_a_gpu_that_is_out_of_memory_says_what_takes_less(changes, rows, advice):
+    stage = StageRecipe(**STAGE, micro_batch_rows=rows)
+    train = TrainRecipe(workers=1, stages=[stage], **changes)
+    with pytest.raises(StageError) as failed, memory_advice(stage, train, 7):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    assert str(failed.value).startswith(f"the GPU's memory was used up in step 7: {advice}")
+    assert "\n" not in str(failed.value)
+
+
+def test_a_gpu_without_bf16_is_refused_before_the_first_step(monkeypatch):
+    stage = StageRecipe(**STAGE)
+    train = TrainRecipe(workers=1, stages=[stage], precision="bf16", gpus_per_worker=1)
+    refuse_device(train)  # here is no GPU at all, which the preflight says
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(StageError, match=r"train\.precision is bf16, and Tesla T4 does not compute in it"):
+        refuse_device(train)
+    refuse_device(train.model_copy(update={"precision": "fp32"}))
