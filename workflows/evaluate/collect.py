@@ -24,7 +24,7 @@ from pipelines.storage import write_atomic
 from workflows.errors import WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, Item, ids_text
 from workflows.evaluate.questions import open_store
-from workflows.train.trainer import Crew
+from workflows.train.trainer import Crew, CrewLost
 
 OnProgress = Callable[[int, int], None]
 SEEING, BLIND = "seeing", "blind"
@@ -117,10 +117,10 @@ def _run(
         }
     )
     try:
-        if crew is not None and crew.started:
-            _run_on_crew(tasks, setup, how, progress, crew)
-        else:
-            _run_on_ray_data(tasks, setup, how, progress)
+        if crew is None or not crew.started or not _run_on_crew(tasks, setup, how, progress, crew):
+            left = [task for task in tasks if not Path(task["file"]).exists()]
+            if left:
+                _run_on_ray_data(left, setup, how, progress)
     except (RayError, _Failed) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         raise WorkflowError(
@@ -150,19 +150,24 @@ class _Failed(Exception):
     """A training worker could not answer."""
 
 
-def _run_on_crew(tasks: list[dict], setup: str, how: Workers, progress: OnProgress, crew: Crew) -> None:
+def _run_on_crew(tasks: list[dict], setup: str, how: Workers, progress: OnProgress, crew: Crew) -> bool:
+    """Let training workers answer. Returns whether they did; what a crew that died leaves, others can do elsewhere."""
     answered = 0
 
     def count(event: dict) -> None:
         nonlocal answered
         if event["event"] == "answered":
-            answered = min(answered + 1, len(tasks))  # a worker that follows one that died counts its share again
+            answered += 1
             progress(answered, len(tasks))
 
     texts = tuple(json.dumps(task) for task in tasks)
-    outcome = crew.run(AnswerJob(setup, texts, how.workers), "the evaluation", count)
+    try:
+        outcome = crew.run(AnswerJob(setup, texts, how.workers), "the evaluation", count, again=False)
+    except CrewLost:
+        return False
     if "failed" in outcome:
         raise _Failed(outcome["failed"])
+    return True
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ class AnswerJob:
     """How many of them answer at most."""
 
     def run(self, rank: int, world: int, tell: Callable[[dict], object]) -> dict:
-        """Answer this worker's share; what a worker that died before had written stays.
+        """Answer this worker's share.
 
         An error is told and not raised: Ray Train would take it for a failed training and start anew.
         """
@@ -183,8 +188,7 @@ class AnswerJob:
         try:
             worker = _Worker(self.setup) if share else None
             for task in share:
-                if not Path(json.loads(task)["file"]).exists():
-                    worker({"task": task})
+                worker({"task": task})
                 tell({"event": "answered"})
         except Exception as error:
             return {"failed": f"{type(error).__name__}: {error}"}

@@ -79,6 +79,10 @@ def run_stage(
     return out
 
 
+class CrewLost(RuntimeError):
+    """Workers died at a job that need not be theirs."""
+
+
 class Crew:
     """The training workers of a run, started with their first job. A context manager: they leave at its end.
 
@@ -125,7 +129,7 @@ class Crew:
         """Whether there are workers that wait for a job."""
         return self._group is not None and self._group.is_alive()
 
-    def run(self, job, name: str, on_event: OnEvent) -> dict:
+    def run(self, job, name: str, on_event: OnEvent, again: bool = True) -> dict:
         """Give all workers a job and wait for its end. Returns rank 0's outcome.
 
         When a worker dies the group starts again with the same job, as often as the recipe allows for each job.
@@ -135,9 +139,11 @@ class Crew:
             name: what it is called in errors.
             on_event: called with every event. One on which it fails is dropped with a warning, so that training does
                 not end because a line of its log could not be written.
+            again: when a worker dies, wait for another group, which may want a node that is lost.
 
         Raises:
             WorkflowError: workers failed more often than allowed.
+            CrewLost: one died, and not `again`; the others are sent home.
         """
         failures, before, began = 0, 0, time.monotonic()
 
@@ -167,6 +173,9 @@ class Crew:
             handle(events)
             if outcome is not None:
                 return outcome
+            if failures and not again:
+                self.dismiss()
+                raise CrewLost(name)
             if not self.started:
                 handle(ray.get(self._desk.take.remote(_LOOK))[0])
                 # Ray Train counts over all jobs of a group; one whose own failures are few enough gets another group.
