@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -44,6 +45,16 @@ class Access(StrictModel):
         for pattern in patterns:
             UrlPattern.parse(pattern)
         return patterns
+
+    @field_validator("origins")
+    @classmethod
+    def _sites(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
+                raise ValueError(
+                    f"{origin!r} is no site; write https://HOST or https://HOST:PORT, without a path, or *"
+                )
+        return origins
 
     def keys(self, environment: dict[str, str]) -> list[str]:
         """The API keys, from the file and from the environment variable; none where neither is set.

@@ -41,10 +41,17 @@ from mlmamba.image_files import format_of
 from workflows.registry.register import Example
 from workflows.serve.intake import GZIP, Bodies, content_encoding
 from workflows.serve.openai import ApiError, ErrorBody, add_request_schema
-from workflows.serve.request_log import Record, RequestLog
 from workflows.serve.service import Service, api_error
 from workflows.serve.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from workflows.serve.transport import Envelope, EventStream, error_response, routed_path, unless_disconnected
+from workflows.serve.transport import (
+    Envelope,
+    EventStream,
+    Record,
+    RequestLog,
+    error_response,
+    routed_path,
+    unless_disconnected,
+)
 
 T = TypeVar("T")
 _RECORD = "mlmamba.record"  # key of a request's Record in its ASGI scope

@@ -177,6 +177,8 @@ def check_keys(host: str, access: Access, needed: bool) -> bool:
         keys = access.keys(dict(os.environ))
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if "*" in access.origins and not keys:
+        raise UsageError(f"--origins '*' lets every web page ask, so API keys are needed: set {KEYS_VARIABLE}")
     if needed and not keys:
         raise UsageError(
             f"--host {host}: others can reach that address, so API keys are needed: set {KEYS_VARIABLE} (separated by "

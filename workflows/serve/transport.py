@@ -1,4 +1,5 @@
-"""Between the routes and the wire: answers as streams, clients that leave, and what every response has in common.
+"""Between the routes and the wire: answers as streams, clients that leave, and what every response has in common: its
+headers, and a line of the log.
 
 FastAPI encodes the events (fastapi.sse). It and Starlette notice that a client has left only when something is sent, so
 a question that waits in the queue would be computed for nobody; `unless_disconnected` listens meanwhile.
@@ -6,9 +7,12 @@ a question that waits in the queue would be computed for nobody; `unless_disconn
 
 import asyncio
 import json
+import logging
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
@@ -16,6 +20,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from workflows.serve.openai import ApiError
+
+if TYPE_CHECKING:
+    from workflows.serve.service import Conversation, Served
 
 SECURITY_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 
@@ -150,3 +157,78 @@ def routed_path(scope: dict) -> str:
     """The path as the routes see it: without the prefix under which the application is mounted (`route_prefix`)."""
     root, path = scope.get("root_path", "").rstrip("/"), scope["path"]
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+LOGGER = "mlmamba.requests"
+_QUIET = ("/healthz", "/health", "/readyz", "/metrics")  # asked every few seconds
+_PATHS = (
+    *_QUIET,
+    *("/", "/openapi.json", "/version", "/v1/models", "/v1/chat/completions", "/tokenize", "/detokenize"),
+    "/webhooks/mlflow",
+)
+"""Paths that are written down; others could say anything."""
+
+
+@dataclass
+class Record:
+    """What is remembered about a request until its end."""
+
+    client: str
+    """Whose turn it is when several wait: a digest of the API key, or the address where there are no keys."""
+    conversation: "Conversation | None" = None
+
+    @property
+    def served(self) -> "Served | None":
+        """The model that answers it, once that is decided."""
+        return None if self.conversation is None else self.conversation.served
+
+
+class RequestLog:
+    """One line of JSON for each request, without what was asked or answered.
+
+    It goes to the logger `mlmamba.requests`, which is stderr unless it was set up otherwise.
+    """
+
+    def __init__(self):
+        self._logger = logging.getLogger(LOGGER)
+        if not self._logger.handlers:
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            self._logger.addHandler(handler)
+            self._logger.propagate = False
+            self._logger.setLevel(logging.INFO)
+
+    def write(self, record: Record, scope: dict, status: int, seconds: float, version: str) -> None:
+        """Write a request's line. `status` is 499 where the client left before an answer."""
+        path = routed_path(scope)
+        path = path if path in _PATHS else "other"
+        if path in _QUIET and status == 200:
+            return
+        line = {
+            "time": round(time.time(), 3),
+            "event": "request",
+            "method": scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other",
+            "path": path,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "version": version,
+        }
+        if record.conversation is not None:
+            line |= _details(record.conversation)
+        self._logger.info(json.dumps(line))
+
+
+def _details(conversation: "Conversation") -> dict:
+    answers = conversation.answers
+    details = {"id": conversation.id, "stream": conversation.streams, "images": conversation.images}
+    if not answers:
+        return details | {"finish_reason": None}
+    first = answers[0]
+    return details | {
+        "prompt_tokens": first.prompt_tokens,
+        "cached_tokens": first.cached_tokens,
+        "completion_tokens": sum(answer.completion_tokens for answer in answers),
+        "finish_reason": first.finish_reason,
+        "queue_seconds": round(first.timing.queued, 4),
+        "first_token_seconds": round(first.timing.first_token, 4),
+    }

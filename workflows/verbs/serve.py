@@ -28,6 +28,8 @@ def serve(a: argparse.Namespace) -> None:
         first = error.errors(include_url=False)[0]
         option = "--" + "-".join(str(first["loc"][0]).split("_"))
         raise UsageError(f"{option}: {first['msg']}") from error
+    if not all(name.strip() == name != "" for name in a.served_model_name):
+        raise UsageError("--served-model-name: a name is not empty and has no white space outside")
     if not re.fullmatch(ROOT_PATH, a.root_path):
         raise UsageError(f"--root-path {a.root_path}: it begins with / and ends without, such as /llm")
     serve_model(

@@ -11,9 +11,9 @@ from tests.helpers.serving import load_tiny, raw, resolved, running, serve
 from workflows.serve.engine import Engine
 from workflows.serve.metrics import Metrics
 from workflows.serve.options import Limits
-from workflows.serve.request_log import LOGGER
 from workflows.serve.sampling import Answer, Timing
 from workflows.serve.service import Served
+from workflows.serve.transport import LOGGER
 
 LIMITS = Limits(max_batch=2, default_tokens=8)
 HELLO = {"messages": [{"role": "user", "content": "a secret question"}]}

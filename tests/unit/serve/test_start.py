@@ -81,9 +81,14 @@ def test_a_certificate_needs_both_files_that_fit(tmp_path):
         (["--max-tokens", "0"], "--max-tokens: "),
         (["--max-model-len", "-1"], "--max-model-len: "),
         (["--ssl-keyfile", "x"], "give both"),
+        (["--served-model-name", ""], "--served-model-name: "),
+        (["--origins", "chat.example.com"], "--origins: "),
+        (["--origins", "https://chat.example.com/"], "without a path"),
+        (["--origins", "*"], "API keys are needed"),
     ],
 )
-def test_options_that_cannot_be(options, message, capsys):
+def test_options_that_cannot_be(options, message, capsys, monkeypatch):
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     assert main(["serve", "nowhere", *options]) == 2
     assert message in capsys.readouterr().err
 
