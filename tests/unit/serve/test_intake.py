@@ -1,14 +1,16 @@
 """No client keeps the others waiting: bodies that stand still, and one that sends a hundred requests."""
 
 import asyncio
+import gzip
 import math
+import random
 import threading
 
 import pytest
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from workflows.serve.intake import Bodies, FairQueue, Readers
+from workflows.serve.intake import Bodies, FairQueue, Readers, inflated
 from workflows.serve.openai import ApiError
 from workflows.serve.options import Limits
 
@@ -192,3 +194,11 @@ def test_a_fair_queue():
     assert queue.give_way("d") is None  # it would have as many
     queue.drop(lambda item: item == "a2")
     assert (len(queue), queue.take(), list(queue)) == (0, None, [])
+
+
+def test_a_small_body_does_not_become_a_large_one():
+    text = bytes(random.Random(0).choices(b"abcd", k=3_000_000))
+    assert inflated(gzip.compress(text), 2**25) == text
+    with pytest.raises(ApiError, match="over the limit of") as caught:
+        inflated(gzip.compress(b" " * 20_000_000), 2**25)  # a thousand times its size
+    assert caught.value.status == 413
