@@ -138,7 +138,7 @@ def describe_data(folders: dict[str, Folder]) -> list[dict]:
 # What pyfunc.py and the package mlmamba import beside the standard library (tests/unit/registry/test_pyfunc.py).
 NEEDED = (
     *("torch", "torchvision", "timm", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
-    *("jinja2", "pillow", "numpy", "pandas"),
+    *("filelock", "jinja2", "pillow", "numpy", "pandas"),
 )
 
 

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def package(folder, tmp_path_factory) -> str:
+def package(folder, tmp_path_factory) -> Path:
     """The package as registration writes it."""
     package = tmp_path_factory.mktemp("package") / "model"
     mlflow.pyfunc.save_model(
@@ -44,13 +44,13 @@ def package(folder, tmp_path_factory) -> str:
         model_config=pyfunc.OPTIONS,
         **carried(),
     )
-    return str(package)
+    return package
 
 
 @pytest.fixture(scope="module")
 def model(package):
     """The package loaded by MLflow."""
-    return mlflow.pyfunc.load_model(package)
+    return mlflow.pyfunc.load_model(str(package))
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_the_scoring_server_says_which_row_is_wrong(client):
 
 
 def test_whoever_loads_it_chooses_what_it_computes_in(package, model, image):
-    small = mlflow.pyfunc.load_model(package, model_config={"precision": "int8"})
+    small = mlflow.pyfunc.load_model(str(package), model_config={"precision": "int8"})
     prepared = [loaded.unwrap_python_model()._answerer.model.prepared for loaded in (model, small)]
     assert [one.precision for one in prepared] == ["fp32", "int8"]
     assert len(small.predict(pd.DataFrame({"question": [QUESTION], "image": [image]}))) == 1
