@@ -24,6 +24,7 @@ from pipelines.sources import Fragment, open_source
 from pipelines.sources.open import Choice, share_rows
 from pipelines.tokenize import worker_source
 
+_LISTED = 8  # fragments that a task lists
 _UNITS_AT_ONCE = 4  # a CPU, where a limit may make the rest unnecessary
 _NUMBERS = pa.schema([("row", pa.int32()), ("times", pa.int32())])
 
@@ -153,23 +154,25 @@ def _list_fragments(cut: SourceCut, names: bool) -> None:
     at_once = _UNITS_AT_ONCE * int(ray.cluster_resources().get("CPU", 1))
     files, cut.records, cut.files = iter(cut.files), 0, []
     while some := list(islice(files, at_once if cut.config.limit else None)):
+        parts = [(file, start) for file, count in some for start in range(0, count, _LISTED)]
         tasks = [
-            {"source": source, "file": file, "number": len(cut.files) + i, "place": cut.place, "names": names}
-            for i, (file, _) in enumerate(some)
+            {"source": source, "file": file, "start": start, "number": len(cut.files) + i}
+            | {"place": cut.place, "names": names}
+            for i, (file, start) in enumerate(parts)
         ]
-        found = {result["number"]: result for result in run_tasks(list_unit, tasks)}
+        found = {result["number"]: result for result in run_tasks(list_fragments, tasks)}
         cut.files += [(found[task["number"]]["file"], found[task["number"]]["fragments"]) for task in tasks]
         cut.records += sum(result["records"] for result in found.values())
         if cut.config.limit and cut.records >= cut.config.limit:
             break
 
 
-def list_unit(task: dict) -> dict:
-    """Count the records of a unit's fragments, and write their ids' digests if asked. Runs inside a Ray task."""
+def list_fragments(task: dict) -> dict:
+    """Count the records of some fragments, and write their ids' digests if asked. Runs inside a Ray task."""
     source, counted, total = worker_source(task["source"]), [], 0
     schema = pa.schema([("id", pa.binary(DIGEST_BYTES))])
     ids = []
-    for line in storage.read_bytes(task["file"]).splitlines():
+    for line in storage.read_bytes(task["file"]).splitlines()[task["start"] : task["start"] + _LISTED]:
         fragment = Fragment(**json.loads(line))
         found = [digest(record.id.encode()) if task["names"] else b"" for record in source.read(fragment)]
         counted.append(json.dumps(asdict(replace(fragment, records=len(found)))))

@@ -91,7 +91,7 @@ def test_a_digest_changes_with_what_a_partition_holds_alone(corpus, tmp_path):
 
 def test_no_more_shards_are_listed_than_a_limit_asks_for(corpus, tmp_path, monkeypatch):
     listed = []
-    count = fragments.list_unit
-    monkeypatch.setattr(fragments, "list_unit", lambda task: listed.append(task["number"]) or count(task))
+    count = fragments.list_fragments
+    monkeypatch.setattr(fragments, "list_fragments", lambda task: listed.append(task["number"]) or count(task))
     cut_sources({"train-0": configs(corpus, limit=5)[1]}, 100, str(tmp_path))
     assert sorted(listed) == [0, 1, 2, 3]
