@@ -9,12 +9,14 @@ Start it before Ray: workers take the keys from the environment that Ray is star
 """
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +84,46 @@ def running_s3() -> Iterator[S3]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@dataclass
+class Traffic:
+    """What came out of a server through `counted`."""
+
+    bytes: int = 0
+    requests: int = 0
+
+
+@contextmanager
+def counted(server: S3) -> Iterator[tuple[S3, Traffic]]:
+    """The same server at another address, where bytes that it sends are counted, and the pieces that it is sent."""
+    traffic, lock = Traffic(), threading.Lock()
+    host, port = server.address.split(":")
+
+    def pass_on(source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                with lock:
+                    traffic.bytes += len(data) if answers else 0
+                    traffic.requests += not answers
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            behind = socket.create_connection((host, int(port)))
+            for ends in ((client, behind, False), (behind, client, True)):
+                threading.Thread(target=pass_on, args=ends, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        yield S3(f"127.0.0.1:{listener.getsockname()[1]}", server.bucket), traffic
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def _wait(process: subprocess.Popen, url: str) -> None:

@@ -1,21 +1,24 @@
 """Every kind of source from a real S3 server, prepared on a real Ray into the same server: as from a local disk."""
 
 import json
+import random
 
 import pyarrow as pa
 import pytest
 import ray
 
 from pipelines import storage
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, TokenizerConfig
 from pipelines.manifest import Manifest
 from pipelines.packed import PackedDataset
 from pipelines.prepare import prepare
 from pipelines.sources import open_source
+from pipelines.sources.files import _BLOCK
+from pipelines.tokenizer import load_or_train, save
 from pipelines.verify import verify
 from tests.helpers.corpora import conversation, write_files, write_parquet, write_tar, write_zip
 from tests.helpers.images import encoded
-from tests.helpers.s3 import running_s3
+from tests.helpers.s3 import counted, running_s3
 
 COUNT = 12
 TOKENS_PER_IMAGE, SEED = 4, 7
@@ -159,6 +162,26 @@ def test_a_flipped_byte_in_the_store_is_found(s3, local):
     data[len(data) // 2] ^= 1
     storage.write_atomic(shard, bytes(data))
     assert [problem.split(" has ")[0] for problem in verify(out)] == [manifest.shards[0].path]
+
+
+def test_a_tar_is_fetched_once(s3, tmp_path):
+    size, chance = 0, random.Random(0)
+    for shard in range(4):
+        members = []
+        for i in range(50):
+            image = encoded(i) + chance.randbytes(200_000)  # what follows an image's end is not looked at
+            members += [(f"{i:02}.png", image), (f"{i:02}.txt", f"A caption {i} of {shard}.")]
+        size += write_tar(tmp_path / f"tar/w-{shard}.tar", members).stat().st_size
+    s3.upload(tmp_path / "tar", "once")
+    tokenizer = str(tmp_path / "tokenizer")
+    save(load_or_train(TokenizerConfig(train_vocab_size=300), ["A caption 1 of 2."]), tokenizer)
+    with counted(s3) as (server, traffic):
+        shards = {"type": "webdataset", "shards": server.uri("once/w-{0..3}.tar"), "caption": "txt"}
+        settings = {"tokenizer": {"name": tokenizer}, "max_tokens": 128, "shard_rows": 8, "deduplicate": False}
+        manifest = prepare(DataConfig(train=[shards], **settings), str(tmp_path / "set"), TOKENS_PER_IMAGE, SEED)
+    assert manifest.splits["train"].samples == 200
+    # Besides, the driver tries the tokenizer on the first hundred records, and one task looks at the first of all.
+    assert traffic.bytes < 1.05 * size + 100 * 200_000 + 2 * _BLOCK
 
 
 def test_what_is_not_in_the_store_is_named(s3):
