@@ -11,7 +11,8 @@ import logging
 import torch
 from torch import Tensor
 
-from mlmamba.decoding import Decoder, StatePool, Tokens
+from mlmamba.decoding import Decoder, Tokens
+from mlmamba.state_pool import StatePool
 from workflows.serve.detokenize import TokenText
 from workflows.serve.grammar import restrict
 from workflows.serve.openai import without_message

@@ -7,16 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mlmamba import choosing
-from mlmamba.decoding import Decoder, StatePool, pack, prepare
+from mlmamba import choosing, decoding
+from mlmamba.decoding import Decoder, pack, prepare
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.ops import compiled
 from mlmamba.ops.packed import PackedLinear, has_bf16
 from mlmamba.state import LayerState, MambaState
+from mlmamba.state_pool import StatePool
 from tests.helpers.closeness import assert_close
 from tests.helpers.fake_gpu import FakeGPU
 from tests.helpers.host_reads import HostRead, no_host_reads
-from tests.helpers.tiny import images, prompt, tiny_config, tiny_model
+from tests.helpers.tiny import HYBRID, images, prompt, tiny_config, tiny_model
 from workflows.serve.sampling import Settings, choose, generator_of
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -60,6 +61,19 @@ def test_a_prepared_model_gives_the_same_answers(larger):
     packed = [name for name, module in larger.named_modules() if isinstance(module, PackedLinear)]
     assert packed == [f"language_model.backbone.layers.{i}.mixer.in_proj" for i in range(3)]  # the large ones
     assert answers(larger) == before
+
+
+@pytest.mark.parametrize("factors", [{}, {"ssm_multipliers": [0.5, 1.0, 1.0, 2.0, 1.0], "ssm_out_multiplier": 0.5}])
+@pytest.mark.parametrize("norm", ["gated", "before_gate", "none"])
+def test_a_prepared_hybrid_gives_the_same_answers(factors, norm, monkeypatch):
+    """Each kind of block has a step of its own; a mixer of another norm takes its ordinary way."""
+    monkeypatch.setattr(decoding, "WORTH_PACKING", 0)
+    model = tiny_model(HYBRID | factors | {"mixer_norm": norm})
+    before = answers(model)
+    way = prepare(model, make=False)
+    assert way.decoding.startswith("torch: the states are small" if norm == "gated" else "torch: the mixer's norm is")
+    assert answers(model) == before
+    assert not Decoder(model, 2, ahead=True).ahead  # attention's keys and values grow, so nothing is captured
 
 
 def test_its_weights_can_still_be_saved(larger, tmp_path):

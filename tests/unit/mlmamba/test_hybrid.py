@@ -125,8 +125,3 @@ def test_adapters_go_on_every_mixer_and_merge_into_the_same_logits():
             state = out.cache_params
         assert_close(out.logits[0, 0], before[0, -1], 1e-4)
     assert_close(logits(adapted.merge_and_unload()), before, 1e-5)
-
-
-def test_decoding_of_a_hybrid_is_not_compiled_and_the_log_says_so(model, caplog):
-    assert not model.language_model.backbone.compile_decoding()
-    assert "decoding is not compiled: the model has blocks other than Mamba-2" in caplog.text

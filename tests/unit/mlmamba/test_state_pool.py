@@ -3,7 +3,7 @@
 import torch
 
 from mlmamba.state import LayerState, MambaState
-from workflows.serve.batch import StatePool
+from mlmamba.state_pool import StatePool
 
 
 def test_slots_take_a_state_that_was_made_beside_them():
