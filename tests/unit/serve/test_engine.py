@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from mlmamba.conversation import Turn
+from mlmamba.decoding import Decoder
 from mlmamba.loading import load_model
 from tests.helpers.images import image
 from tests.helpers.processes import wait_for
 from tests.helpers.tiny import PER_IMAGE, tiny_model, tiny_tokenizer
+from workflows.serve import batch
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
 from workflows.serve.options import Limits
 from workflows.serve.sampling import Prompt, Settings
@@ -104,6 +106,58 @@ def test_answers_are_those_of_generate_whoever_joins_and_leaves(engine, loaded):
         assert (answer.prompt_tokens, answer.completion_tokens) == (len(prompt.input_ids), len(answer.ids))
         assert (answer.finish_reason == "length") == (len(answer.ids) == count and answer.ids[-1] != 0)
     assert len({answer.ids for answer in answers}) > 20
+
+
+@pytest.fixture
+def ahead(loaded, monkeypatch):
+    """An engine whose steps begin before the last tokens are here, as on a GPU."""
+    monkeypatch.setattr(batch, "Decoder", lambda *arguments: Decoder(*arguments, ahead=True))
+    engine = Engine(*loaded, SMALL, threads=1)
+    assert engine._batch._decoder.ahead
+    yield engine
+    engine.close()
+
+
+WAYS = [
+    {},
+    {"temperature": 0.9, "seed": 3},
+    {"temperature": 1.2, "top_p": 0.7, "seed": 4},
+    {"logprobs": 2},
+    {"stop": ("a", "e")},
+    {"temperature": 0.8, "seed": 5, "logprobs": 0},
+]
+
+
+def test_where_steps_begin_ahead_answers_are_the_same(engine, ahead):
+    """Greedy, sampled and such that the host takes part in, at random times over four slots."""
+    chance = random.Random(1)
+    asked = [(chance.randrange(6), Settings(chance.randrange(1, 20), **chance.choice(WAYS))) for _ in range(40)]
+    found = []
+    for own in (engine, ahead):
+        given, futures = prompts(own), []
+        for which, settings in asked:
+            wait_for(lambda own=own: own.load[0] < SMALL.max_waiting)
+            futures.append(own.submit(given[which], settings))
+            time.sleep(chance.choice([0, 0, 0.002]))
+        found.append([future.result(60) for future in futures])
+    for ours, truth in zip(found[1], found[0], strict=True):
+        assert (ours.ids, ours.text, ours.finish_reason) == (truth.ids, truth.text, truth.finish_reason)
+        assert [report.data for report in ours.logprobs or ()] == [report.data for report in truth.logprobs or ()]
+    wait_for(lambda: ahead._batch.pool.used == 0)
+
+
+def test_where_steps_begin_ahead_a_kept_state_has_read_what_it_says(engine, ahead):
+    """A conversation goes on from the state after an answer, which one step too many may have moved on."""
+    for own in (engine, ahead):
+        turns, answers = [], []
+        for question in ("what is it?", "and why?", "no"):
+            turns.append(Turn("user", question))
+            answer = own.submit(own.prepare(turns, []), Settings(7)).result(30)
+            answers.append(answer.ids)
+            turns.append(Turn("assistant", answer.text))
+        if own is engine:
+            expected = answers
+    assert answers == expected
 
 
 def test_the_text_is_what_the_tokenizer_makes_of_the_tokens(engine, loaded):
