@@ -19,7 +19,7 @@ import pytest
 from tests.helpers.certificates import certificate
 from tests.helpers.images import encoded
 from tests.helpers.processes import free_port
-from tests.helpers.serve_client import data_uri, request
+from tests.helpers.serve_client import ServiceError, data_uri, request
 from tests.helpers.serving import load_tiny, raw, running, save_tiny, serve
 from workflows.errors import WorkflowError
 from workflows.serve.options import Limits
@@ -119,7 +119,7 @@ def served(tmp_path_factory):
                 try:
                     request(url, "/readyz")
                     break
-                except (OSError, urllib.error.URLError):
+                except (OSError, ServiceError):  # Ray Serve answers 404 before it knows the route
                     assert process.poll() is None, "mlmamba serve has ended"
                     time.sleep(0.5)
             yield url
