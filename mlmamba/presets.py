@@ -23,9 +23,10 @@ PAPER_CONNECTOR = {"name": "msc_advanced", "scan": "bsm", "head_dim": 64, "state
 SIZES = {"130m": (24, 768), "370m": (48, 1024), "780m": (48, 1536), "1.3b": (48, 2048), "2.7b": (64, 2560)}
 VOCABULARY, IMAGE_TOKEN_ID, LONGEST = 50_288, 50_277, 2777
 
-# Dense Granite-4.0-H, as their config.json on the hub has them: layers, which of them have attention, width, heads of
-# Mamba-2 and their width, heads of attention and of keys, inner width of the MLP. A layer is a mixer and an MLP, two
-# blocks. 340,332,224, 1,461,538,368 and 3,191,396,096 parameters (the cards say 340M, 1.5B and 3B).
+# Dense Granite-4.0-H: layers, which of them have attention, width, heads of Mamba-2 and their width, heads of attention
+# and of keys, inner width of the MLP. A layer is a mixer and an MLP, two blocks. From copies of their config.json; the
+# MLP's width and the vocabulary were missing there and are inferred. 340,332,224, 1,461,538,368 and 3,191,396,096
+# parameters; published as 350M, 1B and 3B.
 GRANITE = {
     "granite-4.0-h-350m": (32, (10, 13, 17, 27), 768, 48, 32, 12, 4, 2048),
     "granite-4.0-h-1b": (40, (5, 15, 25, 35), 1536, 48, 64, 12, 4, 4096),
