@@ -13,6 +13,8 @@ from torch.nn import functional as F
 PACKED = ("fp32", "bf16", "int8")
 # Most rows for which int8 weights are unpacked while they are read.
 _INT8_ROWS = 32
+# What torch's int8 kernel takes of inputs at once. It reads beyond the end of rows that are no multiple of it.
+_INT8_STEP = 64
 
 
 def packs() -> str:
@@ -58,12 +60,12 @@ class PackedLinear(nn.Module):
             y = torch.ops.mkldnn._linear_pointwise(x.to(self.computes_in), self._weight, self._bias, "none", [], "")
             return y.to(x.dtype)
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= _INT8_ROWS:
+        if 0 < len(rows) <= _INT8_ROWS and self.in_features % _INT8_STEP == 0:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self._weight, self._scale)
         else:  # whole numbers up to 127 are exact in bfloat16
             wide = torch.bfloat16 if has_bf16() else torch.float32
             y = F.linear(rows.to(wide), self._weight.to(wide)) * self._scale
-        y = y.to(x.dtype).reshape(*x.shape[:-1], -1)
+        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return y if self._bias is None else y + self._bias
 
     def dense(self) -> Tensor:

@@ -11,7 +11,7 @@ from mlmamba import choosing, decoding
 from mlmamba.decoding import Decoder, pack, prepare
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.ops import compiled
-from mlmamba.ops.packed import PackedLinear, has_bf16
+from mlmamba.ops.packed import PACKED, PackedLinear, has_bf16
 from mlmamba.state import LayerState, MambaState
 from mlmamba.state_pool import StatePool
 from tests.helpers.closeness import assert_close
@@ -99,6 +99,28 @@ def test_a_model_in_half_precision_or_int8_is_close(larger):
             found = other(ids, pixel_values=images(1)).logits
             assert found.dtype == torch.float32
             assert (found - exact).norm() < limit * exact.norm()
+
+
+@pytest.mark.parametrize("form", PACKED)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 33), (31, 64), (100, 7), (5, 1000), (129, 128)])
+def test_a_packed_layer_takes_any_shape(form, shape):
+    """torch's int8 kernel does not, and would read beyond the end of the weights."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(shape[1], shape[0], bias=shape[0] % 2 == 1)
+    packed = PackedLinear(layer, form)
+    with torch.no_grad():
+        for rows in ((1,), (2, 3), (40,), (0,), (2, 0)):
+            x = torch.randn(*rows, shape[1])
+            found, truth = packed(x), layer(x)
+            assert (found.shape, found.dtype) == (truth.shape, truth.dtype)
+            assert (found - truth).norm() <= (1e-5 if form == "fp32" else 0.03) * (truth.norm() + 1)
+        layer.weight.zero_()
+        assert torch.equal(PackedLinear(layer, form).dense(), torch.zeros(shape))
+
+
+def test_a_form_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="weights cannot be packed as 'int4'; expected one of fp32, bf16, int8"):
+        PackedLinear(torch.nn.Linear(2, 2), "int4")
 
 
 @pytest.mark.slow  # compiling takes half a minute
