@@ -263,17 +263,17 @@ def check_fit(train: TrainRecipe, nodes: list[dict[str, float]]) -> None:
     each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
     for kind, amount in each.items():
         there = sum(node.get(kind, 0) for node in nodes)
-        if train.workers * amount > there:
+        if train.least_workers * amount > there:
             raise WorkflowError(
-                f"training wants {train.workers} workers x {amount} {kind}, the cluster has {there:g} {kind}: "
+                f"training wants {train.least_workers} workers x {amount} {kind}, the cluster has {there:g} {kind}: "
                 "lower train.workers, or add nodes"
             )
     fit = sum(min(int(node.get(kind, 0) // amount) for kind, amount in each.items() if amount) for node in nodes)
-    if fit < train.workers:
+    if fit < train.least_workers:
         wants = " and ".join(f"{amount} {kind}" for kind, amount in each.items() if amount)
         raise WorkflowError(
-            f"training wants {train.workers} workers with {wants} each, the cluster's {len(nodes)} nodes hold {fit} of "
-            "them (a worker does not span nodes): lower train.cpus_per_worker or train.workers, or add nodes"
+            f"training wants {train.least_workers} workers with {wants} each, the cluster's {len(nodes)} nodes hold "
+            f"{fit} of them (a worker does not span nodes): lower train.cpus_per_worker or train.workers, or add nodes"
         )
 
 

@@ -83,7 +83,7 @@ def plan_training(recipe: Recipe, storage: Folder, given: dict[str, tuple[int, i
         "parameters": {**sizes, "total": sum(sizes.values())},
         "vocabulary": {"rows": model.config.text_config.vocab_size, "from": vocabulary_from},
         "tokens_per_image": tokens,
-        "workers": recipe.train.workers,
+        "workers": recipe.train.most_workers,
         "reckoned_with": _reckoned(recipe.train, machine),
         "zero_stage": recipe.train.zero_stage,
         "stages": stages,
@@ -106,7 +106,7 @@ def _stage(
         "weight_decay": stage.weight_decay,
         "batch_rows": stage.batch_rows,
         "micro_batch_rows": stage.micro_batch_rows,
-        "accumulation": stage.batch_rows // (train.workers * stage.micro_batch_rows),
+        "accumulation": stage.batch_rows // (train.most_workers * stage.micro_batch_rows),
         "rows": rows.as_dict(),
         "steps": stage.steps,
         "batch_samples": None,
@@ -136,7 +136,7 @@ def _stage(
         "positions": positions,
         "flops": flops,
         "hardware_flops": hardware,
-        "hours": flops / (machine.peak * machine.mfu * train.workers) / 3600 if machine.peak else None,
+        "hours": flops / (machine.peak * machine.mfu * train.most_workers) / 3600 if machine.peak else None,
         "memory": _memory(train, stage, data.max_tokens, per_row, trained, sizes, model, machine),
         "communication": _communication(train, stage, plan["accumulation"], trained, sizes, model),
     }
@@ -153,7 +153,7 @@ def _communication(train: TrainRecipe, stage: StageRecipe, micro_batches: int, t
     # Gradients pass through the language model whatever trains, and through what stands behind a part that trains.
     first = min(PARTS.index(part) for part in stage.trains)
     trains = [part for part in stage.trains if not (stage.lora and part == "language_model")]
-    figures = (train.workers, micro_batches, trained, size(trains), size(PARTS), size(PARTS[first:]))
+    figures = (train.most_workers, micro_batches, trained, size(trains), size(PARTS), size(PARTS[first:]))
     return [sent(number, *figures).as_dict() for number in STAGES]
 
 
@@ -182,7 +182,7 @@ def _memory(
     halves = sum(_halved(train, model, part) for part in trains)
     states = [
         model_states(
-            sum(sizes.values()), trained, train.workers, number, train.offload if number else "none", halves, gpu
+            sum(sizes.values()), trained, train.most_workers, number, train.offload if number else "none", halves, gpu
         )
         for number in STAGES
     ]

@@ -1,8 +1,8 @@
 """The recipe's training stages and how they run."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.config import DataConfig, StrictModel
 from pipelines.identity import Decides
@@ -104,11 +104,23 @@ class StageRecipe(StrictModel):
         return self
 
 
+def _one_or_two(workers: Any) -> Any:
+    numbers = workers if isinstance(workers, list | tuple) else [workers]
+    whole = all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in numbers)
+    if not whole or len(numbers) > 2 or (isinstance(workers, list | tuple) and len(numbers) < 2):
+        raise ValueError("give a number above 0, or two of them, [least, most]")
+    if numbers[0] > numbers[-1]:
+        raise ValueError(f"the first of [{numbers[0]}, {numbers[1]}] is the least, and is over the most")
+    return workers
+
+
 class TrainRecipe(StrictModel):
     """How the stages run."""
 
-    workers: Annotated[int, Decides.NOTHING] = Field(gt=0)
-    """Ray Train workers; with GPUs, one GPU each."""
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_one_or_two), Decides.NOTHING]
+    """Ray Train workers; with GPUs, one GPU each. Two numbers, [least, most], for a cluster whose nodes come and go:
+    training starts with as many as there is room for, goes on from its last checkpoint with the rest when a node is
+    lost, and grows when there is room again. Each step has the same rows whatever their number."""
     cpus_per_worker: Annotated[int, Decides.NOTHING] = Field(1, gt=0)
     """CPU cores, and torch threads, of one worker."""
     gpus_per_worker: Annotated[Literal[0, 1], Decides.NOTHING] = 0
@@ -158,10 +170,20 @@ class TrainRecipe(StrictModel):
         if self.zero_stage < needs:
             raise ValueError(f"offload = {self.offload} needs zero_stage {needs} or more, not {self.zero_stage}")
         for stage in self.stages:
-            per_pass = self.workers * stage.micro_batch_rows
+            per_pass = self.most_workers * stage.micro_batch_rows
             if stage.batch_rows % per_pass:
                 raise ValueError(
                     f"stage {stage.name!r}: batch_rows = {stage.batch_rows} does not divide into "
-                    f"workers x micro_batch_rows = {self.workers} x {stage.micro_batch_rows} = {per_pass}"
+                    f"workers x micro_batch_rows = {self.most_workers} x {stage.micro_batch_rows} = {per_pass}"
                 )
         return self
+
+    @property
+    def least_workers(self) -> int:
+        """With how many training can begin."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """How many it takes where there is room."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]

@@ -10,6 +10,7 @@ import uuid
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,11 +28,13 @@ from workflows.train.stage import describe, freeze, total_steps
 from workflows.train.step import (
     LossWatch,
     Meter,
+    MicroBatch,
     batch_maker,
     grad_norm,
     memory_advice,
     refuse_device,
     seed_step,
+    share_of,
     take_step,
 )
 from workflows.train.validation import Samples, ValidationLoss
@@ -138,12 +141,10 @@ class Worker:
 
     def train(self) -> str:
         """All steps that are left, and the export. Returns why the stage stopped, or "" when it is finished."""
-        per_rank = self.stage.batch_rows // self.world
         meter = Meter(self.stage.batch_rows * self.dataset.manifest.max_tokens)
         self.engine.train()
-        order = step_indices(self.dataset, self.job.seed, per_rank, self.rank, self.world, self.done)
-        numbered = zip(count(self.done + 1), order)
-        stream = prefetch(lambda item: self._make(item[1], step=item[0]), numbered, self.job.threads)
+        order = step_indices(self.dataset, self.job.seed, self.stage.batch_rows, 0, 1, self.done)
+        stream = prefetch(self._read, zip(count(self.done + 1), order), self.job.threads)
         try:
             for step, micro_batches in zip(range(self.done + 1, self.steps + 1), stream, strict=False):
                 seed_step(self.job.seed, step, self.rank)
@@ -156,6 +157,12 @@ class Worker:
             stream.close()
         self.saver.settle()  # a checkpoint that could not be written matters no more
         return self._export()
+
+    def _read(self, item: tuple[int, np.ndarray]) -> list[MicroBatch]:
+        """This worker's micro batches of a step, of its number and all its rows."""
+        step, rows = item
+        own, counts = share_of(rows, self.rank, self.world, self.stage)
+        return self._make(own, counts, step)
 
     def _after_step(self, step: int, meter: Meter) -> str:
         """Report, validate, save as the recipe says. Returns why the stage must stop, or ""."""

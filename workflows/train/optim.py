@@ -5,12 +5,13 @@ import math
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.torch_autocast import get_default_autocast_lower_precision_modules
 from torch import nn
 
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.saver import MemoryEngine
-from workflows.train.stage import GPU_BUCKET
+from workflows.train.stage import GPU_BUCKET, accumulation
 
 # On a CPU DeepSpeed would compile this extension on first use: it takes a minute and a compiler, and only inference
 # uses it.
@@ -54,7 +55,7 @@ def start_engine(model: nn.Module, stage: StageRecipe, train: TrainRecipe, steps
         model=model,
         optimizer=optimizer,
         lr_scheduler=schedule(stage, optimizer, steps),
-        config=deepspeed_config(stage, train),
+        config=deepspeed_config(stage, train, dist.get_world_size()),
     )
     MemoryEngine().attach(engine)
     return engine
@@ -70,8 +71,9 @@ def adamw_options(stage: StageRecipe, train: TrainRecipe) -> dict:
     return {"betas": stage.betas, "eps": stage.eps, "fused": fused}
 
 
-def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
-    """Return DeepSpeed's JSON config for a stage, without an optimizer: `start_engine` passes its own.
+def deepspeed_config(stage: StageRecipe, train: TrainRecipe, world: int) -> dict:
+    """Return DeepSpeed's JSON config for a stage and a number of workers, without an optimizer: `start_engine` passes
+    its own.
 
     bf16 means autocast over float32 weights, because DeepSpeed's own bf16 mode would also round A_log, dt_bias and D.
     On GPUs gradients are reduced while the backward pass goes on; on a CPU there is nothing to do that on.
@@ -85,7 +87,7 @@ def deepspeed_config(stage: StageRecipe, train: TrainRecipe) -> dict:
         zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": stage.micro_batch_rows,
-        "gradient_accumulation_steps": stage.batch_rows // (train.workers * stage.micro_batch_rows),
+        "gradient_accumulation_steps": accumulation(stage, world),
         "gradient_clipping": stage.clip if train.zero_stage else 0.0,  # without ZeRO, ClippedAdamW clips
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

@@ -53,6 +53,11 @@ def describe(stage: StageRecipe, sizes: list[PartSize]) -> str:
     return f"stage {stage.name}: trains {trained}; frozen: {frozen}; saves the whole model"
 
 
+def accumulation(stage: StageRecipe, world: int) -> int:
+    """Micro batches that each of `world` workers runs in a step."""
+    return -(-stage.batch_rows // (world * stage.micro_batch_rows))
+
+
 def total_steps(stage: StageRecipe, rows: int) -> int:
     """Count the optimizer steps of a stage over a data set of `rows` rows."""
     return stage.steps or max(1, round(stage.epochs * (rows // stage.batch_rows)))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,6 +18,7 @@ from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, collate
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.job import StageError
+from workflows.train.stage import accumulation
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def batch_maker(
             load = augment and partial(_changed, augment, (seed, step), rows[part])
             batch = collate(dataset.rows(rows[part]), dataset.manifest.max_tokens, pad, size, load)
             if counts is not None:
-                batch["labels"][~torch.tensor(counts[part])] = IGNORE_INDEX
+                without = ~torch.tensor(counts[part])
+                batch["labels"][without], batch["attention_mask"][without] = IGNORE_INDEX, False
             made.append(_micro_batch(batch, tokens, config, pin))
         return made
 
@@ -87,6 +90,23 @@ def _micro_batch(batch: dict[str, torch.Tensor], tokens_per_image: int, config, 
     if pin:
         inputs = {name: value.pin_memory() for name, value in inputs.items()}
     return MicroBatch(inputs, int(seen.sum()), int((labels != IGNORE_INDEX).sum()))
+
+
+def share_of(rows: np.ndarray, rank: int, world: int, stage: StageRecipe) -> tuple[np.ndarray, list[bool] | None]:
+    """A worker's rows of a step, and whether each counts; None where all do.
+
+    All workers get as many, in whole micro batches, as DeepSpeed wants it. Where the rows do not divide among them, the
+    last ones get a row again that does not count, so that a step is the same with any number of workers.
+
+    Args:
+        rows: of the whole step, int64 (rows,) indices.
+    """
+    each = accumulation(stage, world) * stage.micro_batch_rows
+    own = rows[rank * each : (rank + 1) * each]
+    if len(own) == each:
+        return own, None
+    missing = each - len(own)
+    return np.concatenate([own, np.repeat(rows[:1], missing)]), [True] * len(own) + [False] * missing
 
 
 def take_step(engine, micro_batches: list[MicroBatch], world: int) -> tuple[torch.Tensor, int]:

@@ -34,6 +34,7 @@ from workflows.train.job import StageJob, checkpoint_folder, stage_digest
 
 _LOOK = 1.0  # seconds between looks whether the workers are still there
 _LEAVE = 30.0  # seconds for them to leave
+_GROW = 60.0  # seconds between looks whether there is room for more workers; taking more costs steps and a new start
 logger = logging.getLogger(__name__)
 
 
@@ -121,7 +122,7 @@ class Crew:
     def suits(self, workers: int, cpus: int, gpus: float) -> bool:
         """Whether so many workers are there with so much each, and write where the driver reads."""
         have = self._train
-        enough = workers <= have.workers and cpus <= have.cpus_per_worker and gpus <= have.gpus_per_worker
+        enough = workers <= have.least_workers and cpus <= have.cpus_per_worker and gpus <= have.gpus_per_worker
         return self.started and enough and bool(gpus) == bool(have.gpus_per_worker) and not self._storage.remote
 
     @property
@@ -166,7 +167,9 @@ class Crew:
         ray.get(self._desk.give.remote(pickle.dumps(job)))
         while True:
             if not self.started:
-                handle([{"event": "note", "text": f"starting {self._train.workers} workers ..."}])
+                least, most = self._train.least_workers, self._train.most_workers
+                number = f"{most}" if least == most else f"{least} to {most}"
+                handle([{"event": "note", "text": f"starting {number} workers ..."}])
                 before = failures
                 self._start(name)
             events, outcome = ray.get(self._desk.take.remote(_LOOK))
@@ -206,7 +209,8 @@ class Crew:
             train_loop_config={"desk": self._desk},
             backend_config=JoinedByTorch("nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=train.workers,
+                num_workers=train.workers,  # two numbers: Ray Train takes as many as it finds room for
+                elastic_resize_monitor_interval_s=_GROW,
                 use_gpu=bool(train.gpus_per_worker),
                 resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
             ),

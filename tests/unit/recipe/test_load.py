@@ -31,7 +31,7 @@ def test_a_shipped_recipe_is_found_by_its_bare_name():
             "data.train.0={type: parquet, files: a, caption: b, annotations: c}",
             "annotations: unknown key; remove it. There",
         ),
-        ("train.workers=many", "train.workers: Input should be a valid integer"),
+        ("train.workers=many", "train.workers: give a number above 0, or two of them, [least, most]"),
         ("train.stages.0.learning_rate=-1", "(given: -1)"),
         ("train.stages.0.epochs=2", "give either epochs or steps"),
         ("train.stages.0.batch_rows=3", "batch_rows = 3 does not divide into workers x micro_batch_rows = 2 x 2 = 4"),

@@ -97,14 +97,14 @@ def test_steps_come_from_steps_or_epochs(length, expected):
 
 def test_accumulation_fills_the_batch():
     train = TrainRecipe(workers=2, stages=[stage(batch_rows=12, micro_batch_rows=2)])
-    assert deepspeed_config(train.stages[0], train)["gradient_accumulation_steps"] == 3
+    assert deepspeed_config(train.stages[0], train, 2)["gradient_accumulation_steps"] == 3
 
 
 @pytest.mark.parametrize(("gpus", "offload", "fused"), [(0, "none", False), (1, "none", True), (1, "optimizer", False)])
 def test_on_gpus_communication_overlaps_and_the_optimizer_is_one_kernel(gpus, offload, fused):
     """On a CPU both stay as they were, so that losses and weights do."""
     train = TrainRecipe(workers=1, gpus_per_worker=gpus, offload=offload, stages=[stage()])
-    assert deepspeed_config(train.stages[0], train)["zero_optimization"]["overlap_comm"] is bool(gpus)
+    assert deepspeed_config(train.stages[0], train, 1)["zero_optimization"]["overlap_comm"] is bool(gpus)
     assert adamw_options(train.stages[0], train) == {"betas": (0.9, 0.98), "eps": 1e-8, "fused": fused}
 
 
@@ -120,7 +120,7 @@ def test_in_bf16_all_linear_weights_travel_as_bf16_and_the_state_parameters_do_n
 
     model = tiny_model()
     train = TrainRecipe(workers=1, precision="bf16", stages=[stage()])
-    named = deepspeed_config(train.stages[0], train)["torch_autocast"]["lower_precision_safe_modules"]
+    named = deepspeed_config(train.stages[0], train, 1)["torch_autocast"]["lower_precision_safe_modules"]
     init_autocast_params(SimpleNamespace(module=model, zero_quantized_weights=lambda: False), torch.bfloat16, named)
     travels = {name: get_comm_dtype(parameter) for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():

@@ -16,7 +16,8 @@ from tests.helpers.images import encoded
 from tests.helpers.tiny import HYBRID, IMAGE_ID, PER_IMAGE, prompt, tiny_model
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.job import StageError
-from workflows.train.step import MicroBatch, batch_maker, memory_advice, refuse_device
+from workflows.train.stage import accumulation
+from workflows.train.step import MicroBatch, batch_maker, memory_advice, refuse_device, share_of
 
 LENGTH = 24
 
@@ -56,7 +57,7 @@ def test_rows_that_do_not_count_have_no_labels(model, micro_batches):
     assert torch.equal(first.inputs["positions"].labelled, micro_batches[0].inputs["positions"].labelled)
     assert second.predicted == 11
     assert second.inputs["positions"].labelled.max() < LENGTH
-    assert second.tokens == 2 * 16
+    assert second.tokens == 16  # of the row that counts
 
 
 def test_images_are_changed_by_seed_step_and_row_however_the_step_is_cut(model):
@@ -152,3 +153,24 @@ def test_a_gpu_without_bf16_is_refused_before_the_first_step(monkeypatch):
     with pytest.raises(StageError, match=r"train\.precision is bf16, and Tesla T4 does not compute in it"):
         refuse_device(train)
     refuse_device(train.model_copy(update={"precision": "fp32"}))
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 6, 12])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_a_step_has_the_same_rows_with_any_number_of_workers(batch_rows, micro):
+    stage = StageRecipe(name="full", trains=["connector"], steps=1, learning_rate=1, batch_rows=batch_rows,
+                        micro_batch_rows=micro)  # fmt: skip
+    rows = np.random.default_rng(0).permutation(100)[:batch_rows]
+    for world in range(1, 9):
+        shares = [share_of(rows, rank, world, stage) for rank in range(world)]
+        counted = [own if counts is None else own[counts] for own, counts in shares]
+        assert np.concatenate(counted).tolist() == rows.tolist()
+        assert {len(own) for own, _ in shares} == {accumulation(stage, world) * micro}
+        if batch_rows % (world * micro) == 0:
+            assert all(counts is None for _, counts in shares)
+
+
+def test_rows_that_do_not_count_are_no_tokens_either(model):
+    made = batch_maker(rows(), 2, model)
+    (whole,), (half,) = made(np.array([1, 2])), made(np.array([1, 2]), [True, False])
+    assert (half.tokens, half.labels) == (whole.tokens // 2, whole.labels // 2)
