@@ -117,10 +117,9 @@ def _run(
         }
     )
     try:
-        if crew is None or not crew.started or not _run_on_crew(tasks, setup, how, progress, crew):
-            left = [task for task in tasks if not Path(task["file"]).exists()]
-            if left:
-                _run_on_ray_data(left, setup, how, progress)
+        done = _run_on_crew(tasks, setup, how, progress, crew) if crew is not None and crew.started else set()
+        if left := [task for task in tasks if task["file"] not in done]:
+            _run_on_ray_data(left, setup, how, progress)
     except (RayError, _Failed) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         raise WorkflowError(
@@ -150,24 +149,23 @@ class _Failed(Exception):
     """A training worker could not answer."""
 
 
-def _run_on_crew(tasks: list[dict], setup: str, how: Workers, progress: OnProgress, crew: Crew) -> bool:
-    """Let training workers answer. Returns whether they did; what a crew that died leaves, others can do elsewhere."""
-    answered = 0
+def _run_on_crew(tasks: list[dict], setup: str, how: Workers, progress: OnProgress, crew: Crew) -> set[str]:
+    """Let training workers answer. Returns the files of what they did: what a crew that died leaves, others can do."""
+    answered: set[str] = set()
 
     def count(event: dict) -> None:
-        nonlocal answered
         if event["event"] == "answered":
-            answered += 1
-            progress(answered, len(tasks))
+            answered.add(event["file"])
+            progress(len(answered), len(tasks))
 
     texts = tuple(json.dumps(task) for task in tasks)
     try:
         outcome = crew.run(AnswerJob(setup, texts, how.workers), "the evaluation", count, again=False)
     except CrewLost:
-        return False
+        return answered
     if "failed" in outcome:
         raise _Failed(outcome["failed"])
-    return True
+    return {task["file"] for task in tasks}
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ class AnswerJob:
             worker = _Worker(self.setup) if share else None
             for task in share:
                 worker({"task": task})
-                tell({"event": "answered"})
+                tell({"event": "answered", "file": json.loads(task)["file"]})
         except Exception as error:
             return {"failed": f"{type(error).__name__}: {error}"}
         return {}
