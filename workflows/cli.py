@@ -7,7 +7,10 @@ recipe. Heavy libraries are imported by the verb that needs them, so that --help
 import argparse
 import gc
 import json
+import os
 import sys
+import threading
+from contextlib import suppress
 
 from workflows.errors import UsageError, WorkflowError
 from workflows.runtime import quiet_libraries
@@ -62,7 +65,15 @@ def execute(arguments: argparse.Namespace) -> tuple[int, dict | list | None]:
         print(f"mlmamba: {error}", file=sys.stderr)
         return 1, None
     except (KeyboardInterrupt, SystemExit):  # the latter: Ray Train's answer to Ctrl-C
-        print("\nmlmamba: stopped; run the same command again to go on", file=sys.stderr)
+        print("\nmlmamba: stopped; run the same command again to go on", file=sys.stderr, flush=True)
+        if any(thread.name == "workers" and thread.is_alive() for thread in threading.enumerate()):
+            # Of train/trainer.py. It is within Ray, where Ray's and Python's own clean-up would crash.
+            import psutil
+
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            os._exit(1)
         return 1, None
     failed = isinstance(result, dict) and result.pop("failed", False)
     return int(bool(failed)), result

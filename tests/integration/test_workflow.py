@@ -5,6 +5,7 @@ One run is shared by the tests that look at it; another is killed in the middle 
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from mlmamba.loading import load_model
 from tests.helpers.processes import free_port
+from tests.helpers.ray_cluster import lines_until, listen_to_interrupts
 from tests.helpers.serve_client import ask
 from tests.helpers.toy_workflow import mlmamba, recipe, start, write_corpus, write_recipe
 from workflows.recipe.load import load_recipe
@@ -189,3 +191,19 @@ def test_killed_in_training_it_goes_on_and_ends_in_the_same_weights(finished, re
     assert folders[0] != folders[1]
     ours, undisturbed = (load_file(Path(folder) / "model.safetensors") for folder in folders)
     assert all(ours[name].equal(undisturbed[name]) for name in undisturbed)
+
+
+def test_ctrl_c_in_training_is_one_line_and_leaves_no_process(finished, recipe_file, tmp_path):
+    run = Path(finished["model"]["folder"]).parents[1]
+    for done in (Path(finished["storage"]) / "data", run / "initial", run / "stages" / "connector"):
+        shutil.copytree(done, tmp_path / done.relative_to(finished["storage"]))
+    command = [sys.executable, "-m", "workflows.cli", "run", recipe_file, "--storage", tmp_path]
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_interrupts)
+    lines = lines_until(stopped, "workers are there")
+    children = psutil.Process(stopped.pid).children(recursive=True)
+    stopped.send_signal(signal.SIGINT)
+    rest = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 1, [*lines, rest]
+    assert rest.rstrip().endswith("mlmamba: stopped; run the same command again to go on")
+    assert "Traceback" not in rest
+    assert not psutil.wait_procs(children, timeout=30)[1]
