@@ -139,11 +139,6 @@ def partition_digest(uri: str) -> str:
     return storage.open_arrow(uri).schema.metadata[_DIGEST_KEY].decode()
 
 
-def read_outcomes(uri: str) -> pa.Table:
-    """The outcomes table of a finished partition."""
-    return storage.open_arrow(uri).read_all()
-
-
 def iter_outcomes(names: Iterable[str], work: str, columns: list[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
     """The outcomes of finished partitions, by their names, in order, a few files ahead of what is asked for."""
 

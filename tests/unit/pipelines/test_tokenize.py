@@ -20,7 +20,6 @@ from pipelines.sources import Problem, Record
 from pipelines.tokenize import (
     TokenizeSettings,
     encode_record,
-    read_outcomes,
     tokenize_partition,
     worker_source,
 )
@@ -150,7 +149,7 @@ class TestPartition:
         assert rows[0]["images"] == [(tmp_path / "ok.png").read_bytes()]  # the file itself, not decoded pixels
         assert tokenizer.decode(rows[0]["input_ids"]).startswith("<image>" * 4 + "<|user|>\nwhat is it?")
         assert rows[0]["labels"][0] == IGNORE_INDEX
-        outcomes = read_outcomes(str(tmp_path / "work/outcomes/train-00000.arrow")).to_pylist()
+        outcomes = storage.open_arrow(str(tmp_path / "work/outcomes/train-00000.arrow")).read_all().to_pylist()
         assert [row["reason"] for row in outcomes] == [None, None, "image_missing"]
         assert outcomes[0]["length"] == len(rows[0]["input_ids"])
 
@@ -191,7 +190,7 @@ class TestPartition:
         monkeypatch.setattr(tokenize, "encode_record", explode)
         task = corpus()[0]
         assert tokenize_partition(task)["quarantined"] == {"image_missing": 1, "malformed": 1}
-        outcomes = read_outcomes(outcomes_file(task["work"], "train-00000")).to_pylist()
+        outcomes = storage.open_arrow(outcomes_file(task["work"], "train-00000")).read_all().to_pylist()
         assert outcomes[1]["detail"] == "RuntimeError: the unexpected"
         assert storage.open_arrow(tokens_file(task["work"], "train-00000")).num_record_batches == 1
 
