@@ -13,6 +13,7 @@ import os
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
@@ -37,6 +38,7 @@ _EMPTY_FROM = 16_000_000
 _MOST_PER_BYTE = 10_000
 _MOST_SCANS = 100
 _MOST_BYTES = 256 << 20
+_STRIP_PIXELS = 2**20
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -264,8 +266,20 @@ def to_pixels(image: Image.Image, size: int, pixels: int = PIXELS) -> np.ndarray
     import torch  # here, because preparation does not resize, and its workers can do without
     from torch.nn.functional import interpolate
 
-    values = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
-    return interpolate(values, size=(size, size), mode="bicubic", antialias=True)[0].contiguous().numpy()
+    def values(strip: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(strip)).permute(2, 0, 1)[None]
+
+    resize = partial(interpolate, mode="bicubic", antialias=True)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if image.width * image.height <= _STRIP_PIXELS:
+        return resize(values(image), (size, size))[0].contiguous().numpy()
+    # Rows are independent until the columns are resized. In strips of them, a large image is not held a second time.
+    narrow = torch.empty(1, 3, image.height, size, dtype=torch.uint8)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = values(image.crop((0, top, image.width, min(top + rows, image.height))))
+        narrow[:, :, top : top + rows] = resize(strip, (strip.shape[2], size))
+    return resize(narrow, (size, size))[0].contiguous().numpy()
 
 
 def load_pixels(data: bytes, size: int, pixels: int = PIXELS) -> np.ndarray:

@@ -1,5 +1,8 @@
 """Prepare a process for a verb: quiet the libraries, connect to Ray, and end in order on SIGTERM."""
 
+import asyncio
+import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -68,6 +71,46 @@ def connect_ray(verbose: bool = False, say: Callable[[str], None] = lambda text:
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own handler would end the process at once
         logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+_KEPT_FREE = 64 * 2**20
+
+
+class FreedMemory:
+    """Gives freed memory of a service back to the system. The C library itself returns the end of its heap alone, so a
+    process would stay as large as its largest request made it."""
+
+    def __init__(self):
+        self._least, self._coming = _resident(), False
+
+    def give_back_soon(self) -> None:
+        """Look a second from now, in a thread, whether the process has grown by 64 MiB, and give back what is free.
+        Called on an event loop, after a request."""
+        if not self._coming:
+            self._coming = True
+            loop = asyncio.get_running_loop()
+            loop.call_later(1, loop.run_in_executor, None, self._give_back)
+
+    def _give_back(self) -> None:
+        self._coming = False
+        if _resident() - self._least >= _KEPT_FREE:
+            release_freed()
+            self._least = _resident()
+
+
+def release_freed() -> None:
+    """Give all freed memory back to the system, where the C library can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds; 0 where Linux does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def stop_on_sigterm() -> None:

@@ -98,7 +98,6 @@ NOT_ALONE = {
     "workflows.registry.show": "integration/test_registry.py: through the command",
     "workflows.rerun": "integration/test_workflow.py: imports it",
     "workflows.run": "unit/test_preflight.py: imports it",
-    "workflows.runtime": "unit/storage/test_lock.py: imports it",
     "workflows.serve.batch": "unit/serve/test_engine.py: through the engine",
     "workflows.serve.deployment": "unit/serve/test_start.py: imports it",
     "workflows.serve.metrics": "unit/serve/test_request_log.py: imports it",

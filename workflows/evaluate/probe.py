@@ -10,8 +10,6 @@ A power of the length is fitted to each (least squares on logarithms): 1 is line
 hide the power at short lengths, so the power over the last three lengths stands beside it.
 """
 
-import contextlib
-import ctypes
 import gc
 import math
 import statistics
@@ -23,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from workflows.runtime import release_freed
 
 OURS, PEER = "ML-Mamba", "Transformer"
 PREFILL, DECODE = "prefill", "decode"
@@ -243,8 +243,7 @@ class PeakMemory:
 
 def _reset() -> int | None:
     """Resident memory now, with the peak reset to it; None where that cannot be done."""
-    with contextlib.suppress(OSError, AttributeError):  # a C library without it
-        ctypes.CDLL(None).malloc_trim(0)
+    release_freed()
     try:
         _CLEAR.write_text(_RESET_PEAK)
         return _status("VmRSS")

@@ -39,6 +39,7 @@ from mlmamba import __version__
 from mlmamba.conversation import clean
 from mlmamba.image_files import format_of
 from workflows.registry.register import Example
+from workflows.runtime import FreedMemory
 from workflows.serve.intake import GZIP, Bodies, content_encoding
 from workflows.serve.openai import ApiError, ErrorBody, add_request_schema
 from workflows.serve.service import Service, api_error
@@ -193,6 +194,7 @@ def _told(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Reques
 def _add_envelope(app: FastAPI, service: Service, root_path: str) -> None:
     """Access before a request, headers on its response, a measurement and a line of the log after it."""
     log = RequestLog() if service.access.log_requests else None
+    freed = FreedMemory()
 
     def check(scope: dict) -> None:
         scope["root_path"] = scope.get("root_path", "").rstrip("/") or root_path
@@ -210,6 +212,7 @@ def _add_envelope(app: FastAPI, service: Service, root_path: str) -> None:
         service.metrics.of_version(version).request(status, seconds)
         if log is not None:
             log.write(record, scope, status, seconds, version)
+        freed.give_back_soon()
 
     app.add_middleware(Envelope, headers=headers, check=check, ended=ended)
     if service.access.origins:

@@ -6,6 +6,8 @@ first user turn. Images stand before their turn's text, wherever among its parts
 
 import base64
 import binascii
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 from PIL import Image
@@ -17,6 +19,8 @@ from workflows.serve.options import Limits
 from workflows.serve.remote_images import Fetcher, FetchError
 
 SYSTEM_ROLES = ("system", "developer")
+_LARGE_PIXELS = 16_000_000
+_one_large_image = threading.Lock()  # each takes from 64 MB to half a GB until it has been resized
 
 
 def read_messages(
@@ -54,25 +58,24 @@ def _images(
     messages: list[Message], limits: Limits, fetcher: Fetcher | None, gone: Callable[[], bool]
 ) -> Iterator[Image.Image]:
     """All are read and their declared sizes looked at before the first is decoded, which takes time and memory."""
-    read: list[tuple[str, bytes]] = []
-    pixels = 0
+    read: list[tuple[str, bytes, int]] = []
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content):
             if part.image_url is not None and part.type == "image_url":
                 param = f"messages[{i}].content[{j}].image_url.url"
                 _check_there(gone)
                 data = _data(part.image_url.url, limits, fetcher, param)
-                pixels += _declared_pixels(data, limits, param)
-                read.append((param, data))
-    if pixels > limits.request_pixels:
+                read.append((param, data, _declared_pixels(data, limits, param)))
+    if (pixels := sum(count for _, _, count in read)) > limits.request_pixels:
         raise bad_request(
             f"the images have {pixels:,} pixels together, over the limit of {limits.request_pixels:,}; send smaller",
             "messages",
             "images_too_large",
         )
-    for param, data in read:
-        _check_there(gone)
-        yield _decode(data, limits, param)
+    for param, data, count in read:
+        with _one_large_image if count > _LARGE_PIXELS else contextlib.nullcontext():
+            _check_there(gone)
+            yield _decode(data, limits, param)
 
 
 def _check_there(gone: Callable[[], bool]) -> None:

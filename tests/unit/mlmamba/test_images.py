@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mlmamba import images
 from mlmamba.images import KNOWN_FORMATS, ImageError, ImageLimits, as_image, load_pixels, open_image, to_pixels
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -123,6 +125,16 @@ def test_the_resize_is_that_of_earlier_sets_but_for_rounding(size, side):
     now, before = (to_pixels(image, side, version).astype(int) for version in (3, 2))
     assert np.abs(now - before).max() <= 2
     assert (now != before).mean() <= 1 / 40
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1500, 1100), (3, 2000), (2000, 3), (64, 900)])
+@pytest.mark.parametrize("strip", [1, 64 * 50, 2**20])
+def test_an_image_in_strips_is_resized_as_it_is_whole(size, strip, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    values = torch.from_numpy(noise).permute(2, 0, 1)[None]
+    whole = torch.nn.functional.interpolate(values, size=(64, 64), mode="bicubic", antialias=True)[0]
+    monkeypatch.setattr(images, "_STRIP_PIXELS", strip)
+    assert (to_pixels(Image.fromarray(noise), 64) == whole.numpy()).all()
 
 
 def test_an_image_of_the_right_size_is_not_touched_by_the_resize():

@@ -16,6 +16,7 @@ from mlmamba.images import as_image, load_pixels, to_pixels
 from pipelines.validate import check_image
 from tests.helpers.images import encoded, image
 from tests.helpers.serve_client import data_uri
+from workflows.serve import messages
 from workflows.serve.messages import read_messages
 from workflows.serve.openai import ApiError, parse_request
 from workflows.serve.options import Limits
@@ -30,16 +31,19 @@ def image_part(url):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def read(*sent, limits=None, max_images=4):
+def read_lazily(*sent, limits=None, max_images=4):
     body = {"messages": [{"role": role, "content": content} for role, content in sent]}
-    messages = parse_request(json.dumps(body).encode()).messages
-    turns, images = read_messages(messages, limits or Limits(), max_images)
+    return read_messages(parse_request(json.dumps(body).encode()).messages, limits or Limits(), max_images)
+
+
+def read(*sent, **kwargs):
+    turns, images = read_lazily(*sent, **kwargs)
     return turns, list(images)
 
 
-def refused(*messages, **kwargs):
+def refused(*sent, **kwargs):
     with pytest.raises(ApiError) as caught:
-        read(*messages, **kwargs)
+        read(*sent, **kwargs)
     assert caught.value.status == 400
     return caught.value
 
@@ -223,3 +227,20 @@ def test_what_preparation_sets_aside_serving_refuses_for_the_same_reason(data, c
     error = refused(("user", [text("what?"), image_part(data_uri(data))]))
     assert error.code == check_image(data).reason == code
     assert str(error).endswith(check_image(data).detail)
+
+
+def test_one_large_image_is_decoded_at_a_time_and_an_error_lets_the_next_one_in(monkeypatch):
+    monkeypatch.setattr(messages, "_LARGE_PIXELS", 10)
+    large, damaged = data_uri(encoded()), data_uri(encoded()[:-40])
+    _, first = read_lazily(("user", [text("what?"), image_part(large)]))
+    next(first)
+    assert messages._one_large_image.locked()  # until it has been resized and the next is asked for
+    assert next(first, None) is None
+    assert not messages._one_large_image.locked()
+    _, second = read_lazily(("user", [text("what?"), image_part(damaged)]))
+    with pytest.raises(ApiError):
+        next(second)
+    _, third = read_lazily(("user", [text("what?"), image_part(large)]))
+    next(third)
+    del third  # whoever resized it has failed
+    assert not messages._one_large_image.locked()
