@@ -62,7 +62,8 @@ class DataConfig(StrictModel):
     train: list[SourceConfig] = Field(min_length=1)
     """Sources of the training rows."""
     validation: list[SourceConfig] = Field(default=[])
-    """Sources of the rows for the held-out loss. Empty: no such rows."""
+    """Sources of the rows for the held-out loss and score, besides the share of training sources that is split off by
+    their own `validation`. Without either there are no such rows."""
     test: Annotated[list[SourceConfig], Decides.RUN] = Field(default=[])
     """Sources that evaluation asks questions from. Never tokenized or packed here."""
     deduplicate: bool = True
@@ -99,16 +100,31 @@ class DataConfig(StrictModel):
     @model_validator(mode="after")
     def _distinct_names(self):
         for split in ("train", "validation", "test"):
-            labels = [source.label for source in getattr(self, split)]
+            labels = [source.label for source in self.sources(split)]
             twice = sorted({label for label in labels if labels.count(label) > 1})
             if twice:
                 raise ValueError(f"{split} has two sources called {twice[0]!r}: set a different `name` on each")
         return self
 
+    @model_validator(mode="after")
+    def _only_training_is_split(self):
+        for field in ("validation", "test", "exclude_images_of"):
+            for number, source in enumerate(getattr(self, field)):
+                if source.validation:
+                    raise ValueError(
+                        f"{field}.{number}.validation is {source.validation:g}: only a source of train is split"
+                    )
+        return self
+
+    def sources(self, split: str) -> list[SourceConfig]:
+        """What a split's records come from: its own sources, and for validation those of train that are split, too."""
+        own = list(getattr(self, split))
+        return own + [source for source in self.train if source.validation] if split == "validation" else own
+
     @property
     def compares_looks(self) -> bool:
         """Whether training images are compared with those of evaluation sets by what they look like."""
-        own = self.exclude_evaluation_images and (self.validation or self.test)
+        own = self.exclude_evaluation_images and (self.sources("validation") or self.test)
         return self.similar_evaluation_images is not None and bool(own or self.exclude_images_of)
 
     def evaluation_sets(self) -> dict[str, SourceConfig]:

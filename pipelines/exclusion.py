@@ -102,10 +102,13 @@ def read_excluded(
         FileNotFoundError: a set is not there.
     """
     excluded = Excluded()
-    if config.exclude_evaluation_images:
+    split = {source.label for source in config.train if source.validation}  # never on both sides
+    if config.exclude_evaluation_images or split:
         columns = ["record_id", "looks"] if config.compares_looks else []
         for _, outcomes in iter_outcomes(validation, work, ["source", "digests", *columns]):
             for source in outcomes["source"].unique().to_pylist():
+                if not config.exclude_evaluation_images and source not in split:
+                    continue
                 own = outcomes.filter(pc.equal(outcomes["source"], source))
                 excluded.add(f"validation/{source}", own["digests"].combine_chunks().flatten())
                 if columns:

@@ -17,6 +17,7 @@ import ray
 
 from pipelines import storage
 from pipelines.execution import run_tasks
+from pipelines.held_out import side_digest
 from pipelines.records import Partition, digest_of
 from pipelines.schema import DIGEST_BYTES, digest
 from pipelines.source_config import SourceConfig
@@ -118,6 +119,11 @@ def partitions(split: str, cuts: list[SourceCut], settings: str) -> Iterator[Par
         file, of_numbers = cut.numbers or ("", "")
         for number, fragment, choice, count in cut.partitions():
             own = digest_of(settings, cut.config, fragment, choice, of_numbers)
+            if cut.config.validation:
+                if split == "validation" and choice.repeat > 1:
+                    continue
+                own = side_digest(own, split, cut.config.validation)
+                count = None if count is None else count * (split == "train")  # each record counts once, on that side
             numbers = (file, number) if cut.numbers else None
             yield Partition(split, index, count, own, cut.config.label, fragment, choice, numbers)
             index += 1

@@ -65,7 +65,8 @@ class PackedDataset:
         self.manifest = Manifest.load(uri)
         if split not in self.manifest.splits:
             has = ", ".join(self.manifest.splits)
-            remedy = ": give the recipe data.validation" if split == "validation" else ""
+            give = ": give the recipe data.validation, or a training source `validation: 0.1`"
+            remedy = give if split == "validation" else ""
             raise ValueError(f"the data set {storage.shown(uri)} has no split {split!r}, it has {has}{remedy}")
         shards = self.manifest.splits[split].shards
         self._ends = np.cumsum([shard.rows for shard in shards])

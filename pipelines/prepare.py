@@ -181,7 +181,8 @@ def _cut(config: DataConfig, work: str, on_progress: OnProgress) -> dict[str, So
 
 
 def _cuts_of(cuts: dict[str, SourceCut], split: str) -> list[SourceCut]:
-    return [cut for name, cut in cuts.items() if name.rpartition("-")[0] == split]
+    own = [cut for name, cut in cuts.items() if name.rpartition("-")[0] == split]
+    return own + [cut for cut in _cuts_of(cuts, "train") if cut.config.validation] if split == "validation" else own
 
 
 def _tokenize(
@@ -194,7 +195,7 @@ def _tokenize(
 ) -> tuple[dict[str, Count], Losses]:
     """Pass 1."""
     digest = settings.digest()
-    counts = {split: Count() for split in SPLITS_TO_PACK if getattr(config, split)}
+    counts = {split: Count() for split in SPLITS_TO_PACK if config.sources(split)}
     for split, count in counts.items():
         for partition in partitions(split, _cuts_of(cuts, split), digest):
             count.partitions += 1
@@ -207,7 +208,7 @@ def _tokenize(
         count.records = 0
     meter = ProgressMeter("tokenize", "records", on_progress, total)
     done: dict[str, list[str]] = {split: [] for split in counts}
-    losses, sources = Losses(), {split: getattr(config, split) for split in SPLITS_TO_PACK}
+    losses, sources = Losses(), {split: config.sources(split) for split in SPLITS_TO_PACK}
     work_list = chain.from_iterable(partitions(split, _cuts_of(cuts, split), digest) for split in counts)
     for result in tokenize(work_list, sources, settings, work):
         done[result["split"]].append(result["name"])

@@ -168,6 +168,8 @@ def none_left(split: str, tally: Tally) -> str:
     counts = tally.by_reason()
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items())) or "none set aside"
     remedy = f"check data.{split}"
+    if not tally.records:
+        remedy += ", and `validation` of the training sources: the share of their images that it takes"
     if counts and max(counts, key=counts.get) == NEAR:
         remedy = "all look like an image of an evaluation set. Raise similar_evaluation_images, or leave it out"
     if counts and max(counts, key=counts.get) == CONTAMINATED:

@@ -26,6 +26,11 @@ class SourceBase(StrictModel):
     repeated_ids: Literal["quarantine", "number"] = "quarantine"
     """`number` keeps a record whose id came before and calls it id#2, id#3, ...: LLaVA's files use the image's id for
     several conversations. Otherwise the later ones are set aside as duplicate_id."""
+    validation: Annotated[float, Decides.WHEN_SET] = Field(default=0.0, ge=0, lt=1)
+    """Of a source of `train`: about this share of its images, with every record that shows one first, goes to the
+    validation split and not to training. The digest of the image's file decides, so that an image is on one side
+    whatever it is called and however the corpus grows; records without an image go by their text. The validation split
+    has each record once, whatever the weight. To find them the source is listed, and its images are read, twice."""
     links: Annotated[Literal["inside", "anywhere"], Decides.WHEN_SET] = "inside"
     """Where symbolic links in a folder of images may lead. Those that leave the folder set their record aside; with
     `anywhere` they are followed, which a cache of downloads or a folder put together of links needs."""
@@ -41,7 +46,7 @@ class SourceBase(StrictModel):
 
     def reader_fields(self) -> dict:
         """The fields that decide what a listed record contains, without those that choose which records are listed."""
-        return self.model_dump(mode="json", exclude={"limit", "weight", "seed", "repeated_ids"})
+        return self.model_dump(mode="json", exclude={"limit", "weight", "seed", "repeated_ids", "validation"})
 
 
 class TextFields(StrictModel):

@@ -26,6 +26,7 @@ from mlmamba.conversation import EncodedConversation, encode, encode_whole
 from mlmamba.images import LIMITS, ImageLimits
 from pipelines import storage
 from pipelines.execution import run_tasks
+from pipelines.held_out import on_side
 from pipelines.looks import all_fields, fields, keys
 from pipelines.records import Partition, outcomes_file, tokens_file
 from pipelines.schema import LOOKS, OUTCOMES, TOKENS, WORK_VERSION, digest, one_row
@@ -205,11 +206,12 @@ def _finished(task: dict, partition: Partition) -> pa.Table | None:
     if (reader.schema.metadata or {}).get(_DIGEST_KEY) != partition.digest.encode():
         return None
     outcomes, source = reader.read_all(), worker_source(task["source"])
-    bad_image = [(reason or "").startswith("image_") for reason in outcomes["reason"].to_pylist()]
-    if any(bad_image) and not source.images_inside:
+    reasons = zip(outcomes["record_id"].to_pylist(), outcomes["reason"].to_pylist(), strict=True)
+    bad = {name for name, reason in reasons if (reason or "").startswith("image_")}
+    if bad and not source.images_inside:
         limits = TokenizeSettings(**task["settings"]).images
-        for record, bad in zip(partition.read(source), bad_image, strict=True):
-            if bad and not record.problem and read_images(record, source, limits)[1] is None:
+        for record in partition.read(source):
+            if record.id in bad and not record.problem and read_images(record, source, limits)[1] is None:
                 return None
     return outcomes
 
@@ -227,13 +229,13 @@ def _tokenize_partition(task: dict, partition: Partition) -> pa.Table:
         pa.output_stream(path, buffer_size=storage.WRITE_BUFFER) as sink,
         pa.ipc.new_file(sink, tokens_schema) as writer,
     ):
-        for record in partition.read(source):
+        for record, own in on_side(partition.read(source), source, source.held_out, partition.split):
             if record.problem and record.problem.lost and record.repeat == 1:
                 losses.append([record.problem.lost, record.problem.of, record.problem.detail])
             shown: list[bytes] = []
             seen = (lambda image, shown=shown: shown.append(shrink(image))) if settings.looks else None
             try:
-                sample = encode_record(record, source, tokenizer, settings, seen)
+                sample = encode_record(record, own, tokenizer, settings, seen)
             except Exception as error:  # whatever is wrong with this record, the others of its partition must go on
                 sample = Problem("malformed", f"{type(error).__name__}: {error}")
             row = {"record_id": record.id, "source": record.source, "length": 0, "images": 0, "cut_turns": 0}

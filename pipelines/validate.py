@@ -102,7 +102,7 @@ def read_images(
     images = []
     for location in record.images:
         try:
-            data = _read(source, location)
+            data = read_with_patience(source, location)
         except ImageMissing as error:
             return images, Problem("image_missing", f"{shown_location(location)}: {error}")
         except (FileNotFoundError, NotADirectoryError):
@@ -124,7 +124,7 @@ def read_images(
     return images, None
 
 
-def _read(source: Source, location: str) -> bytes:
+def read_with_patience(source: Source, location: str) -> bytes:
     """Read with retries: a store that stutters for a moment must not cost a good record its place."""
     for attempt in range(1, _READ_TRIES + 1):
         try:

@@ -322,5 +322,5 @@ def check_stages(recipe: Recipe, manifests: dict[str, Manifest]) -> None:
             if getattr(train, field) and "validation" not in splits:
                 raise WorkflowError(
                     f"train.{field} is set, but the data of stage {stage.name} has no validation split: give "
-                    f"data.validation sources, or take train.{field} out"
+                    f"data.validation sources, or a source of data.train `validation: 0.1`, or take train.{field} out"
                 )

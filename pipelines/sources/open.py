@@ -66,6 +66,11 @@ class Selection:
         """Whether the images stand in the files that fragments are of, so that their digests cover them."""
         return isinstance(self._config, ParquetSource | WebDatasetSource)
 
+    @property
+    def held_out(self) -> float:
+        """Share of the images that go to the validation split."""
+        return self._config.validation
+
     def units(self) -> list[str]:
         """The source's own."""
         return self._source.units()

@@ -234,3 +234,31 @@ def test_another_evaluation_set_makes_the_data_anew(mixed, root):
     manifest = prepare(config(root, sources), mixed[0], TOKENS_PER_IMAGE, SEED)
     assert ("train", "a10", "contaminated") in set_aside(mixed[0])
     assert manifest.digest != mixed[1].digest
+
+
+def test_a_source_is_split_by_image_and_no_image_is_on_both_sides(root, tmp_path):
+    out = str(tmp_path / "set")
+    pairs = [entry(f"{k}{i}", i, f"{k} {i}") for k in "xy" for i in range(30)]  # two records about each image
+    both = [entry("both", 0) | {"image": ["10.png", "11.png", "12.png", "13.png"]}]
+    both[0]["conversations"][0]["value"] = "<image><image><image><image>\nWhich?"
+    write_files(root, {"pairs.json": pairs + both, "more pairs.json": [entry(f"z{i}", i, f"z {i}") for i in range(30)]})
+    sources = [llava(root, "pairs", validation=0.3, weight=2), llava(root, "more pairs")]
+    off = {"exclude_evaluation_images": False, "exclude_images_of": [], "validation": [], "test": []}
+    manifest = prepare(config(root, sources, **off), out, TOKENS_PER_IMAGE, SEED)
+    rows = PackedDataset(out, "validation")
+    held = {name for i in range(len(rows)) for name in rows[i].sample_ids} - {"both"}
+    assert {name[1:] for name in held if name[0] == "x"} == {name[1:] for name in held if name[0] == "y"}
+    assert 2 * 4 <= len(held) <= 2 * 15
+    shown = {name[1:].partition("@")[0] for name in kept(out) if name[0] in "xyz"}
+    assert shown == {str(i) for i in range(30)} - {name[1:] for name in held}  # of neither source
+    counts = manifest.splits["train"].quarantined
+    assert counts["contaminated"] >= len(held) // 2
+    assert manifest.splits["train"].records == 2 * (61 - manifest.splits["validation"].records) + 30
+    again = config(root, sources, partition_records=1000, **off)
+    assert prepare(again, str(tmp_path / "again"), TOKENS_PER_IMAGE, SEED).digest == manifest.digest
+
+
+def test_a_share_that_holds_out_nothing_is_one_line(root, tmp_path):
+    sources = [llava(root, "a", validation=0.000001)]
+    with pytest.raises(PrepareError, match=r"no records are left in the validation split: 0 were read .*`validation`"):
+        prepare(config(root, sources, validation=[]), str(tmp_path / "set"), TOKENS_PER_IMAGE, SEED)

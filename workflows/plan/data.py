@@ -96,6 +96,7 @@ def count_rows(data: DataConfig, folder: Path, tokens_per_image: int, given: dic
     samples = images = tokens = loss = size = 0.0
     for source, part in parts:
         records = min(part.records, source.limit or part.records) * source.weight
+        records *= 1 - source.validation
         length = min(part.text + part.images * tokens_per_image, data.max_tokens)
         samples, images, tokens = samples + records, images + records * part.images, tokens + records * length
         loss, size = loss + records * part.loss, size + records * part.images * part.bytes

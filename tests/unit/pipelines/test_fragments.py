@@ -95,3 +95,17 @@ def test_no_more_shards_are_listed_than_a_limit_asks_for(corpus, tmp_path, monke
     monkeypatch.setattr(fragments, "list_fragments", lambda task: listed.append(task["number"]) or count(task))
     cut_sources({"train-0": configs(corpus, limit=5)[1]}, 100, str(tmp_path))
     assert sorted(listed) == [0, 1, 2, 3]
+
+
+def test_a_source_that_is_split_has_partitions_on_both_sides_and_counts_its_records_once(corpus, tmp_path):
+    (config, *_), (plain, *_) = configs(corpus, validation=0.2, weight=2), configs(corpus, weight=2)
+    made = {}
+    for name, own in (("split", config), ("plain", plain)):
+        (cut,) = cut_sources({"train-0": own}, 500, str(tmp_path / name)).values()
+        made[name] = {split: list(partitions(split, [cut], "settings")) for split in ("train", "validation")}
+    train, held = made["split"]["train"], made["split"]["validation"]
+    assert len(held) * 2 == len(train)  # not once more for the weight
+    assert sum(partition.records for partition in train) == 5200
+    assert {partition.records for partition in held} == {0}
+    digests = [partition.digest for partition in [*train, *held, *made["plain"]["train"]]]
+    assert len(digests) == len({*digests})
