@@ -27,6 +27,7 @@ NOT_ALONE = {
     "mlmamba.connectors.vss": "unit/mlmamba/test_connector.py: built through mlmamba.connector",
     "mlmamba.convert.families": "unit/mlmamba/test_convert_families.py: through read_language_model",
     "mlmamba.convert.folders": "unit/mlmamba/test_convert.py: through the command",
+    "mlmamba.convert.gguf_file": "unit/mlmamba/test_convert_gguf.py: imports it",
     "mlmamba.convert.language": "unit/mlmamba/test_convert.py: through the command",
     "mlmamba.convert.layouts": "unit/mlmamba/test_convert.py: imports it",
     "mlmamba.convert.released": "unit/mlmamba/test_convert_released.py: imports it",

@@ -17,7 +17,7 @@ KERNELS = ("mamba-ssm", "causal-conv1d")  # packages with CUDA kernels
 
 
 def convert(a: argparse.Namespace) -> dict:
-    """turn a checkpoint of state-spaces, transformers or the ML-Mamba release into another layout"""
+    """turn a checkpoint of state-spaces, transformers or the ML-Mamba release into another layout, or a GGUF file"""
     from mlmamba.convert import convert as run
 
     try:
@@ -29,8 +29,9 @@ def convert(a: argparse.Namespace) -> dict:
             preset=a.preset,
             vision_weights=a.vision_weights,
             torch_file=a.torch_file,
+            precision=a.precision,
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise WorkflowError(f"convert: {error}") from error
     text = f"{done.folder}: {done.layout}, {done.parameters:,} parameters (from {done.source_layout})"
     return {**done.as_dict(), "text": text}
@@ -135,18 +136,23 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", help="released .pt file, or folder or hub name of a Mamba-2 language model or ML-Mamba model"
     )
-    parser.add_argument("destination", help="folder to write; nothing may be there")
+    parser.add_argument("destination", help="folder to write, or FILE.gguf; nothing may be there")
     parser.add_argument(
         "--to",
-        choices=["mlmamba", "transformers", "state-spaces"],
-        help="layout (default: mlmamba for a released file, transformers for a language model)",
+        choices=["mlmamba", "transformers", "state-spaces", "gguf"],
+        help="layout (default: mlmamba for a released file, gguf for FILE.gguf, transformers for a language model)",
+    )
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "q8_0"], help="gguf: of the matrices (default: fp32); q8_0 is 8 bits"
     )
     parser.add_argument(
         "--torch-file",
         action="store_true",
         help="state-spaces: also pytorch_model.bin, which mamba_ssm opens",
     )
-    parser.add_argument("--tokenizer", default="EleutherAI/gpt-neox-20b", help="released file: its tokenizer")
+    parser.add_argument(
+        "--tokenizer", default="EleutherAI/gpt-neox-20b", help="of a released file; gguf: where the folder has none"
+    )
     parser.add_argument("--preset", default="2.7b", help="released file: the preset with its encoders (default: 2.7b)")
     parser.add_argument(
         "--vision-weights",

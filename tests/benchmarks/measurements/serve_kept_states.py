@@ -10,7 +10,7 @@ medians, in brackets the range of the middle half and how many: milliseconds to 
 service for the whole request, with its eight tokens.
 
 With --llama the same is asked of llama.cpp's server with its prompt cache, on the same language model in float32: it
-reads as many tokens of text in place of an image, without an encoder. PYTHON has the packages xllamacpp and gguf.
+reads as many tokens of text in place of an image, without an encoder. PYTHON has the package xllamacpp.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 import urllib.request
@@ -33,10 +32,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mlmamba.conversation import IMAGE_TOKEN
+from mlmamba.convert import convert
 from mlmamba.loading import load_model
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import preset
 from tests.helpers.images import encoded
+from tests.helpers.llama import llama_server
 from tests.helpers.serve_client import data_uri
 from tests.helpers.serving import running, serve
 from tests.helpers.tiny import NEOX, NO_NEOX
@@ -254,27 +255,6 @@ def measure_llama(url: str, process: psutil.Process, per_image: int, a: argparse
     compare(opened, turns)
 
 
-@contextmanager
-def llama_server(python: str, folder: Path, config, threads: int) -> Iterator[tuple[str, psutil.Process]]:
-    """Address and process of llama.cpp's server on the language model of a folder."""
-    (folder / "shape.json").write_text(json.dumps(config.text_config.to_dict(), default=str))
-    files = [folder / name for name in ("model.safetensors", "shape.json")]
-    script = Path(__file__).parents[2] / "helpers" / "llama_server.py"
-    command = [python, script, *files, NEOX, folder / "model.gguf", threads]
-    with subprocess.Popen(
-        [str(part) for part in command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        try:
-            line = next(line for line in process.stdout if line.startswith("{"))
-            yield json.loads(line)["url"], psutil.Process(process.pid)
-        finally:
-            process.kill()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--side", type=int, default=224)
@@ -283,7 +263,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="images of the questions, and rounds of the answers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--preset", default="130m")
-    parser.add_argument("--llama", metavar="PYTHON", help="one with xllamacpp and gguf")
+    parser.add_argument("--llama", metavar="PYTHON", help="one with xllamacpp")
     a = parser.parse_args()
     if not NEOX.exists():
         parser.error(NO_NEOX)
@@ -298,7 +278,8 @@ def main() -> None:
             measure_chats(kept, plain, a)
             measure_answers(plain, a)
         if a.llama:
-            with llama_server(a.llama, Path(folder) / "model", loaded[0].config, a.threads) as (url, process):
+            convert(Path(folder) / "model", file := Path(folder) / "model.gguf")
+            with llama_server(a.llama, file, a.threads) as (url, process):
                 measure_llama(url, process, loaded[1].tokens_per_image, a)
 
 

@@ -266,7 +266,7 @@ def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path, monkeypatch):
     ("to", "message"),
     [
         ("mlmamba", "an ML-Mamba also needs encoders and a connector: name it in a recipe as model.text.weights"),
-        ("gguf", "unknown layout 'gguf'; choose one of mlmamba, transformers, state-spaces"),
+        ("onnx", "unknown layout 'onnx'; choose one of mlmamba, transformers, state-spaces, gguf"),
     ],
 )
 def test_conversions_that_do_not_exist_are_refused(tmp_path, to, message):
@@ -287,5 +287,5 @@ def test_the_command(tmp_path, capsys):
     assert main(["convert", b, c]) == 1
     assert "convert: " + c + " exists already" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        main(["convert", a, c, "--to", "gguf"])
+        main(["convert", a, c, "--to", "onnx"])
     assert stop.value.code == 2
