@@ -32,11 +32,15 @@ _LOADING = threading.RLock()
 
 @dataclass
 class MLMambaOutput(ModelOutput):
-    """`loss` (mean over labels), `logits` (b, l, vocabulary) in float32, and the state after the last position."""
+    """`loss` (mean over labels), `logits` (b, l, vocabulary) in float32, and the state after the last position.
+
+    Outside training, given `positions`, also `correct` (m,): whether greedy decoding would choose each target.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     cache_params: MambaState | None = None
+    correct: Tensor | None = None
 
     @property
     def past_key_values(self) -> MambaState | None:
@@ -242,14 +246,15 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             mask = None
         keep_state = use_cache if use_cache is not None else not self.training
         hidden, state = self.language_model.backbone(inputs_embeds, cache_params, mask, seq_idx, keep_state)
-        loss = None
+        loss = correct = None
         if labels is not None:
             loss = self._loss(hidden, labels, seq_idx, num_items_in_batch)
         elif positions is not None:
-            picked = hidden.flatten(0, 1).index_select(0, positions.labelled)
+            picked = self.language_model.lm_head(hidden.flatten(0, 1).index_select(0, positions.labelled)).float()
             loss = self._cross_entropy(picked, positions.targets, num_items_in_batch)
+            correct = None if self.training else self._chosen(picked) == positions.targets
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:]).float()
-        output = MLMambaOutput(loss=loss, logits=logits, cache_params=state)
+        output = MLMambaOutput(loss=loss, logits=logits, cache_params=state, correct=correct)
         return output if return_dict is not False else output.to_tuple()
 
     def _weights_are_managed(self) -> bool:
@@ -287,13 +292,18 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
     def _loss(self, hidden: Tensor, labels: Tensor, seq_idx: Tensor | None, count: Tensor | int | None) -> Tensor:
         """Cross entropy of the next token. Only positions with a label reach the vocabulary projection."""
         keep = label_mask(labels, seq_idx)
-        return self._cross_entropy(hidden[:, :-1][keep], labels[:, 1:][keep], count)
+        logits = self.language_model.lm_head(hidden[:, :-1][keep]).float()
+        return self._cross_entropy(logits, labels[:, 1:][keep], count)
 
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
-        """Summed over targets (m,) given hidden states (m, d), and divided by `count`, or by m."""
-        logits = self.language_model.lm_head(hidden).float()
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
+        """Summed over targets (m,) given logits (m, vocabulary), and divided by `count`, or by m."""
         total = F.cross_entropy(logits, targets, reduction="sum")
         return total / (max(1, len(targets)) if count is None else count)
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """The most likely tokens (m,) given logits (m, vocabulary); a placeholder is input only."""
+        never = torch.tensor([self.config.image_token_id], device=logits.device)
+        return logits.index_fill(-1, never, -torch.inf).argmax(-1)
 
 
 @contextmanager

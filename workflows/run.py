@@ -324,8 +324,12 @@ def _watch(console: Console, tracker: "Tracker", stage: str, offset: int):
         elif kind == "damaged":
             console.note(event["text"])
         elif kind == "validation":
-            tracker.log_metrics({"validation/loss": event["loss"]}, offset + event["step"])
-            console.note(f"step {event['step']}: validation loss {event['loss']:.3f}")
+            measured = {f"validation/{name}": event[name] for name in ("loss", "score")}
+            tracker.log_metrics(measured, offset + event["step"])
+            console.note(f"step {event['step']}: validation loss {event['loss']:.3f}, score {event['score']:.1%}")
+        elif kind == "best":
+            tracker.set_tag(f"mlmamba.best.{stage}", event["text"])
+            console.note(event["text"])
         elif kind == "samples":
             tracker.log_samples(stage, offset + event["step"], event["rows"])
             said = "  ".join(f"{row['prediction']!r} (right: {row['answer']!r})" for row in event["rows"])

@@ -229,10 +229,12 @@ def disk_of(train: TrainRecipe, sizes: dict[str, int], data: dict[Folder, int | 
     """Bytes in the storage folder: data, the model before and after each stage, checkpoints, the registered copy."""
     model = 4 * sum(sizes.values())
     largest = BYTES_OF_A_CHECKPOINT * max(trained_of(stage, sizes) for stage in train.stages)
+    # The best step's weights, of which there may be one more for each checkpoint.
+    kept = 4 * max((trained_of(stage, sizes) for stage in train.stages if stage.best), default=0)
     disk = {
         "data": None if None in data.values() else sum(data.values()),
         "models": model * (len(train.stages) + 1),
-        "checkpoints": largest * (train.keep_checkpoints + 1),  # a new one is whole before an old one goes
+        "checkpoints": (largest + kept) * (train.keep_checkpoints + 1),  # a new one is whole before an old one goes
         "registered": model,
     }
     return {**disk, "total": _sum(disk.values())}

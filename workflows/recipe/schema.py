@@ -58,6 +58,16 @@ class Recipe(StrictModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _best_of_something(self):
+        for stage in self.train.stages:
+            if stage.best and not self.data_of(stage).sources("validation"):
+                raise ValueError(
+                    f"stage {stage.name!r}: best chooses by the validation split, and its data has none: give "
+                    "data.validation, or `validation: 0.1` to a source of data.train, or drop best"
+                )
+        return self
+
     def data_of(self, stage: StageRecipe) -> DataConfig:
         """The data set that a stage trains on."""
         return stage.data or self.data

@@ -44,6 +44,17 @@ class AugmentRecipe(StrictModel):
         return self
 
 
+class BestRecipe(StrictModel):
+    """A stage whose model is that of the best measurement and not of the last step. Needs train.validate_every and a
+    validation split."""
+
+    by: Literal["score", "loss"] = "score"
+    """What is measured on the validation split: `score`, the share of its answers that the model gives to the last
+    token (of two steps with the same one, that with the lower loss is better), or `loss`."""
+    patience: int | None = Field(None, gt=0)
+    """Stop after so many measurements in a row of which none was better; absent: all steps are done."""
+
+
 class StageRecipe(StrictModel):
     """One training stage. What it trains, what is frozen and what is saved follow from `trains` alone:
     the other parts are frozen, and every export holds the whole model."""
@@ -76,6 +87,8 @@ class StageRecipe(StrictModel):
     """Packed rows that one worker runs at once; the rest is accumulated."""
     augment: Annotated[AugmentRecipe | None, Decides.WHEN_SET] = None
     """Random changes of the images; absent: none."""
+    best: Annotated[BestRecipe | None, Decides.WHEN_SET] = None
+    """Take the step that is best on the validation split; absent: the last one."""
     clip: float = Field(1.0, ge=0)
     """Global gradient norm limit; 0 for none."""
     data: DataConfig | None = None
@@ -140,9 +153,12 @@ class TrainRecipe(StrictModel):
     log_every: Annotated[int, Decides.NOTHING] = Field(10, gt=0)
     """Optimizer steps between logged metrics."""
     validate_every: Annotated[int | None, Decides.NOTHING] = Field(None, gt=0)
-    """Optimizer steps between measurements of the loss on the validation split; absent: none."""
+    """Optimizer steps between measurements of loss and score on the validation split; absent: none. The score is the
+    share of its answers that greedy decoding would give to the last token, after right answers to the questions before;
+    it comes out of the pass that measures the loss."""
     validate_rows: Annotated[int, Decides.NOTHING] = Field(64, gt=0)
-    """Packed rows of the validation split that are measured, the first ones."""
+    """Packed rows of the validation split that are measured, the first ones. Where a stage takes its best step, this
+    and validate_every decide what comes out."""
     sample_every: Annotated[int | None, Decides.NOTHING] = Field(None, gt=0)
     """Optimizer steps between sample answers to questions of the validation split; absent: none."""
     samples: Annotated[int, Decides.NOTHING] = Field(4, gt=0)
@@ -170,6 +186,11 @@ class TrainRecipe(StrictModel):
         if self.zero_stage < needs:
             raise ValueError(f"offload = {self.offload} needs zero_stage {needs} or more, not {self.zero_stage}")
         for stage in self.stages:
+            if stage.best and not self.validate_every:
+                raise ValueError(
+                    f"stage {stage.name!r}: best chooses among measurements on the validation split, and there are "
+                    "none: set train.validate_every to the steps between them, or drop best"
+                )
             per_pass = self.most_workers * stage.micro_batch_rows
             if stage.batch_rows % per_pass:
                 raise ValueError(

@@ -14,6 +14,7 @@ import json
 import shutil
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,8 @@ class Checkpoint:
     """Lowest mean loss between two logs so far, which divergence is measured against."""
     files: dict[str, int]
     """Size in bytes by name."""
+    best: dict | None = None
+    """What BestStep knew then, of a stage that takes its best step."""
     address: str = ""
     """What to call it where `folder` is a copy: the URI in the object store."""
 
@@ -164,6 +167,42 @@ class CheckpointStore:
         """Delete the copy that `fetch` made; its files are not needed any more."""
         if self._folder.remote:
             shutil.rmtree(found.folder, ignore_errors=True)
+
+    def write_file(self, name: str, write: Callable[[Path], None]) -> None:
+        """Put a file beside the checkpoints, whole or not at all.
+
+        Args:
+            write: writes it to a path of this machine.
+        """
+        self.disk.mkdir(parents=True, exist_ok=True)
+        partial = self.disk / f".{name}.partial"
+        try:
+            write(partial)
+            if self._folder.remote:
+                upload(partial, (self._folder / name).uri)
+            partial.replace(self.disk / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def has_file(self, name: str) -> bool:
+        """Whether such a file is there."""
+        return storage.size((self._folder / name).uri) is not None
+
+    def fetch_file(self, name: str) -> Path:
+        """Such a file on this machine's disk. Raises FileNotFoundError where it is not there."""
+        there, local = (self._folder / name).uri, self.disk / name
+        if self._folder.remote and not local.is_file():
+            if (size := storage.size(there)) is None:
+                raise FileNotFoundError(f"{storage.shown(there)} is not there")
+            download_once(there, local, size)
+        return local
+
+    def keep_files(self, prefix: str, names: set[str]) -> None:
+        """Delete the files whose names begin so, but for these."""
+        for name in storage.list_names(self._folder.uri):
+            if name.startswith(prefix) and name not in names:
+                storage.delete((self._folder / name).uri)
+                (self.disk / name).unlink(missing_ok=True)
 
     def _read(self, name: str) -> Checkpoint | None:
         """A checkpoint as complete.json describes it, if its files are still there with their sizes."""

@@ -8,13 +8,13 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from workflows.train.job import MARK
 from workflows.train.stage import adapted_layers, merge, plain_name
 
 
-def export_model(engine, start_from: Path, out: Path, rank: int, mark: str = "") -> None:
+def export_model(engine, start_from: Path, out: Path, rank: int, mark: str = "", instead: Path | None = None) -> None:
     """Write the trained model to a temporary folder and rename it to `out`. Rank 0 writes; collective under ZeRO-3.
 
     Config and processor are copied from `start_from`, because a stage changes values and not shapes. Names and shapes
@@ -22,6 +22,7 @@ def export_model(engine, start_from: Path, out: Path, rank: int, mark: str = "")
 
     Args:
         mark: text of the folder's stage.json; empty: write none.
+        instead: a file of tensors, such as `gather` gives, that count in place of the engine's; read by rank 0.
 
     Raises:
         RuntimeError: a tensor is missing, extra or of another shape.
@@ -30,6 +31,10 @@ def export_model(engine, start_from: Path, out: Path, rank: int, mark: str = "")
     state = gather(engine)
     if rank:
         return
+    try:
+        state |= load_file(instead) if instead else {}
+    except SafetensorError as error:
+        raise OSError(f"{instead} is damaged: {error}") from error
     with safe_open(start_from / "model.safetensors", framework="pt") as source:
         expected = {name: source.get_slice(name).get_shape() for name in source.keys()}  # noqa: SIM118
     tied = {name for name in state if name not in expected and _is_copy(state, name, expected)}
@@ -58,10 +63,13 @@ def export_model(engine, start_from: Path, out: Path, rank: int, mark: str = "")
     partial.replace(out)
 
 
-def gather(engine) -> dict[str, torch.Tensor]:
+def gather(engine, changed: bool = False) -> dict[str, torch.Tensor]:
     """Gather the plain model's state dict on rank 0: on the CPU, in float32 (under ZeRO-3 one parameter at a time).
 
     Adapters are merged into the weights that they adapt. Empty on the other ranks.
+
+    Args:
+        changed: only what the stage may have changed: parameters that train or are adapted, and buffers.
     """
     module, rank = engine.module, engine.global_rank
     sharded = engine.zero_optimization_stage() == 3
@@ -69,11 +77,11 @@ def gather(engine) -> dict[str, torch.Tensor]:
     state = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         plain = plain_name(name)
-        if plain is None:
+        layer = adapted.get(name.removesuffix(".base_layer.weight"))
+        if plain is None or (changed and layer is None and not parameter.requires_grad):
             continue
         with deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext():
             value = parameter.detach().float().cpu().clone() if sharded or rank == 0 else None
-        layer = adapted.get(name.removesuffix(".base_layer.weight"))
         if layer is not None and name.endswith(".base_layer.weight"):
             value = merge(layer, value, sharded) if value is not None else None
         if rank == 0:

@@ -49,6 +49,8 @@ def stage_digest(recipe: Recipe, index: int, data_digests: dict[str, str]) -> st
     before = recipe.train.stages[: index + 1]
     numerics = identity(recipe.train)
     stages = numerics.pop("stages")[: index + 1]
+    if any(stage.best for stage in before):
+        numerics |= {"validate_every": recipe.train.validate_every, "validate_rows": recipe.train.validate_rows}
     data = [data_digests[stage.name] for stage in before]
     return digest(data, recipe.seed, identity(recipe.model), numerics, stages)
 

@@ -5,6 +5,7 @@ from a checkpoint that all ranks wrote wholly, and rank 0 chooses for all which 
 """
 
 import gc
+import json
 import pickle
 import uuid
 from dataclasses import replace
@@ -19,6 +20,7 @@ from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, prefetch, step_indices
 from workflows.storage.folder import Folder
 from workflows.train import restore
+from workflows.train.best import BestStep
 from workflows.train.checkpoint import CheckpointStore
 from workflows.train.export import export_model
 from workflows.train.job import StageError, StageJob
@@ -37,7 +39,7 @@ from workflows.train.step import (
     share_of,
     take_step,
 )
-from workflows.train.validation import Samples, ValidationLoss
+from workflows.train.validation import Samples, Validation
 
 
 def work(desk) -> None:
@@ -125,7 +127,10 @@ class Worker:
         if self.config.validate_every:
             rows = self.config.validate_rows
             held_out = PackedDataset(job.data, "validation", self.config.check_shards)
-            self.validation = ValidationLoss(held_out, rows, self.stage.micro_batch_rows, model, pin)
+            self.validation = Validation(held_out, rows, self.stage.micro_batch_rows, model, pin)
+        self.best = None
+        if self.stage.best:
+            self.best = BestStep(self.stage.best, self.store, rank, found.best if found else None)
         if self.config.sample_every:
             count, tokens = self.config.samples, self.config.sample_tokens
             image, size = model.config.image_token_id, model.config.vision_config.image_size
@@ -147,6 +152,8 @@ class Worker:
         stream = prefetch(self._read, zip(count(self.done + 1), order), self.job.threads)
         try:
             for step, micro_batches in zip(range(self.done + 1, self.steps + 1), stream, strict=False):
+                if self.best and self.best.waited:  # also where the checkpoint was of the last step before
+                    break
                 seed_step(self.job.seed, step, self.rank)
                 with memory_advice(self.stage, self.config, step):
                     loss, tokens = take_step(self.engine, micro_batches, self.world)
@@ -170,30 +177,34 @@ class Worker:
         applied = self.engine.was_step_applied()  # False on all ranks alike: the gradient's norm is not finite
         save = step % config.save_every == 0 and not last
         if applied and not (save or last or step % config.log_every == 0):
-            self._validate(step, meter)
-            return ""
+            return self._validate(step, meter)
         metrics = meter.read(self.engine, step, self.steps)
         wrong = self.watch.diverged(metrics["loss"]) or ("" if applied else "the gradient norm is not finite")
         if wrong:
             return self._diverged(wrong, step, metrics["loss"])
         self.tell(metrics)
+        if why := self._validate(step, meter):  # before the checkpoint, which knows what was measured
+            return why
         if save:
             if problems := self.saver.settle():
                 return self._cannot_save(problems)
             about = {"zero_stage": config.zero_stage, "model": self.digest, "lowest_loss": self.watch.lowest}
-            self.saver.save(self.engine, step, about)
-        self._validate(step, meter)
+            self.saver.save(self.engine, step, {**about, "best": self.best and self.best.saved()})
         return ""
 
-    def _validate(self, step: int, meter: Meter) -> None:
-        """Report the validation loss and sample answers at the steps that the recipe asks for."""
+    def _validate(self, step: int, meter: Meter) -> str:
+        """Report validation and sample answers at the steps that the recipe asks for, and keep the best step. Returns
+        why the stage must stop, or ""."""
         config, last = self.config, step == self.steps
         with meter.aside():
             if config.validate_every and (last or step % config.validate_every == 0):
-                loss = self.validation.loss(self.engine, self.rank, self.world)
-                self.tell({"event": "validation", "step": step, "loss": loss})
+                found = self.validation.measure(self.engine, self.rank, self.world)
+                self.tell({"event": "validation", "step": step, "loss": found.loss, "score": found.score})
+                if self.best and self.best.see(step, found) and (problem := self.best.keep(self.engine)):
+                    return f"stage {self.stage.name}: {problem}"
             if config.sample_every and (last or step % config.sample_every == 0):
                 self.tell({"event": "samples", "step": step, "rows": self.samples.answers(self.engine)})
+        return ""
 
     def _diverged(self, wrong: str, step: int, loss: float) -> str:
         self.saver.settle()
@@ -216,11 +227,15 @@ class Worker:
 
     def _export(self) -> str:
         """Write the trained model. Returns why it could not be written, the same on all ranks, or ""."""
-        problem, out = [""], Folder(self.job.export_to)
+        problem, out, mark, instead = [""], Folder(self.job.export_to), self.job.mark, None
         try:
+            if self.rank == 0 and self.best and self.best.step is not None:
+                instead = self.best.fetch()
+                mark = json.dumps(json.loads(mark or "{}") | {"step": self.best.step}, indent=2)
+                self.tell({"event": "best", "step": self.best.step, "text": self.best.told(self.steps)})
             if self.rank == 0:
                 with out.writing() as folder:
-                    export_model(self.engine, self.start_from, folder, self.rank, self.job.mark)
+                    export_model(self.engine, self.start_from, folder, self.rank, mark, instead)
             else:
                 export_model(self.engine, self.start_from, out.local, self.rank)
         except OSError as error:

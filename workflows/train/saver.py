@@ -96,7 +96,7 @@ class Saver:
         """Copy the state, and begin to write it; a collective call, after one of `settle`.
 
         Args:
-            about: `zero_stage`, `model` and `lowest_loss` of the Checkpoint.
+            about: `zero_stage`, `model`, `lowest_loss` and `best` of the Checkpoint.
         """
         engine.checkpoint_engine.files = {}
         engine.save_checkpoint("memory", tag="state", save_latest=False, exclude_frozen_parameters=True)

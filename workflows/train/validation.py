@@ -1,4 +1,4 @@
-"""Validation while a stage trains: the loss on the validation split, and answers to a few of its questions."""
+"""Validation while a stage trains: loss and score on the validation split, and answers to a few of its questions."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,23 @@ from pipelines.reader import PackedDataset, PackedRow
 from workflows.train.step import batch_maker
 
 
-class ValidationLoss:
-    """Measure the mean loss per token over the first rows of the validation split.
+@dataclass(frozen=True)
+class Measured:
+    """What the first rows of the validation split gave."""
+
+    loss: float
+    """Mean per loss token."""
+    score: float
+    """Share of the answers that greedy decoding would give to the last token."""
+
+
+class Validation:
+    """Measure loss and score over the first rows of the validation split.
+
+    An answer is right when the most likely token is the right one at each of its places, its end included, given what
+    comes before. That is when greedy decoding gives it and nothing else, so no token has to be decoded: the pass that
+    measures the loss shows it. What comes before are the conversation's right answers, where it has several; unlike
+    the evaluation after training, case and punctuation count.
 
     Args:
         dataset: the validation split.
@@ -28,13 +43,13 @@ class ValidationLoss:
         self._micro = micro_batch_rows
         self._make = batch_maker(dataset, micro_batch_rows, model, pin)
 
-    def loss(self, engine, rank: int, world: int) -> float:
-        """Return the mean loss per loss token, over all ranks.
+    def measure(self, engine, rank: int, world: int) -> Measured:
+        """Over all ranks; the score is that of all answers, however many each rank has.
 
         A collective call: all ranks run equally many batches, because ZeRO-3 gathers parameters in each.
         """
         per_pass = world * self._micro
-        sums = torch.zeros(2, device=engine.device, dtype=torch.float64)
+        sums = torch.zeros(4, device=engine.device, dtype=torch.float64)
         engine.eval()
         with torch.no_grad():
             for first in range(0, self._rows, per_pass):
@@ -43,12 +58,28 @@ class ValidationLoss:
                 rows = [min(row, self._rows - 1) for row in mine]
                 (batch,) = self._make(rows, [row < self._rows for row in mine])
                 inputs = batch.to(engine.device)
-                total = engine(**inputs, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss
-                sums[0] += total.double()
-                sums[1] += batch.predicted
+                output = engine(**inputs, num_items_in_batch=1, logits_to_keep=1, use_cache=False)
+                right, answers = count_right(batch.inputs["positions"].labelled, output.correct.cpu())
+                sums += torch.tensor([0.0, batch.predicted, right, answers], device=sums.device, dtype=sums.dtype)
+                sums[0] += output.loss.double()
         engine.train()
         dist.all_reduce(sums)
-        return (sums[0] / sums[1].clamp(min=1)).item()
+        loss, tokens, right, answers = sums.tolist()
+        return Measured(loss / max(1, tokens), right / max(1, answers))
+
+
+def count_right(labelled: torch.Tensor, correct: torch.Tensor) -> tuple[int, int]:
+    """How many answers are right, and how many there are.
+
+    Args:
+        labelled: (m,) ascending positions that predict a token of an answer; neighbours are of one answer.
+        correct: (m,) bool, whether each does.
+    """
+    if not len(labelled):
+        return 0, 0
+    answer = torch.nn.functional.pad((labelled.diff() > 1).long().cumsum(0), (1, 0))
+    wrong = torch.zeros(int(answer[-1]) + 1, dtype=torch.long).index_add(0, answer, (~correct).long())
+    return int((wrong == 0).sum()), len(wrong)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from workflows.recipe.evaluate import Gate
 from workflows.recipe.load import RECIPES, load_recipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import layout_of, open_local_storage, open_storage
+from workflows.train.job import stage_digest
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
@@ -99,3 +100,23 @@ def test_a_storage_that_cannot_be_written_is_a_usage_error(tmp_path):
         open_local_storage("s3://user:hidden@bucket/x")
     with pytest.raises(UsageError, match=r"cannot write there: .*use a local path, s3:// or gs://"):
         open_storage("wrong://bucket/x")
+
+
+def test_best_wants_a_validation_split_before_any_work():
+    best = ["train.validate_every=5", "train.stages.1.best={patience: 3}"]
+    with pytest.raises(UsageError, match=r"best chooses by the validation split, and its data has none: give"):
+        load_recipe("quickstart", ["data.validation=[]", *best])
+    split = load_recipe("quickstart", ["data.validation=[]", "data.train.0.validation=0.1", *best])
+    assert split.train.stages[1].best.patience == 3
+
+
+def test_how_often_is_measured_decides_where_the_best_step_is_taken_and_nowhere_else():
+    def digests(*overrides: str) -> list[str]:
+        recipe = load_recipe("quickstart", [*overrides])
+        return [stage_digest(recipe, index, {"connector": "a", "full": "a"}) for index in (0, 1)]
+
+    assert digests() == digests("train.validate_every=5")
+    best = "train.stages.1.best={}"
+    five, six = digests(best, "train.validate_every=5"), digests(best, "train.validate_every=6")
+    assert five[0] == six[0] == digests()[0]
+    assert len({five[1], six[1], digests()[1]}) == 3
