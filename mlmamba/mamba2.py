@@ -134,15 +134,27 @@ class Mamba2Block(nn.Module):
         self.mixer = MIXERS[kind](config)
         self.residual_in_fp32, self.scale = config.residual_in_fp32, config.residual_multiplier
 
-    def forward(self, x: Tensor, state=None, mask=None, seq_idx=None, keep_state: bool = True):
-        """(b, l, d) -> (b, l, d) and the mixer's state afterwards: of its kind, a pair of `both`, None of an MLP."""
+    def forward(self, x, state=None, mask=None, seq_idx=None, keep_state: bool = True):
+        """(b, l, d) -> (b, l, d) and the mixer's state afterwards: of its kind, a pair of `both`, None of an MLP.
+
+        x may be a pair, and so is what it returns then: what the block before gave, and the residual stream without it
+        (None for the first block). Their sum and its norm are one step then, as kernels have it.
+        """
+        if isinstance(x, tuple):
+            x, stream = self.add_norm(*x)
+            y, state = self.mixer(x, state, mask, seq_idx, keep_state)
+            return (times(y, self.scale), stream), state
         y, state = self.mixer(self.norm(x).to(self.norm.weight.dtype), state, mask, seq_idx, keep_state)
         return (x.float() if self.residual_in_fp32 else x) + times(y, self.scale), state
 
+    def add_norm(self, y: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the block before gave and the residual stream without it, to the mixer's input and the stream."""
+        return ops.add_norm(y, stream, self.norm.weight, self.norm.eps, self.residual_in_fp32)
+
     def step(self, y: Tensor, stream: Tensor | None, state, slots: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
         """One token: what the block before gave (b, d), the residual stream without it, and the mixer's state. Returns
-        the same of this block. Sum and norm are one step, as kernels have it."""
-        x, stream = ops.add_norm(y, stream, self.norm.weight, self.norm.eps, self.residual_in_fp32)
+        the same of this block."""
+        x, stream = self.add_norm(y, stream)
         if self.kind == "mamba2":
             y, state = self.mixer.step(x, state, slots)
         else:
@@ -226,15 +238,18 @@ class Mamba2Backbone(nn.Module):
             x, after = self.decode(embeds[:, 0], state.layers)
             return x[:, None], MambaState(after)
         states = iter(state.layers if known else ())
+        checkpointed = self.gradient_checkpointing and self.training
+        if ops.fuses_norm(x) and not checkpointed:  # a checkpoint would have to keep two tensors of each block
+            x = (x, None)
         for layer in self.layers:
             before = layer.own_state(states) if known else None
-            if self.gradient_checkpointing and self.training:
+            if checkpointed:
                 x, layer_state = checkpoint(layer, x, before, mask, seq_idx, keep_state, use_reentrant=False)
             else:
                 x, layer_state = layer(x, before, mask, seq_idx, keep_state)
             after += layer.as_list(layer_state)
-        x = self.norm_f(x).to(self.embeddings.weight.dtype)
-        x = times(x, 1 / self.scale_out)
+        x = self._last_norm(*x)[0] if isinstance(x, tuple) else self.norm_f(x)
+        x = times(x.to(self.embeddings.weight.dtype), 1 / self.scale_out)
         x = x if mask is None else _reorder(x, torch.argsort(order, dim=1))
         return x, MambaState(after) if keep_state else None
 
@@ -259,8 +274,10 @@ class Mamba2Backbone(nn.Module):
         for layer in self.layers:
             y, stream, state = layer.step(y, stream, layer.own_state(left), slots)
             after += layer.as_list(state)
-        x, _ = ops.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, self.layers[0].residual_in_fp32)
-        return times(x, 1 / self.scale_out), after
+        return times(self._last_norm(y, stream)[0], 1 / self.scale_out), after
+
+    def _last_norm(self, y: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, self.layers[0].residual_in_fp32)
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

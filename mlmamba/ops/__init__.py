@@ -38,6 +38,7 @@ __all__ = [
     "device_problem",
     "force_path",
     "fuses",
+    "fuses_norm",
     "has_kernels",
     "kernel",
     "kernel_problem",
@@ -234,9 +235,14 @@ def between(mixer, make: bool) -> tuple[Between, str]:
 
 
 def add_norm(y: Tensor, stream: Tensor | None, weight: Tensor, eps: float, wide: bool) -> tuple[Tensor, Tensor]:
-    """Sum and norm of a decoding step on the chosen path; arguments and results as in `step.add_norm`."""
-    cuda = path_for(y, "ssd") == "cuda" and import_module("mlmamba.ops.cuda")
-    return (cuda if cuda and not cuda.loads("norm") else step).add_norm(y, stream, weight, eps, wide)
+    """Sum and norm on the chosen path, in one kernel where `fuses_norm`; arguments and results as in
+    `step.add_norm`."""
+    return (import_module("mlmamba.ops.cuda") if fuses_norm(y) else step).add_norm(y, stream, weight, eps, wide)
+
+
+def fuses_norm(x: Tensor) -> bool:
+    """Whether `add_norm` is one kernel for x (..., d)."""
+    return path_for(x, "ssd") == "cuda" and not import_module("mlmamba.ops.cuda").loads("norm")
 
 
 def _known(path: str) -> str:

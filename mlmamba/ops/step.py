@@ -165,7 +165,8 @@ def between(
 
 
 def add_norm(y: Tensor, residual: Tensor | None, weight: Tensor, eps: float, wide: bool) -> tuple[Tensor, Tensor]:
-    """The residual stream and its norm, for the next mixer: (b, d), (b, d) -> (b, d) in y's dtype, (b, d).
+    """The residual stream's norm, for the next mixer, and the stream: (..., d), (..., d) -> (..., d) in y's dtype,
+    (..., d).
 
     Args:
         y: what the last mixer gave; or the embeddings, where `residual` is None.

@@ -16,6 +16,7 @@ from tests.helpers.images import encoded
 from tests.helpers.tiny import HYBRID, IMAGE_ID, PER_IMAGE, prompt, tiny_model
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.job import StageError
+from workflows.train.optim import adamw_options, parameter_groups, schedule
 from workflows.train.stage import accumulation
 from workflows.train.step import MicroBatch, batch_maker, memory_advice, refuse_device, share_of
 
@@ -122,6 +123,29 @@ def test_on_a_faked_gpu_no_tensor_is_left_behind_and_none_is_float64(micro_batch
     trained = {name: found.get(id(weight)) for name, weight in weights.items() if weight.requires_grad}
     assert [name for name, gradient in trained.items() if gradient is None] == []
     assert {(g.device.type, g.dtype) for g in trained.values()} == {("cuda", torch.float32)}
+
+
+@pytest.mark.parametrize("text", [{}, HYBRID])
+def test_on_a_faked_gpu_the_optimizer_stays_there_and_in_float32(text):
+    """AdamW as `start_engine` makes it, from the second step on too: fused, without a read of the host."""
+    train = TrainRecipe(workers=1, gpus_per_worker=1, stages=[stage := StageRecipe(**STAGE)])
+    gpu = FakeGPU()
+    weights = gpu.weights(tiny_model(text))
+    groups = parameter_groups(SimpleNamespace(named_parameters=weights.items), stage)
+    trained = [weight for group in groups for weight in group["params"]]
+    with gpu():
+        for weight in trained:
+            weight.grad = torch.zeros_like(weight)
+        optimizer = torch.optim.AdamW(groups, **adamw_options(stage, train))
+        rates = schedule(stage, optimizer, 10)
+        for _ in range(2):
+            optimizer.step()
+            rates.step()
+    assert len(groups) == 2 * len({group["part"] for group in groups})  # with decay and without
+    assert gpu.float64 == set()
+    for weight in trained:
+        held = {**optimizer.state[weight], "weight": weight}
+        assert {(t.device.type, t.dtype) for t in held.values()} == {("cuda", torch.float32)}, held
 
 
 STAGE = {"name": "full", "trains": ["language_model"], "steps": 1, "learning_rate": 1e-3, "batch_rows": 4}
