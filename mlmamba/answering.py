@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mlmamba.conversation import Turn
 from mlmamba.decoding import prepare
-from mlmamba.images import load_pixels
+from mlmamba.image_layout import CutImage
 from mlmamba.loading import load_model
 from mlmamba.state import MambaState
 
@@ -80,16 +79,17 @@ class Answerer:
     def reply(self, asked: list[Asked]) -> list[list[Reply]]:
         """The same, with what the answers took."""
         start = time.perf_counter()
-        read = self._read_images([item.image for item in asked if item.image is not None])
+        shown = [self.processor.layout.load(item.image) for item in asked if item.image is not None]
+        read = self._read_images(shown)
         reading = (time.perf_counter() - start) / max(sum(len(item.questions) for item in asked), 1)
-        rows, shown = [], 0
+        rows, images = [], 0
         for item in asked:
-            owner = None if item.image is None else shown
-            shown += item.image is not None
+            owner = None if item.image is None else images
+            images += item.image is not None
             rows += [(question, owner) for question in item.questions]
         replies: list[Reply | None] = [None] * len(rows)
         for group in self._batches(rows):
-            for index, reply in zip(group, self._generate([rows[i] for i in group], read, reading), strict=True):
+            for index, reply in zip(group, self._generate([rows[i] for i in group], read, shown, reading), strict=True):
                 replies[index] = reply
         in_order = iter(replies)
         return [[next(in_order) for _ in item.questions] for item in asked]
@@ -102,22 +102,22 @@ class Answerer:
             ValueError: a question is empty or too long for a prompt.
         """
         if asked.image is not None:
-            load_pixels(asked.image, self.processor.image_size)
+            self.processor.layout.load(asked.image)
         self.processor.tokenize([self.processor.prompt([Turn("user", question)]) for question in asked.questions])
 
-    def _read_images(self, images: list[bytes]) -> MambaState | None:
+    def _read_images(self, images: list[CutImage]) -> MambaState | None:
         """The state after each image, from which all its questions go on: a prompt begins with its image."""
         if not images:
             return None
-        pixels = np.stack([load_pixels(image, self.processor.image_size) for image in images])
-        placeholders = torch.full(
-            (len(images), self.processor.tokens_per_image), self.processor.image_token_id, device=self.model.device
-        )
+        lengths = torch.tensor([image.tokens for image in images])
+        seen = (torch.arange(int(lengths.max())).flip(0) < lengths[:, None]).to(self.model.device)
+        image_id, pad = self.processor.image_token_id, self.processor.tokenizer.pad_token_id
         output = self.model(
-            input_ids=placeholders,
-            pixel_values=torch.from_numpy(pixels).to(self.model.device),
+            input_ids=torch.full(seen.shape, pad, device=seen.device).masked_fill(seen, image_id),
+            attention_mask=seen.long(),
             use_cache=True,
             logits_to_keep=1,
+            **{name: t.to(self.model.device) for name, t in self.processor.layout.batch(images).items()},
         )
         return output.cache_params
 
@@ -128,7 +128,9 @@ class Answerer:
             size = self.batch_questions or max(len(chosen), 1)
             yield from (chosen[first : first + size] for first in range(0, len(chosen), size))
 
-    def _generate(self, rows: list[tuple[str, int | None]], read: MambaState | None, reading: float) -> list[Reply]:
+    def _generate(
+        self, rows: list[tuple[str, int | None]], read: MambaState | None, images: list[CutImage], reading: float
+    ) -> list[Reply]:
         """Replies to questions that all have an image, given by its index in `read`, or all have none."""
         start = time.perf_counter()
         owners = [owner for _, owner in rows if owner is not None]
@@ -147,8 +149,8 @@ class Answerer:
         new = ids[:, inputs["input_ids"].shape[1] :].tolist()
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         chances = [None] * len(rows) if first.logits is None else first.logits.softmax(-1)[:, 0].tolist()
-        image_tokens = self.processor.tokens_per_image if owners else 0
-        lengths = (inputs["attention_mask"].sum(1) + image_tokens).tolist()
+        shown = torch.tensor([0 if owner is None else images[owner].tokens for _, owner in rows])
+        lengths = (inputs["attention_mask"].sum(1).cpu() + shown).tolist()
         seconds = reading + (time.perf_counter() - start) / len(rows)
         end = self.processor.tokenizer.eos_token_id
         return [

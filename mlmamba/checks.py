@@ -3,6 +3,9 @@
 Shapes: b batch, l length, n images, N tokens per image, d language width.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -70,12 +73,13 @@ def check_ids(input_ids: Tensor, vocabulary: int) -> None:
         raise ValueError(f"input_ids holds ids from {low} to {high}; the vocabulary is 0 to {vocabulary - 1}")
 
 
-def check_places(found: list[int], features: tuple[int, ...] | None) -> None:
+def check_places(found: list[int], features: tuple[int, ...] | None, each: Sequence[int] = ()) -> None:
     """Check that images fill the placeholders of a batch exactly.
 
     Args:
         found: placeholders in each row.
         features: (n, N), images and tokens of each; (k,), single vectors; None for no images.
+        each: of single vectors, how many each image has, where that is known.
 
     Raises:
         ValueError: there are more or fewer, or an image would be split over two rows.
@@ -84,6 +88,8 @@ def check_places(found: list[int], features: tuple[int, ...] | None) -> None:
         expected, given = 0, "no images were given"
     elif len(features) == 1:
         expected, given = features[0], f"{features[0]} feature vectors were given"
+        if each:
+            given = f"{len(each)} images of {min(each)} to {max(each)} tokens were given ({expected} expected)"
     else:
         expected = features[0] * features[1]
         given = f"{features[0]} images of {features[1]} tokens were given ({expected} expected)"
@@ -92,6 +98,9 @@ def check_places(found: list[int], features: tuple[int, ...] | None) -> None:
             f"the prompt has {sum(found)} image placeholders but {given}; expand each <image> with "
             "MLMambaProcessor and pass every image"
         )
+    if each and (within := set(accumulate(found)) - {0, *accumulate(each)}):
+        row = list(accumulate(found)).index(min(within))
+        raise ValueError(f"row {row} ends within an image; an image does not go on in the next row")
     if features is not None and len(features) == 2:
         for row, count in enumerate(found):
             if count % features[1]:

@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import Mamba2Config, PreTrainedConfig
 
 from mlmamba.blocks import ACTIVATIONS, KINDS, MIXER_NORMS, check_blocks, has_attention
+from mlmamba.image_layout import check_image_fields
 
 
 @strict
@@ -101,6 +102,13 @@ class VisionConfig(PreTrainedConfig):
         image_size: side in pixels of the square image that every tower gets.
         grid: side of the feature grid in cells. Feature maps are resized to it and need it. Patches fix their grid:
             where all towers give patches it may be left out, and else it must be theirs.
+        merge: so many features by so many become one of as many times the channels.
+        tiles: most squares that a large image is cut into, besides the square that shows it whole.
+        min_tokens, max_tokens: where the second is given, images are read at their own size and aspect, as at least and
+            at most so many tokens (mlmamba/image_layout.py), and image_size and grid do not count.
+
+    Raises:
+        ValueError: the fields do not go together.
     """
 
     model_type = "mlmamba_vision"
@@ -108,6 +116,27 @@ class VisionConfig(PreTrainedConfig):
     towers: list[dict] | None = None
     image_size: int = 384
     grid: int | None = None
+    merge: int = 1
+    tiles: int = 1
+    min_tokens: int = 1
+    max_tokens: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_image_fields(self)
+
+    @property
+    def native(self) -> bool:
+        """Whether images are read at their own size."""
+        return self.max_tokens is not None
+
+    def to_dict(self) -> dict:
+        """Without the fields about other images than squares where these are as ever: checkpoints stay as they were."""
+        same = {name for name, value in _SQUARE.items() if getattr(self, name) == value}
+        return {name: value for name, value in super().to_dict().items() if name not in same}
+
+
+_SQUARE = {"merge": 1, "tiles": 1, "min_tokens": 1, "max_tokens": None}
 
 
 @strict

@@ -24,6 +24,7 @@ from mlmamba.connectors.base import Connector
 from mlmamba.connectors.msc import MSCAdvanced, MSCBasic
 from mlmamba.connectors.plain import LDPv2Connector, MLPConnector, VLMLPConnector
 from mlmamba.connectors.vss import VSSL2Connector, VSSMLPConnector
+from mlmamba.image_layout import ImageLayout, TokensPerImage
 from mlmamba.vision import measure
 
 CONNECTORS: dict[str, type[Connector]] = {
@@ -58,10 +59,35 @@ def build_connector(width: int, out: int, config) -> Connector:
     return connector_class(config.name)(width, out, config)
 
 
-def tokens_per_image(config) -> int:
-    """How many placeholders one image takes in a prompt of an MLMambaConfig's model; allocates no weights.
+def image_layout(config, grid: tuple[int, int] | None = None) -> ImageLayout:
+    """How images are cut for an MLMambaConfig's model, and how many placeholders each takes; allocates no weights.
+
+    Args:
+        grid: as `measure` gives it, where that is known.
 
     Raises:
-        ValueError: unknown connector, or encoders that cannot be built or do not fit together.
+        ValueError: unknown connector, one that takes no images at their own size where they are so read, or encoders
+            that cannot be built or do not fit together.
     """
-    return connector_class(config.connector_config.name).tokens(measure(config.vision_config)[1])
+    vision, connector = config.vision_config, connector_class(config.connector_config.name)
+    grid = grid or measure(vision)[1]
+    if not vision.native:
+        return ImageLayout(connector.tokens(grid), vision.image_size, vision.tiles)
+    for rows, columns in ((1, 1), (2, 3), (5, 2)):
+        if connector.grid_out((rows * connector.pool, columns * connector.pool)) != (rows, columns):
+            raise ValueError(
+                f"connector {config.connector_config.name!r} does not make one token of {connector.pool} x "
+                f"{connector.pool} cells on any grid, so it takes no images at their own size: choose another, or "
+                "leave out vision.max_tokens"
+            )
+    sizes = {"min_tokens": vision.min_tokens, "max_tokens": vision.max_tokens}
+    return ImageLayout(patch=grid[0], merge=vision.merge, pool=connector.pool, **sizes)
+
+
+def tokens_per_image(config) -> TokensPerImage:
+    """How many placeholders one image takes in a prompt of an MLMambaConfig's model, or what decides it.
+
+    Raises:
+        ValueError: as `image_layout`.
+    """
+    return image_layout(config).per_image

@@ -14,7 +14,7 @@ real GPT-NeoX tokenizer). Tokenizers that mark the beginning of every text, as S
 training tokenizes the rendered string as well (`encode_whole`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -103,19 +103,28 @@ def check_turns(turns: Sequence[Turn], asking: bool = False) -> None:
             raise ValueError(f"turn {i} is the assistant's but has {turn.images} images; only users show images")
 
 
-def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedConversation:
+def _each(turns: Sequence[Turn], tokens: int | Sequence[int]) -> Iterator[int]:
+    """Tokens of each image of a conversation."""
+    count = sum(turn.images for turn in turns)
+    each = [tokens] * count if isinstance(tokens, int) else list(tokens)
+    if len(each) != count:
+        raise ValueError(f"the turns show {count} images, the tokens of {len(each)} were given")
+    return iter(each)
+
+
+def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int | Sequence[int]) -> EncodedConversation:
     """Tokenize a conversation for training.
 
     Args:
         tokenizer: a transformers tokenizer with an `eos_token` and a single id for IMAGE_TOKEN.
         turns: alternating user and assistant turns.
-        tokens_per_image: length of one image's placeholder run.
+        tokens_per_image: length of one image's placeholder run, or of each image's.
 
     Raises:
-        ValueError: the turns break the rules of `check_turns`.
+        ValueError: the turns break the rules of `check_turns`, or show another number of images.
     """
     check_turns(turns)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_id, each = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), _each(turns, tokens_per_image)
     ids, labels, positions, ends = [], [], [], []
     for i, turn in enumerate(turns):
         text = render_turn(Turn(turn.role, turn.text), i == 0, tokenizer.eos_token)
@@ -125,8 +134,9 @@ def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedCo
             labels += [IGNORE_INDEX] * (len(ids) - len(labels))
         for _ in range(turn.images):
             positions.append(len(ids))
-            ids += [image_id] * tokens_per_image
-            labels += [IGNORE_INDEX] * tokens_per_image
+            run = next(each)
+            ids += [image_id] * run
+            labels += [IGNORE_INDEX] * run
         piece = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += piece
         labels += piece if turn.role == "assistant" else [IGNORE_INDEX] * len(piece)
@@ -135,19 +145,19 @@ def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedCo
     return EncodedConversation(ids, labels, positions, ends)
 
 
-def encode_whole(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> EncodedConversation:
+def encode_whole(tokenizer, turns: Sequence[Turn], tokens_per_image: int | Sequence[int]) -> EncodedConversation:
     """Tokenize a conversation for training as inference tokenizes it: the rendered text in one, turns by offsets.
 
     Args:
         tokenizer: as for `encode`, with `with_offsets(text)`, which gives each token's id and first character.
         turns: alternating user and assistant turns.
-        tokens_per_image: length of one image's placeholder run.
+        tokens_per_image: length of one image's placeholder run, or of each image's.
 
     Raises:
-        ValueError: the turns break the rules of `check_turns`.
+        ValueError: the turns break the rules of `check_turns`, or show another number of images.
     """
     check_turns(turns)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_id, each = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), _each(turns, tokens_per_image)
     pieces = [render_turn(turn, i == 0, tokenizer.eos_token) for i, turn in enumerate(turns)]
     stops = list(accumulate(map(len, pieces)))  # where each turn's text ends
     ids, labels, positions, ends, turn = [], [], [], [], 0
@@ -158,7 +168,7 @@ def encode_whole(tokenizer, turns: Sequence[Turn], tokens_per_image: int) -> Enc
             turn += 1
         if token == image_id:
             positions.append(len(ids))
-        run = tokens_per_image if token == image_id else 1
+        run = next(each) if token == image_id else 1
         ids += [token] * run
         labels += [token if turns[turn].role == "assistant" else IGNORE_INDEX] * run
     if turns[-1].role == "assistant":

@@ -91,10 +91,11 @@ class MLMambaGenerationMixin(GenerationMixin):
         Args:
             inputs: the prompts (b, l), or as `input_ids`. Rows that are padded on the right come back padded on the
                 left, so that the new tokens follow the prompt: `out[:, l:]` are the new tokens of every row.
-            generation_config, kwargs: as in transformers; besides `attention_mask` (b, l), `pixel_values` or
-                `image_features`, and `cache_params`, a state to go on from, also as `past_key_values`. The prompts are
-                then the new part only, with its images; after a state that `generate` returned they may also be the
-                whole conversation with all images, of which only the new part is read.
+            generation_config, kwargs: as in transformers; besides `attention_mask` (b, l), `pixel_values` (with
+                their `spatial_shapes`) or `image_features`, and `cache_params`, a state to go on from, also as
+                `past_key_values`. The prompts are then the new part only, with its images; after a state that
+                `generate` returned they may also be the whole conversation with all images, of which only the new part
+                is read.
 
         Returns:
             As transformers' `generate`. With `return_dict_in_generate` the state is there by both names, and it has
@@ -116,6 +117,8 @@ class MLMambaGenerationMixin(GenerationMixin):
             if kwargs.get("cache_params") is not None:
                 raise ValueError("the state is given twice, as cache_params and as past_key_values")
             kwargs["cache_params"] = state
+        if (shapes := kwargs.pop("spatial_shapes", None)) is not None and kwargs.get("pixel_values") is not None:
+            kwargs["image_features"] = self.get_image_features(kwargs.pop("pixel_values"), shapes)
         ids, mask = kwargs.pop("input_ids", inputs), kwargs.get("attention_mask")
         lengths = check_prompts(ids, mask, self.config.max_position_embeddings)
         new = kwargs.get("max_new_tokens", (generation_config or self.generation_config).max_new_tokens)

@@ -250,18 +250,19 @@ def _read(source: str) -> bytes:
     return data
 
 
-def to_pixels(image: Image.Image, size: int, pixels: int = PIXELS) -> np.ndarray:
-    """RGB image -> uint8 (3, size, size), resized directly (aspect ignored), as the released ML-Mamba does.
+def to_pixels(image: Image.Image, size: int | tuple[int, int], pixels: int = PIXELS) -> np.ndarray:
+    """RGB image -> uint8 (3, h, w), resized directly (aspect ignored), as the released ML-Mamba does.
 
     Args:
         image: of any size.
-        size: side of the result.
+        size: side of the result, or its height and width.
         pixels: version of the rules. From 3 on by torch, in a fifth of the time that Pillow takes. The values are those
             of Pillow 11, with which the released model was trained, but for the rounding of a few: noise of any size
             has at most one value in 40 that differs, by 1 or 2 of 255. Pillow 13 rounds tall images in another way.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     if pixels < 3:
-        resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))
     import torch  # here, because preparation does not resize, and its workers can do without
     from torch.nn.functional import interpolate
@@ -272,14 +273,14 @@ def to_pixels(image: Image.Image, size: int, pixels: int = PIXELS) -> np.ndarray
     resize = partial(interpolate, mode="bicubic", antialias=True)
     image = image if image.mode == "RGB" else image.convert("RGB")
     if image.width * image.height <= _STRIP_PIXELS:
-        return resize(values(image), (size, size))[0].contiguous().numpy()
+        return resize(values(image), (height, width))[0].contiguous().numpy()
     # Rows are independent until the columns are resized. In strips of them, a large image is not held a second time.
-    narrow = torch.empty(1, 3, image.height, size, dtype=torch.uint8)
+    narrow = torch.empty(1, 3, image.height, width, dtype=torch.uint8)
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = values(image.crop((0, top, image.width, min(top + rows, image.height))))
-        narrow[:, :, top : top + rows] = resize(strip, (strip.shape[2], size))
-    return resize(narrow, (size, size))[0].contiguous().numpy()
+        narrow[:, :, top : top + rows] = resize(strip, (strip.shape[2], width))
+    return resize(narrow, (height, width))[0].contiguous().numpy()
 
 
 def load_pixels(data: bytes, size: int, pixels: int = PIXELS) -> np.ndarray:

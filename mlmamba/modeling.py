@@ -7,6 +7,7 @@ many continuations. Shapes: b batch, l length, n images, N tokens per image, d w
 
 import threading
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from transformers.utils import ModelOutput
 
 from mlmamba.checks import check_device, check_images, check_places, check_state, check_text
 from mlmamba.configuration import MLMambaConfig
-from mlmamba.connector import build_connector
+from mlmamba.connector import build_connector, image_layout
 from mlmamba.generation import MLMambaGenerationMixin
+from mlmamba.image_layout import ImageLayout
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.positions import Positions, label_mask
 from mlmamba.state import MambaState
@@ -156,19 +158,33 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         with _old_name():
             return super().is_gradient_checkpointing
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images uint8 (n, 3, s, s) -> language embeddings (n, N, d). Raises ValueError on other images.
+    @property
+    def image_layout(self) -> ImageLayout:
+        """How images are cut for it, and how many placeholders each takes."""
+        patch = self.vision.patch
+        return image_layout(self.config, (patch, patch) if patch else self.vision.grid)
+
+    def get_image_features(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+        """Images uint8 (n, 3, s, s) -> language embeddings (n, N, d); or, native, patches (P, 3 p p) with the images'
+        `spatial_shapes` (n, 2) -> (T, d), those of all images one after the other. Raises ValueError on other images.
 
         Without an image a black one goes through and is dropped: not every encoder takes none, and under ZeRO-3 the
         other workers wait until this one has gathered the same weights.
         """
-        if not len(pixel_values) and pixel_values.ndim == 4:
-            blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-            return self.get_image_features(blank)[:0]
+        if not len(pixel_values) and pixel_values.ndim == (2 if self.vision.patch else 4):
+            shapes = None
+            if self.vision.patch:
+                side = self.vision.merge * self.connector.pool
+                shapes = torch.full((1, 2), side)
+                blank = pixel_values.new_zeros(side**2, pixel_values.shape[1])
+            else:
+                blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+            return self.get_image_features(blank, shapes)[:0]
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features = self.vision(pixel_values)
-        return self.connector(features, self.vision.grid)
+            features = self.vision(pixel_values, spatial_shapes)
+        embeds = self.connector(features, self.vision.grids(spatial_shapes))
+        return embeds[0] if self.vision.patch else embeds
 
     def forward(
         self,
@@ -188,12 +204,16 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: MambaState | None = None,
+        spatial_shapes: Tensor | None = None,
     ) -> MLMambaOutput:
         """Run the model.
 
         Args:
             input_ids: (b, l).
-            pixel_values: uint8 (n, 3, s, s), all images of the batch in reading order.
+            pixel_values: uint8 (n, 3, s, s), all images of the batch in reading order. Of images at their own size,
+                their patches (P, 3 p p); of tiled ones, all their squares.
+            spatial_shapes: (n, 2) heights and widths in patches, of images at their own size. Best on the CPU, where
+                its values are needed.
             image_features: (n, N, d) from `get_image_features`, in place of `pixel_values`; or (k, d), one vector for
                 each placeholder, for a piece of a prompt that begins or ends within an image.
             attention_mask: (b, l), 0 at padding on either side.
@@ -236,9 +256,10 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None:
-                image_features = self.get_image_features(pixel_values)
+                image_features = self.get_image_features(pixel_values, spatial_shapes)
             if positions is None:
-                inputs_embeds = self._place_images(input_ids, inputs_embeds, image_features)
+                each = () if pixel_values is None or spatial_shapes is None else self._image_tokens(spatial_shapes)
+                inputs_embeds = self._place_images(input_ids, inputs_embeds, image_features, each)
             else:
                 inputs_embeds = self._place_at(inputs_embeds, image_features, positions.images)
         mask = None if attention_mask is None else attention_mask.bool()
@@ -261,23 +282,30 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         """Whether accelerate moves the inputs to the weights, or ZeRO-3 brings the weights to the inputs."""
         return hasattr(self, "hf_device_map") or hasattr(next(self.parameters()), "ds_id")
 
-    def _place_images(self, input_ids: Tensor, embeds: Tensor, features: Tensor | None) -> Tensor:
-        places = self.image_places(input_ids, features)
+    def _image_tokens(self, spatial_shapes: Tensor) -> list[int]:
+        """Tokens of each image of these shapes."""
+        return [self.connector.tokens(grid) for grid in self.vision.grids(spatial_shapes)]
+
+    def _place_images(
+        self, input_ids: Tensor, embeds: Tensor, features: Tensor | None, each: Sequence[int] = ()
+    ) -> Tensor:
+        places = self.image_places(input_ids, features, each)
         if features is None:
             return embeds
         return embeds.masked_scatter(places[..., None], features.to(embeds).flatten(0, -2))
 
-    def image_places(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+    def image_places(self, input_ids: Tensor, features: Tensor | None, each: Sequence[int] = ()) -> Tensor:
         """Where the placeholders of images are in input_ids (b, l): a mask (b, l).
 
         Args:
             features: (n, N, d) or (k, d), see `forward`, or None where there are no images.
+            each: of (k, d), how many vectors each image has, where that is known.
 
         Raises:
             ValueError: the features do not fill the placeholders exactly, or an image would be split over two rows.
         """
         places = input_ids == self.config.image_token_id
-        check_places(places.sum(1).tolist(), None if features is None else tuple(features.shape[:-1]))
+        check_places(places.sum(1).tolist(), None if features is None else tuple(features.shape[:-1]), each)
         return places
 
     def _place_at(self, embeds: Tensor, features: Tensor | None, places: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ vocabulary, would have to wait for the device and read them back. Whoever makes 
 model takes them as tensors. Shapes: b batch, l length, n images, N tokens per image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ class Positions:
     """Positions count through the batch, row after row: that of token t of row i is i l + t."""
 
     images: Tensor
-    """(n N,) int64, the placeholders of images."""
+    """(k,) int64, the placeholders of images."""
     labelled: Tensor
     """(m,) int64, the positions whose next token has a label and is of the same sequence."""
     targets: Tensor
@@ -38,13 +38,13 @@ class Positions:
 
 
 def find_positions(
-    input_ids: Tensor, labels: Tensor, seq_idx: Tensor | None, image_shape: tuple[int, int], config
+    input_ids: Tensor, labels: Tensor, seq_idx: Tensor | None, images: Sequence[int], config
 ) -> Positions:
     """Find the positions of a batch on the CPU.
 
     Args:
         input_ids, labels, seq_idx: (b, l), as `MLMambaForConditionalGeneration.forward` takes them.
-        image_shape: n and N.
+        images: tokens of each image, in reading order.
         config: MLMambaConfig.
 
     Raises:
@@ -53,7 +53,8 @@ def find_positions(
     """
     check_ids(input_ids, config.text_config.vocab_size)
     places = input_ids == config.image_token_id
-    check_places(places.sum(1).tolist(), image_shape if image_shape[0] else None)
+    shape = (sum(images),) if len(set(images)) > 1 else (len(images), images[0]) if images else None
+    check_places(places.sum(1).tolist(), shape, images if len(set(images)) > 1 else ())
     keep = label_mask(labels, seq_idx)
     rows, columns = keep.nonzero(as_tuple=True)
     labelled = rows * labels.shape[1] + columns

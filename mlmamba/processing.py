@@ -1,11 +1,14 @@
 """MLMambaProcessor: chats and images to model inputs."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mlmamba.chat_template import CHAT_TEMPLATE
 from mlmamba.conversation import IMAGE_TOKEN, Turn, check_turns, render
+from mlmamba.image_layout import ImageLayout, TokensPerImage
 from mlmamba.image_processing import MLMambaImageProcessor
 
 
@@ -22,19 +25,19 @@ class MLMambaProcessor(ProcessorMixin):
     Args:
         tokenizer: a tokenizer with an id for `<image>`.
         image_size: side in pixels of the encoder's input.
-        tokens_per_image: placeholders that one image takes.
+        tokens_per_image: placeholders that one image takes; or what decides them, as `ImageLayout.of` takes it.
         max_length: longest prompt in tokens; longer ones are an error, never cut.
         chat_template: Jinja template of a chat; mlmamba/chat_template.py by default.
 
     Raises:
-        ValueError: the tokenizer has no `<image>`.
+        ValueError: the tokenizer has no `<image>`, or `tokens_per_image` stands for nothing.
     """
 
     def __init__(
         self,
         tokenizer=None,
         image_size: int = 384,
-        tokens_per_image: int = 729,
+        tokens_per_image: TokensPerImage = 729,
         max_length: int = 2777,
         chat_template: str | None = None,
     ):
@@ -42,16 +45,23 @@ class MLMambaProcessor(ProcessorMixin):
         self.image_token, self.image_token_id = IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"the tokenizer has no id for {IMAGE_TOKEN}; add it as a special token")
+        ImageLayout.of(tokens_per_image, image_size)  # raises
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @property
+    def layout(self) -> ImageLayout:
+        """How images are cut, and how many placeholders each takes."""
+        return ImageLayout.of(self.tokens_per_image, self.image_size)
 
     @property
     def image_processor(self) -> MLMambaImageProcessor:
         """The image half; batches of transformers' pipelines need to know it."""
-        return MLMambaImageProcessor(self.image_size)
+        return MLMambaImageProcessor(self.image_size, self.tokens_per_image)
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        own = ["spatial_shapes"] if self.layout.patch else []
+        return ["input_ids", "attention_mask", "pixel_values", *own]
 
     def prompt(self, turns: list[Turn]) -> str:
         """The prompt text for these turns, ready for the assistant's answer. Raises ValueError on bad turns."""
@@ -82,7 +92,8 @@ class MLMambaProcessor(ProcessorMixin):
                 `add_special_tokens` and `truncation` only as False.
 
         Returns:
-            `input_ids` and `attention_mask` int64 (b, l), and, with images, `pixel_values` uint8 (n, 3, s, s).
+            `input_ids` and `attention_mask` int64 (b, l), and, with images, `pixel_values` uint8 (n, 3, s, s), or as
+            the layout asks for, with `spatial_shapes` where images are read at their own size.
 
         Raises:
             ValueError: placeholders and images differ in number, or a prompt is empty or over `max_length`.
@@ -101,9 +112,16 @@ class MLMambaProcessor(ProcessorMixin):
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             self._check_counts(texts, groups, grouped)
-            batch = self.tokenize(texts, padding_side, padding=bool(padding), **offsets)
+        cut, layout = None, self.layout
+        if layout.fixed is None:  # their sizes decide the text
+            cut = self.image_processor.cut(flat)
+            counts = [image.tokens for image in cut]
+        else:
+            counts = [layout.fixed] * len(flat)
+        if text is not None:
+            batch = self.tokenize(texts, padding_side, padding=bool(padding), image_tokens=counts, **offsets)
         if flat:
-            batch.update(self.image_processor(flat))
+            batch.update(layout.batch(cut if cut is not None else self.image_processor.cut(flat)))
         return batch
 
     def tokenize(
@@ -113,17 +131,21 @@ class MLMambaProcessor(ProcessorMixin):
         padding: bool = True,
         return_offsets_mapping: bool = False,
         return_text_replacement_offsets: bool = False,
+        image_tokens: Sequence[int] | None = None,
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` (b, l) of prompts, each `<image>` expanded to its run of placeholders.
 
+        Args:
+            image_tokens: placeholders of each image, over all prompts; not needed where every image has as many.
+
         Raises:
-            ValueError: a prompt is empty, or there is none.
+            ValueError: a prompt is empty, or there is none, or `image_tokens` is not of as many images.
             PromptTooLong: one is over `max_length`.
         """
         if not texts:
             raise ValueError("no prompt was given")
-        run = IMAGE_TOKEN * self.tokens_per_image
-        expanded = [t.replace(IMAGE_TOKEN, run) for t in texts]
+        runs = self._runs(texts, image_tokens)
+        expanded = expand(texts, runs)
         encoded = self.tokenizer(expanded, add_special_tokens=False, return_offsets_mapping=return_offsets_mapping)
         ids = encoded["input_ids"]
         lengths = [len(row) for row in ids]
@@ -150,9 +172,23 @@ class MLMambaProcessor(ProcessorMixin):
             spans = zip(encoded["offset_mapping"], fill, strict=True)
             batch["offset_mapping"] = [_pad(row, n, (0, 0), left) for row, n in spans]
         if return_text_replacement_offsets:
-            runs = [run] * sum(t.count(IMAGE_TOKEN) for t in texts)
             batch["text_replacement_offsets"] = self.get_text_with_replacements(list(texts), runs)[1]
         return batch
+
+    def ids(self, texts: list[str], image_tokens: Sequence[int] | None = None) -> list[list[int]]:
+        """Token ids of prompts, however many; otherwise as `tokenize`."""
+        expanded = expand(texts, self._runs(texts, image_tokens))
+        return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+
+    def _runs(self, texts: list[str], image_tokens: Sequence[int] | None) -> list[str]:
+        """The placeholders of each image of the prompts."""
+        count, fixed = sum(text.count(IMAGE_TOKEN) for text in texts), self.layout.fixed
+        if image_tokens is None and (fixed is not None or not count):
+            image_tokens = [fixed] * count
+        if image_tokens is None or len(image_tokens) != count:
+            given = "none" if image_tokens is None else len(image_tokens)
+            raise ValueError(f"the prompts show {count} images, and the tokens of {given} were given")
+        return [IMAGE_TOKEN * tokens for tokens in image_tokens]
 
     def _refuse_options(self, padding, padding_side, return_tensors, others: dict) -> None:
         if padding not in (True, False, None, "longest"):
@@ -181,6 +217,13 @@ class MLMambaProcessor(ProcessorMixin):
         given = sum(map(len, groups))
         if sum(counts) != given:
             raise ValueError(f"the prompts have {sum(counts)} {IMAGE_TOKEN} but {given} images were given")
+
+
+def expand(texts: Sequence[str], runs: Sequence[str]) -> list[str]:
+    """Texts with each `<image>` replaced by the next of the runs."""
+    left = iter(runs)
+    pieces = [text.split(IMAGE_TOKEN) for text in texts]
+    return [first + "".join(next(left) + piece for piece in rest) for first, *rest in pieces]
 
 
 def _group(images) -> tuple[list[list], bool]:

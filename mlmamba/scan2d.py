@@ -10,6 +10,8 @@ base): rows, columns, and both reversed. ML-Mamba's paper does not say how scans
 in its released code: it keeps the scale of a single scan and avoids overflow in half precision. VMamba sums.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,21 @@ def orders(scan: str, height: int, width: int) -> Tensor:
         columns = rows.view(height, width).T.flatten()
         return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
     raise ValueError(f"unknown scan {scan!r}; choose one of {', '.join(SCANS)}")
+
+
+def orders_of(scan: str, grid: tuple[int, int] | Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    """`orders` of a grid; or of several, whose patches stand one after the other in one row.
+
+    Returns:
+        Permutations (k, N), and of several grids the number of that which each place belongs to, int32 (N,), in every
+        order the same; else None.
+    """
+    if isinstance(grid, tuple):
+        return orders(scan, *grid), None
+    sizes = torch.tensor([height * width for height, width in grid])
+    starts = (sizes.cumsum(0) - sizes).tolist()
+    each = [start + orders(scan, *own) for start, own in zip(starts, grid, strict=True)]
+    return torch.cat(each, dim=1), torch.arange(len(grid), dtype=torch.int32).repeat_interleave(sizes)
 
 
 def merge(scanned: list[Tensor], order: Tensor, how: str = "mean") -> Tensor:

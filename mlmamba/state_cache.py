@@ -183,17 +183,23 @@ class Places:
     def __init__(self, processor):
         tokenizer = self._tokenizer = processor.tokenizer
         self._image_id, self._end_id = processor.image_token_id, tokenizer.eos_token_id
-        self._per_image = processor.tokens_per_image
         ids = tokenizer(f"{tokenizer.eos_token}\n{ASSISTANT}\n", add_special_tokens=False)["input_ids"]
         self._opening = ids[ids.index(self._end_id) + 1 :] if self._end_id in ids else []
 
-    def of(self, ids: Sequence[int], images: Sequence[bytes], first: Turn | None = None) -> tuple[Place, ...]:
+    def of(
+        self,
+        ids: Sequence[int],
+        images: Sequence[bytes],
+        first: Turn | None = None,
+        image_tokens: Sequence[int] = (),
+    ) -> tuple[Place, ...]:
         """The places of a prompt, in ascending order; the last is its end.
 
         Args:
             ids: (l,).
             images: digests of its images, in reading order.
             first: its first turn, where that may hold instructions.
+            image_tokens: placeholders of each image; all have equally many where it is not given.
         """
         cuts = {i + 1 for i, (one, after) in enumerate(pairwise(ids)) if one == self._image_id != after} | {len(ids)}
         if first is not None and first.instructions:
@@ -205,12 +211,12 @@ class Places:
             elif list(ids[end + 1 : (begin := end + 1 + len(self._opening))]) == self._opening:
                 found.add(begin)
         lengths = sorted(found - {0})
-        both = zip(lengths, digests(ids, lengths, images, self._image_id), strict=True)
+        both = zip(lengths, digests(ids, lengths, images, self._image_id, image_tokens), strict=True)
         return tuple(Place(length, digest, length in cuts) for length, digest in both)
 
     def _after_instructions(self, ids: Sequence[int], first: Turn) -> set[int]:
         """Where the instructions end, up to the first token that what follows changes; none where they are short."""
-        shown = first.images * self._per_image
+        shown = sum(token == self._image_id for token in ids[: ids.index(self._end_id)]) if first.images else 0
         opening = f"{IMAGE_TOKEN * shown}{USER}\n{clean(first.text[: first.instructions])}"
         own = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
         same = next((i for i, (one, other) in enumerate(zip(own, ids, strict=False)) if one != other), len(own))
@@ -223,31 +229,35 @@ def size_of(state: MambaState, logits: Tensor | None = None) -> int:
     return state.nbytes + (0 if logits is None else logits.nbytes) + tensors * _TENSOR_BYTES + _ENTRY_BYTES
 
 
-def image_digest(pixels: np.ndarray) -> bytes:
-    """Digest of one image as the model sees it: uint8 (3, s, s)."""
-    return hashlib.blake2b(
-        np.ascontiguousarray(pixels), digest_size=32, person=str(pixels.shape).encode()[:16]
-    ).digest()
+def image_digest(pixels: np.ndarray, grid: tuple[int, int] = (1, 1)) -> bytes:
+    """Digest of one image as the model sees it (a `CutImage`)."""
+    found = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=32)
+    found.update(f"{pixels.shape} {grid}".encode())
+    return found.digest()
 
 
-def digests(ids: Sequence[int], lengths: Sequence[int], images: Sequence[bytes], image_id: int) -> list[bytes]:
+def digests(
+    ids: Sequence[int], lengths: Sequence[int], images: Sequence[bytes], image_id: int, image_tokens: Sequence[int] = ()
+) -> list[bytes]:
     """Digests of the beginnings of a prompt.
 
     Args:
         ids: (l,) its tokens.
         lengths: tokens of each beginning, in ascending order; none ends within an image.
         images: digests of its images, in reading order.
-        image_id: id of the placeholder; every image has equally many.
+        image_id: id of the placeholder.
+        image_tokens: placeholders of each image; all have equally many where it is not given.
     """
     tokens = np.asarray(ids, dtype=np.int64)
     seen = np.concatenate([[0], np.cumsum(tokens == image_id)])
-    each = max(int(seen[-1]) // max(len(images), 1), 1)
+    each = image_tokens or [max(int(seen[-1]) // max(len(images), 1), 1)] * len(images)
+    whole = np.searchsorted(np.cumsum(each), seen, side="right")  # images that have been seen to their ends
     text, shown, found = hashlib.blake2b(digest_size=32), hashlib.blake2b(digest_size=32), []
     before = 0
     for length in lengths:
         text.update(tokens[before:length].tobytes())
         if images:
-            shown.update(b"".join(images[int(seen[before]) // each : int(seen[length]) // each]))
+            shown.update(b"".join(images[int(whole[before]) : int(whole[length])]))
         before = length
         found.append(hashlib.blake2b(text.digest() + shown.digest(), digest_size=32).digest())
     return found

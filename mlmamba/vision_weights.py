@@ -2,6 +2,7 @@
 
 import timm
 from timm.layers import resample_abs_pos_embed
+from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from mlmamba.tensor_files import read_tensors
@@ -38,6 +39,12 @@ def put_weights(tower: VisionTower, name: str, state: dict[str, Tensor], source:
     Raises:
         ValueError: `state` lacks tensors that the tower needs, or has them in another shape. It names `source`.
     """
+    if isinstance(tower.model, NaFlexVit):  # which also reads what plain vision transformers have
+        own = {key.removeprefix("model."): value for key, value in state.items()}
+        own |= {
+            key: value.clone() for key, value in own.items() if key.endswith("_token")
+        }  # which timm adds to in place
+        state = checkpoint_filter_fn(own, tower.model)
     own = tower.model.state_dict()
     wanted = {key: _find(state, key) for key in own}
     for key, value in wanted.items():

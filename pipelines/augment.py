@@ -3,14 +3,15 @@
 Validation, evaluation and serving show images as they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from mlmamba.images import WIDEST, open_image, to_pixels
+from mlmamba.image_layout import CutImage, ImageLayout
+from mlmamba.images import WIDEST, open_image
 
 _ASPECT = 4 / 3  # at most, of a crop to the image's own
 
@@ -23,16 +24,21 @@ class Augmentation:
     flip: bool = False
     colour: float = 0.0
 
-    def load_pixels(self, data: bytes, size: int, pixels: int, key: tuple[int, ...]) -> np.ndarray:
-        """As `mlmamba.images.load_pixels`, changed by draws that depend on `key` alone. Raises ImageError."""
+    def load(self, data: bytes, layout: ImageLayout, pixels: int, key: tuple[int, ...]) -> CutImage:
+        """As `ImageLayout.load`, changed by draws that depend on `key` alone. It takes as many tokens as the whole
+        image. Raises ImageError."""
         draw = np.random.default_rng(key)
         image = open_image(data, WIDEST, pixels)
+        grid = layout.grid(image.height, image.width)
         if self.crop < 1:
             image = image.crop(crop_box(image.size, self.crop, draw))
         if self.flip and draw.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        values = to_pixels(image, size, pixels)
-        return self._in_other_light(values, draw) if self.colour else values
+        if self.colour and layout.fixed is None:  # what is in pieces later has one contrast
+            values = self._in_other_light(np.array(image).transpose(2, 0, 1), draw)
+            return layout.cut(Image.fromarray(values.transpose(1, 2, 0)), pixels, grid)
+        cut = layout.cut(image, pixels, grid)
+        return replace(cut, pixels=self._in_other_light(cut.pixels[0], draw)[None]) if self.colour else cut
 
     def _in_other_light(self, values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         shown = torch.from_numpy(values)

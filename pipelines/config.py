@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mlmamba.image_layout import TokensPerImage
 from mlmamba.images import FORMATS, MAX_ASPECT, MAX_PIXELS, MOST_PIXELS, ImageLimits
 from pipelines.identity import Decides, StrictModel, identity
 from pipelines.source_config import SourceConfig
@@ -134,7 +135,7 @@ class DataConfig(StrictModel):
         return own | more
 
 
-def data_identity(config: DataConfig, tokens_per_image: int, seed: int) -> str:
+def data_identity(config: DataConfig, tokens_per_image: TokensPerImage, seed: int) -> str:
     """Return the sha256, in hex, of everything that decides a data set's content.
 
     It names the data set's folder and stands in its manifest. The test sources count only because their images are kept

@@ -5,16 +5,18 @@
 
 import io
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, USER
 from mlmamba.image_files import format_of
-from mlmamba.images import WIDEST, ImageError, open_image, to_pixels
+from mlmamba.image_layout import ImageLayout
+from mlmamba.images import WIDEST, ImageError, image_size, open_image, to_pixels
 from pipelines import storage
 from pipelines.manifest import TOKENIZER_PATH
 from pipelines.packed import PackedDataset, PackedRow
@@ -53,6 +55,8 @@ class Sample:
     image with too many or too few tokens."""
     pixels: int
     """Version of the rules by which training shows the images."""
+    layout: ImageLayout
+    """How training cuts them."""
 
 
 def draw_sheet(uri: str, out: str, split: str = "train", count: int = 12, seed: int = 0) -> dict:
@@ -104,11 +108,11 @@ def choose(uri: str, split: str, count: int, seed: int) -> list[Sample]:
     turns = [place for one_of_each in zip_longest(*queues) for place in one_of_each if place is not None]
     chosen = turns[:count]
     tokenizer = Tokenizer.from_buffer(storage.read_bytes(storage.join(uri, TOKENIZER_PATH)))
-    size = dataset.manifest.tokens_per_image
-    return [sample_of(dataset[index], index, place, tokenizer, size) for index, place in chosen]
+    layout = dataset.manifest.layout
+    return [sample_of(dataset[index], index, place, tokenizer, layout) for index, place in chosen]
 
 
-def sample_of(row: PackedRow, index: int, place: int, tokenizer: Tokenizer, tokens_per_image: int) -> Sample:
+def sample_of(row: PackedRow, index: int, place: int, tokenizer: Tokenizer, layout: ImageLayout) -> Sample:
     """Decode the sample at `place` of row number `index`."""
     here = np.flatnonzero(row.seq_idx == place)
     ids, labels = row.input_ids[here], row.labels[here]
@@ -120,7 +124,9 @@ def sample_of(row: PackedRow, index: int, place: int, tokenizer: Tokenizer, toke
         after = np.flatnonzero(ids[start:] != ids[start])
         limit = starts[number] - start if number < len(starts) else len(ids)
         found = min(int(after[0]) if len(after) else len(ids) - start, int(limit))
-        right = found == tokens_per_image and (kinds[start : start + found] == PLAIN).all()
+        right = (
+            found == _expected(row.images[own[number - 1]], layout) and (kinds[start : start + found] == PLAIN).all()
+        )
         name = f"<image {number} x {found}>" if len(starts) > 1 else f"<image x {found}>"
         texts[int(start)] = name.replace(" ", "\u00a0"), IMAGE if right else WRONG
         kinds[start : start + found] = f"image {start}"
@@ -139,7 +145,17 @@ def sample_of(row: PackedRow, index: int, place: int, tokenizer: Tokenizer, toke
         [row.images[i] for i in own],
         pieces,
         row.pixels,
+        layout,
     )
+
+
+def _expected(data: bytes, layout: ImageLayout) -> int | None:
+    """Tokens that an encoded image should have."""
+    if layout.fixed is not None:
+        return layout.fixed
+    with suppress(ImageError):
+        width, height = image_size(data, WIDEST)
+        return layout.count(height, width)
 
 
 def _page(title: str, cards: list[Image.Image], text: Typesetter) -> Image.Image:
@@ -153,7 +169,7 @@ def _page(title: str, cards: list[Image.Image], text: Typesetter) -> Image.Image
         (" <image x tokens> ", _STYLES[IMAGE]),
         ("   ", _STYLES[PLAIN]),
         (" wrong label or number of image tokens ", _STYLES[WRONG]),
-        ("   images are square because the model gets them so", Style(_QUIET)),
+        ("   images are as the model gets them, square if it does", Style(_QUIET)),
     ]
     if text.missing:
         scripts = ", ".join(f"{script} {count}" for script, count in text.missing.most_common(6))
@@ -182,7 +198,7 @@ def _card(sample: Sample, text: Typesetter) -> Image.Image:
     facts = f"{sample.source}, row {sample.row}, {sample.tokens:,} tokens, {sample.loss_tokens:,} with loss"
     heading = small.lines([(sample.id, Style(_INK)), (f"   {facts}", Style(_QUIET))], _CARD - 2 * pad)
     body = _shortened(text.lines(_pieces(sample), _CARD - left - pad), text)
-    images, captions = _images(sample.images, sample.pixels)
+    images, captions = _images(sample.images, sample.pixels, sample.layout)
     notes = small.lines([(captions, Style(_QUIET))], _IMAGES) if captions else []
     top = pad + len(heading) * small.line_height + 8
     bottom = top + max(len(body) * text.line_height, images.height + 4 + len(notes) * small.line_height)
@@ -215,7 +231,7 @@ def _shortened(lines: list, text: Typesetter) -> list:
     return lines[:head] + note + lines[-_TAIL:]
 
 
-def _images(images: list[bytes], pixels: int) -> tuple[Image.Image, str]:
+def _images(images: list[bytes], pixels: int, layout: ImageLayout) -> tuple[Image.Image, str]:
     """Return a sample's images in a square grid, numbered when there are several, and their sizes as text."""
     if not images:
         return Image.new("RGB", (1, 1), "white"), ""
@@ -227,7 +243,7 @@ def _images(images: list[bytes], pixels: int) -> tuple[Image.Image, str]:
     sizes = []
     for i, data in enumerate(shown):
         x, y = (i % across) * (side + 4), (i // across) * (side + 4)
-        tile, size = _tile(data, side, pixels)
+        tile, size = _tile(data, side, pixels, layout)
         grid.paste(tile, (x, y))
         if len(images) > 1:
             number = Typesetter(12)
@@ -239,11 +255,19 @@ def _images(images: list[bytes], pixels: int) -> tuple[Image.Image, str]:
     return grid, "\n".join(sizes)
 
 
-def _tile(data: bytes, side: int, pixels: int) -> tuple[Image.Image, str]:
+def _tile(data: bytes, side: int, pixels: int, layout: ImageLayout) -> tuple[Image.Image, str]:
     """Decode an image as training does. Returns it with its size as text, or a red tile with the error."""
     try:
         image = open_image(data, WIDEST, pixels)
     except ImageError as error:
         return Image.new("RGB", (side, side), "#d0103a"), str(error)
-    tile = Image.fromarray(to_pixels(image, side, pixels).transpose(1, 2, 0))
-    return tile, f"{image.width} x {image.height} {format_of(data)}, {len(data) / 1024:,.1f} KiB"
+    text = f"{image.width} x {image.height} {format_of(data)}, {len(data) / 1024:,.1f} KiB"
+    if layout.fixed is not None:
+        return Image.fromarray(to_pixels(image, side, pixels).transpose(1, 2, 0)), text
+    seen = layout.cut(image, pixels)
+    shown = layout.picture(seen)
+    text += f"\nseen at {shown.width} x {shown.height}, {seen.tokens:,} tokens"
+    small = ImageOps.contain(shown, (side, side))
+    tile = Image.new("RGB", (side, side), "white")
+    tile.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    return tile, text

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from mlmamba.image_layout import ImageLayout
 from pipelines import storage
 from pipelines.manifest import MANIFEST_FILE, Manifest, SplitInfo
 from pipelines.quarantine import QUARANTINE_FILE
@@ -141,7 +142,8 @@ def report(content: dict) -> str:
         content["uri"],
         f"digest {content['digest']}",
         f"made by {content['created_by']}",
-        f"a row has up to {content['max_tokens']:,} tokens, an image takes {content['tokens_per_image']:,}",
+        f"a row has up to {content['max_tokens']:,} tokens, an image takes "
+        f"{ImageLayout.of(content['tokens_per_image'])}",
         "",
         *_numbers(splits),
     ]

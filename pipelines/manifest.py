@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from mlmamba import __version__
+from mlmamba.image_layout import ImageLayout
 from pipelines import storage
 from pipelines.config import SCHEMA_VERSION, StrictModel
 
@@ -82,7 +83,8 @@ class Manifest(StrictModel):
     excluded: dict[str, int] = Field(default_factory=dict)
     """Images that training records must not show, by evaluation set."""
     max_tokens: int
-    tokens_per_image: int
+    tokens_per_image: int | dict[str, int]
+    """Or, where the size of an image decides, by what (mlmamba/image_layout.py)."""
     pixels: int = 1
     """Version of the rules by which its images become RGB (mlmamba/image_colours.py). Training reads them by these.
     Sets that were prepared before there was such a field are of version 1."""
@@ -97,6 +99,11 @@ class Manifest(StrictModel):
         if train.without_images is None:
             return "how many training samples show no image was not counted by the version that made the set"
         return f"{train.without_images:,} of {train.samples:,} training samples show no image"
+
+    @property
+    def layout(self) -> ImageLayout:
+        """How many tokens images take; of what is square, not the size."""
+        return ImageLayout.of(self.tokens_per_image)
 
     @property
     def shards(self) -> list[ShardInfo]:

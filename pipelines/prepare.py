@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from mlmamba.image_colours import PIXELS
+from mlmamba.image_layout import ImageLayout, TokensPerImage
 from pipelines import storage, tokenizer
 from pipelines.alike import find_alike
 from pipelines.config import SPLITS_TO_PACK, DataConfig, data_identity
@@ -44,7 +45,7 @@ class PrepareError(RuntimeError):
 def prepare(
     config: DataConfig,
     out: str,
-    tokens_per_image: int,
+    tokens_per_image: TokensPerImage,
     seed: int,
     on_progress: OnProgress = lambda progress: None,
 ) -> Manifest:
@@ -55,7 +56,7 @@ def prepare(
     Args:
         config: sources, tokenizer and sizes.
         out: folder, path or URI. Every Ray node must see it under this name.
-        tokens_per_image: tokens that one image takes in a row.
+        tokens_per_image: tokens that one image takes in a row, or what decides them (`ImageLayout.of`).
         seed: of the packing plan.
         on_progress: called with every event; drawing it is the caller's business.
 
@@ -65,10 +66,11 @@ def prepare(
         ValueError: the tokenizer cannot be used, an image does not fit into a row, or an annotations file is broken.
         FileNotFoundError, ModuleNotFoundError: a source is not there.
     """
-    if not 1 <= tokens_per_image < config.max_tokens:
+    if config.max_tokens <= (most := ImageLayout.of(tokens_per_image).most):
+        takes = f"{most}" if isinstance(tokens_per_image, int) else f"up to {most}"
         raise ValueError(
-            f"an image takes {tokens_per_image} tokens and a row has {config.max_tokens}: "
-            "raise max_tokens or choose an encoder or connector with fewer tokens"
+            f"an image takes {takes} tokens and a row has {config.max_tokens}: "
+            "raise data.max_tokens or choose an encoder, a connector or sizes of images with fewer tokens"
         )
     recipe = data_identity(config, tokens_per_image, seed)
     manifest = find_finished(config, out, recipe)
@@ -134,7 +136,9 @@ def _claim(out: str) -> None:
         ) from error
 
 
-def _make_tokenizer(config: DataConfig, out: str, tokens_per_image: int, on_progress: OnProgress) -> TokenizeSettings:
+def _make_tokenizer(
+    config: DataConfig, out: str, tokens_per_image: TokensPerImage, on_progress: OnProgress
+) -> TokenizeSettings:
     meter = ProgressMeter("tokenizer", "records", on_progress)
     texts = (turn.text for record in meter.count(list_records(config.train)) for turn in record.turns)
     chosen = tokenizer.load_or_train(config.tokenizer, texts)

@@ -1,7 +1,7 @@
 """What training needs of a data set: rows of any step, their tensors, and the next ones made in the background.
 
 dataset = PackedDataset(uri)
-make = lambda indices: collate(dataset.rows(indices), max_tokens, pad_id, image_size)
+make = lambda indices: collate(dataset.rows(indices), max_tokens, pad_id, layout)
 for batch in prefetch(make, step_indices(dataset, seed, batch_rows, rank, world_size, start_step), threads):
     ...
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mlmamba.conversation import IGNORE_INDEX
-from mlmamba.images import load_pixels
+from mlmamba.image_layout import CutImage, ImageLayout
 from pipelines.packed import PackedDataset, PackedRow, batches, step_indices
 
 __all__ = ["PackedDataset", "PackedRow", "batches", "collate", "prefetch", "step_indices"]
@@ -28,8 +28,8 @@ def collate(
     rows: list[PackedRow],
     max_tokens: int,
     pad_id: int,
-    image_size: int,
-    load: Callable[[bytes, int, int, tuple[int, int]], np.ndarray] | None = None,
+    layout: ImageLayout,
+    load: Callable[[bytes, int, tuple[int, int]], CutImage] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Pad rows to one length and decode their images.
 
@@ -38,14 +38,14 @@ def collate(
         max_tokens: L, the length of every batch, so that shapes never change and kernels compile once.
         pad_id: id in the padding. It may be that of a real token (GPT-NeoX pads with its end token): the mask and
             the labels say what is padding, the ids do not.
-        image_size: S, side in pixels of the encoder's input.
-        load: makes pixels (3, S, S) of an encoded image, S, the version of the rules, and where it is shown: the number
-            of its row among these, and its own in the row. By default `load_pixels`, which shows it as it is.
+        layout: how images are cut for the encoder.
+        load: cuts an encoded image, given the version of the rules, and where it is shown: the number of its row among
+            these, and its own in the row. By default it is shown as it is.
 
     Returns:
         `input_ids` int64 (B, L), `labels` int64 (B, L) with IGNORE_INDEX on padding, `seq_idx` int32 (B, L) where
-        padding is one more sequence, `attention_mask` bool (B, L), `pixel_values` uint8 (N, 3, S, S) with the images
-        of all rows in reading order.
+        padding is one more sequence, `attention_mask` bool (B, L), and the images of all rows in reading order, as
+        `ImageLayout.batch` gives them: `pixel_values` uint8 (N, 3, S, S), or patches with their `spatial_shapes`.
 
     Raises:
         ValueError: a row is longer than `max_tokens`.
@@ -61,17 +61,14 @@ def collate(
             raise ValueError(f"a row has {n} tokens, over max_tokens = {max_tokens}: use the data set's max_tokens")
         input_ids[i, :n], labels[i, :n], mask[i, :n] = row.input_ids, row.labels, True
         seq_idx[i, :n], seq_idx[i, n:] = row.seq_idx, row.seq_idx[-1] + 1
-    load = load or (lambda data, size, version, _: load_pixels(data, size, version))
-    pixels = [
-        load(data, image_size, row.pixels, (i, k)) for i, row in enumerate(rows) for k, data in enumerate(row.images)
-    ]
-    stacked = np.stack(pixels) if pixels else np.zeros((0, 3, image_size, image_size), dtype=np.uint8)
+    load = load or (lambda data, version, _: layout.load(data, version))
+    images = [load(data, row.pixels, (i, k)) for i, row in enumerate(rows) for k, data in enumerate(row.images)]
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "seq_idx": torch.from_numpy(seq_idx),
         "attention_mask": torch.from_numpy(mask),
-        "pixel_values": torch.from_numpy(stacked),
+        **layout.batch(images),
     }
 
 

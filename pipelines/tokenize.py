@@ -23,7 +23,8 @@ from pydantic import TypeAdapter
 
 from mlmamba import __version__
 from mlmamba.conversation import EncodedConversation, encode, encode_whole
-from mlmamba.images import LIMITS, ImageLimits
+from mlmamba.image_layout import ImageLayout, TokensPerImage
+from mlmamba.images import LIMITS, WIDEST, ImageLimits, image_size
 from pipelines import storage
 from pipelines.execution import run_tasks
 from pipelines.held_out import on_side
@@ -49,7 +50,7 @@ class TokenizeSettings:
     tokenizer_digest: str
     eos_token: str
     max_tokens: int
-    tokens_per_image: int
+    tokens_per_image: TokensPerImage
     too_long: str
     """As in DataConfig."""
     images: ImageLimits = LIMITS
@@ -170,8 +171,14 @@ def encode_record(
     problem = check_record(record, settings.eos_token, settings.special_tokens)
     if problem:
         return problem
-    tokens = encode_whole if settings.whole_text else encode
-    encoded = tokens(tokenizer, record.turns, settings.tokens_per_image)
+    tokens, layout = encode_whole if settings.whole_text else encode, ImageLayout.of(settings.tokens_per_image)
+    images = None
+    if layout.fixed is None:  # their sizes decide how many tokens they take
+        images, problem = read_images(record, source, settings.images, seen)
+        if problem:
+            return problem
+        each = [layout.count(height, width) for width, height in (image_size(image, WIDEST) for image in images)]
+    encoded = tokens(tokenizer, record.turns, layout.fixed if images is None else each)
     length = encoded.turn_ends[-1]
     if length > settings.max_tokens:
         fitting = [end for end in encoded.turn_ends if end <= settings.max_tokens]
@@ -181,9 +188,10 @@ def encode_record(
             return Problem("too_long", f"{what} has {size} tokens, a row has {settings.max_tokens}")
         length = fitting[-1]
     positions = [position for position in encoded.image_positions if position < length]
-    images, problem = read_images(record, source, settings.images, seen)
-    if problem:
-        return problem
+    if images is None:
+        images, problem = read_images(record, source, settings.images, seen)
+        if problem:
+            return problem
     encoded = EncodedConversation(
         encoded.input_ids[:length],
         encoded.labels[:length],

@@ -13,6 +13,7 @@ from pyarrow import fs
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import IGNORE_INDEX, IMAGE_TOKEN
+from mlmamba.images import WIDEST, ImageError, image_size
 from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.finished import changed_sources, wrong_size
@@ -76,6 +77,8 @@ def _shard(uri: str, shard: ShardInfo, manifest: Manifest, image_id: int | None)
     try:
         with _local(storage.join(uri, shard.path)) as file:
             return _compare(file, shard, manifest, image_id)
+    except ImageError as error:
+        return [f"{shard.path} holds an image that cannot be read: {error}"]
     except FileNotFoundError:
         return [f"{shard.path} is missing"]
     except OSError as error:
@@ -102,7 +105,7 @@ def _compare(file: str, shard: ShardInfo, manifest: Manifest, image_id: int | No
         return [problem]
     if sha256 != shard.sha256:
         return [f"{shard.path} has other content: its sha256 is {sha256}, the manifest says {shard.sha256}"]
-    facts, longest, image_tokens = _recount(storage.open_arrow(file), image_id)
+    facts, longest, image_tokens, expected = _recount(storage.open_arrow(file), image_id, manifest)
     said = {name: getattr(shard, name) for name in facts}
     problems = [
         f"{MANIFEST_FILE} says {name} = {said[name]} of {shard.path}, which has {facts[name]}"
@@ -113,7 +116,7 @@ def _compare(file: str, shard: ShardInfo, manifest: Manifest, image_id: int | No
         problems.append(
             f"{shard.path} has a row of {longest} tokens, the manifest says max_tokens {manifest.max_tokens}"
         )
-    if image_id is not None and image_tokens != facts["images"] * manifest.tokens_per_image:
+    if image_id is not None and image_tokens != expected:
         problems.append(
             f"{shard.path} has {image_tokens} image tokens for {facts['images']} images, the manifest says "
             f"tokens_per_image {manifest.tokens_per_image}"
@@ -121,9 +124,13 @@ def _compare(file: str, shard: ShardInfo, manifest: Manifest, image_id: int | No
     return problems
 
 
-def _recount(reader: pa.ipc.RecordBatchFileReader, image_id: int | None) -> tuple[dict, int, int]:
-    """The counts of ShardInfo from a shard's rows, its longest row, and its number of image tokens."""
-    counts, sources, longest, image_tokens = Counter(dict.fromkeys(_SUMS, 0)), Counter(), 0, 0
+def _recount(
+    reader: pa.ipc.RecordBatchFileReader, image_id: int | None, manifest: Manifest
+) -> tuple[dict, int, int, int]:
+    """The counts of ShardInfo from a shard's rows, its longest row, its number of image tokens and what that should
+    be."""
+    counts, sources, longest, image_tokens, expected = Counter(dict.fromkeys(_SUMS, 0)), Counter(), 0, 0, 0
+    layout = manifest.layout
     for index in range(reader.num_record_batches):
         batch = reader.get_batch(index)
         ids, labels = (values(batch, name).to_numpy() for name in ("input_ids", "labels"))
@@ -135,7 +142,11 @@ def _recount(reader: pa.ipc.RecordBatchFileReader, image_id: int | None) -> tupl
         sources.update(values(batch, "source").to_pylist())
         longest = max(longest, len(ids))
         image_tokens += 0 if image_id is None else int((ids == image_id).sum())
-    return {**counts, "samples_by_source": dict(sorted(sources.items()))}, longest, image_tokens
+        if layout.fixed is None:
+            sizes = (image_size(data, WIDEST) for data in values(batch, "images").to_pylist())
+            expected += sum(layout.count(height, width) for width, height in sizes)
+    expected = expected if layout.fixed is None else counts["images"] * layout.fixed
+    return {**counts, "samples_by_source": dict(sorted(sources.items()))}, longest, image_tokens, expected
 
 
 def _totals(name: str, split: SplitInfo, max_tokens: int) -> list[str]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlmamba.image_layout import TokensPerImage
 from pipelines import storage as files
 from pipelines.config import DataConfig, data_identity
 from pipelines.identity import digest
@@ -151,7 +152,7 @@ def session(
             yield tracker, crew
 
 
-def _image_tokens(recipe: Recipe) -> int:
+def _image_tokens(recipe: Recipe) -> TokensPerImage:
     """Tokens that one image takes, for the names of folders; `session` checks that the encoders give them."""
     if stated := recipe.model.stated_tokens:
         return stated
@@ -224,7 +225,7 @@ def data_configs(recipe: Recipe | DataRecipe, storage: Folder) -> dict[Folder, D
 
 
 def _prepare_one(
-    data: DataConfig, folder: Folder, earlier: Folder, tokens_per_image: int, seed: int, console: Console
+    data: DataConfig, folder: Folder, earlier: Folder, tokens_per_image: TokensPerImage, seed: int, console: Console
 ) -> Manifest:
     from pipelines.prepare import PrepareError, prepare
     from workflows.preflight import check_images

@@ -1,20 +1,31 @@
 """What every connector is, the two multilayer perceptrons that they are made of, and their first weights."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+Grids = tuple[int, int] | Sequence[tuple[int, int]]
+"""Height and width of every image's grid; or of each image's own, of images that stand one after another in one row."""
 
 
 class Connector(nn.Module):
     """Maps vision features (b, h * w, d_v) on a grid (h, w) to language embeddings (b, M, d).
 
     A subclass takes (width, out, config): d_v, d and a ConnectorConfig. M is h * w unless it overrides `grid_out`,
-    which needs no instance: the number of placeholders is asked for before any weights exist.
+    which needs no instance: the number of placeholders is asked for before any weights exist. Images at their own size
+    come in one row (1, sum of h * w, d_v), with a list of their grids.
+
+    Attributes:
+        pool: side in cells of what becomes one token, rounded up at the edge.
     """
+
+    pool = 1
 
     @classmethod
     def grid_out(cls, grid: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the output for those of the input."""
-        return grid
+        return -(-grid[0] // cls.pool), -(-grid[1] // cls.pool)
 
     @classmethod
     def tokens(cls, grid: tuple[int, int]) -> int:
@@ -22,7 +33,7 @@ class Connector(nn.Module):
         height, width = cls.grid_out(grid)
         return height * width
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, features: Tensor, grid: Grids) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def balance(self, rms: float) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlmamba.connectors.base import MLP, Connector
+from mlmamba.connectors.base import MLP, Connector, Grids
 from mlmamba.connectors.scan import VisualScanMixer
 
 LAYOUTS = ("paper", "released")
@@ -29,7 +29,7 @@ class ScanBlock(nn.Module):
         self.norm = nn.LayerNorm(width) if swiglu else None
         self.mlp = SwiGLU(width) if swiglu else None
 
-    def forward(self, h: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, h: Tensor, grid: Grids) -> Tensor:
         h = h + self.mixer(h, grid)
         return h if self.mlp is None else h + self.mlp(self.norm(h))
 
@@ -57,7 +57,7 @@ class MSCBasic(Connector):
         self.norm_f = nn.LayerNorm(inner)
         self.projector = MLP(inner, out, config.hidden_size or 4 * inner)
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, features: Tensor, grid: Grids) -> Tensor:
         h = features if self.mlp is None else self.mlp(features)
         for layer in self.layers:
             h = layer(h, grid)

@@ -1,9 +1,10 @@
 """Connectors without a scan: each patch by itself, or pooled with its neighbours."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlmamba.connectors.base import MLP, Connector, TwoLayerMLP
+from mlmamba.connectors.base import MLP, Connector, Grids, TwoLayerMLP
 
 
 class MLPConnector(Connector):
@@ -17,7 +18,7 @@ class MLPConnector(Connector):
         super().__init__()
         self.projector = MLP(width, out, config.hidden_size or 4 * width)
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, features: Tensor, grid: Grids) -> Tensor:
         return self.projector(features)
 
 
@@ -32,7 +33,7 @@ class VLMLPConnector(Connector):
         super().__init__()
         self.projector = TwoLayerMLP(width, out, config.hidden_size or out)
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, features: Tensor, grid: Grids) -> Tensor:
         return self.projector(features)
 
 
@@ -45,6 +46,8 @@ class LDPv2Connector(Connector):
     MobileVLM v2, with one encoder, has the language width there (set `hidden_size` to it).
     """
 
+    pool = 2
+
     def __init__(self, width: int, out: int, config):
         super().__init__()
         self.projector = TwoLayerMLP(width, out, config.hidden_size or 4 * width)
@@ -54,12 +57,17 @@ class LDPv2Connector(Connector):
         super().balance(rms)
         nn.init.zeros_(self.peg.bias)
 
-    @classmethod
-    def grid_out(cls, grid: tuple[int, int]) -> tuple[int, int]:
-        return -(-grid[0] // 2), -(-grid[1] // 2)
-
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, features: Tensor, grid: Grids) -> Tensor:
         """(b, h * w, width) -> (b, ceil(h / 2) * ceil(w / 2), out)."""
-        h = self.projector(features).transpose(1, 2).unflatten(-1, grid)
-        h = F.adaptive_avg_pool2d(h, self.grid_out(grid))
-        return (h + self.peg(h)).flatten(2).transpose(1, 2)
+        h = self.projector(features).transpose(1, 2)
+        if isinstance(grid, tuple):
+            h = F.adaptive_avg_pool2d(h.unflatten(-1, grid), self.grid_out(grid))
+            return (h + self.peg(h)).flatten(2).transpose(1, 2)
+        # Each image on a field of zeros, as the convolution has them around it: one convolution for all.
+        parts = h[0].split([height * width for height, width in grid], dim=-1)
+        maps = [F.adaptive_avg_pool2d(x.unflatten(-1, g), self.grid_out(g)) for x, g in zip(parts, grid, strict=True)]
+        high, wide = (max(x.shape[side] for x in maps) for side in (1, 2))
+        h = torch.stack([F.pad(x, (0, wide - x.shape[2], 0, high - x.shape[1])) for x in maps])
+        h = h + self.peg(h)
+        own = [x[:, : m.shape[1], : m.shape[2]].flatten(1) for x, m in zip(h, maps, strict=True)]
+        return torch.cat(own, dim=-1).T[None]

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from mlmamba.scan2d import check_merge, merge, orders
+from mlmamba.connectors.base import Grids
+from mlmamba.scan2d import check_merge, merge, orders, orders_of
 from mlmamba.selective_scan import RMSNorm, SelectiveScan
 
 
@@ -49,12 +50,15 @@ class VisualScanMixer(nn.Module):
             merge=config.merge,
         )
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, N, width) -> (b, N, width)."""
-        order = orders(self.scan_name, *grid).to(x.device)
+    def forward(self, x: Tensor, grid: Grids) -> Tensor:
+        """(b, N, width) -> (b, N, width). No scan goes on from one image of a row into the next."""
+        order, owners = (t if t is None else t.to(x.device) for t in orders_of(self.scan_name, grid))
+        seq_idx = None if owners is None else owners.expand(len(x), -1)
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
         scanned = []
         for scan, permutation in zip(self.scans, order, strict=True):
-            y, _ = scan.scan(xBC.index_select(1, permutation), dt.index_select(1, permutation), keep_state=False)
+            y, _ = scan.scan(
+                xBC.index_select(1, permutation), dt.index_select(1, permutation), seq_idx=seq_idx, keep_state=False
+            )
             scanned.append(self.norm(y, z.index_select(1, permutation)))
         return self.out_proj(merge(scanned, order, self.merge_name))

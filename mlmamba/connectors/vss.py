@@ -8,7 +8,7 @@ language model unless the config says otherwise.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlmamba.connectors.base import Connector, TwoLayerMLP
+from mlmamba.connectors.base import Connector, Grids, TwoLayerMLP
 from mlmamba.connectors.scan import VisualScanMixer
 
 
@@ -24,7 +24,7 @@ class VSSMLPConnector(Connector):
         self.norm = nn.LayerNorm(width)
         self.projector = TwoLayerMLP(width, out, config.hidden_size or out)
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, features: Tensor, grid: Grids) -> Tensor:
         return self.projector(self.norm(self.mixer(features, grid) + features))
 
 
@@ -42,6 +42,6 @@ class VSSL2Connector(Connector):
         self.norm = nn.LayerNorm(inner)
         self.linear_out = nn.Linear(inner, out)
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, features: Tensor, grid: Grids) -> Tensor:
         h = self.linear_in(features)
         return self.linear_out(self.norm(self.mixer(F.gelu(h), grid) + h))

@@ -188,7 +188,7 @@ class Bench:
         ids[0, :tokens] = config.image_token_id
         labels = ids.masked_fill(ids == config.image_token_id, -100)
         seq_idx = (torch.arange(length) >= (tokens + length) // 2).long()[None]
-        positions = find_positions(ids, labels, seq_idx, (1, tokens), config).to(self.device)
+        positions = find_positions(ids, labels, seq_idx, [tokens], config).to(self.device)
         pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         inputs = {"input_ids": ids, "seq_idx": seq_idx, "pixel_values": pixels}
         moved = {name: value.to(self.device) for name, value in inputs.items()}

@@ -46,6 +46,10 @@ HYBRID = {
 """What `tiny_model` takes as `text` for a hybrid of every kind of block."""
 
 
+NATIVE = {"towers": TINY["vision"]["towers"], "min_tokens": 2, "max_tokens": 12}
+"""What `tiny_model` takes as `vision_config` to read images at their own size, in patches of 16 pixels."""
+
+
 def tiny_config(text: dict | None = None, **changes) -> MLMambaConfig:
     parts = {
         "text_config": TEXT | (text or {}),

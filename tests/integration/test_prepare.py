@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from mlmamba.conversation import IGNORE_INDEX
+from mlmamba.image_layout import ImageLayout
 from pipelines.config import DataConfig
 from pipelines.inspect import inspect_data, report
 from pipelines.manifest import Manifest
@@ -194,7 +195,7 @@ def test_shards_open_with_datasets(prepared, tmp_path):
 
 def test_a_step_of_training_data(prepared):
     rows = next(batches(PackedDataset(prepared[0]), SEED, 2, 0, 1))
-    batch = collate(rows, MAX_TOKENS, pad_id=0, image_size=16)
+    batch = collate(rows, MAX_TOKENS, pad_id=0, layout=ImageLayout(image_size=16))
     assert batch["pixel_values"].shape == (sum(len(row.images) for row in rows), 3, 16, 16)
     image_tokens = (batch["input_ids"] == 3).sum()  # the trained tokenizer has <image> at 3
     assert image_tokens == TOKENS_PER_IMAGE * len(batch["pixel_values"])

@@ -12,6 +12,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from pyarrow import fs
 
+from mlmamba.image_layout import ImageLayout
 from pipelines import packed, storage
 from pipelines.contact_sheet import draw_sheet
 from pipelines.inspect import inspect_data
@@ -80,13 +81,13 @@ def test_a_stream_larger_than_the_allowance_stays_within_it(local, store):
     dataset, here = PackedDataset(store), PackedDataset(local)
 
     def make(rows):
-        return collate(dataset.rows(rows), MAX_TOKENS, 0, 16)
+        return collate(dataset.rows(rows), MAX_TOKENS, 0, ImageLayout(image_size=16))
 
     before, peak, read = pa.total_allocated_bytes(), 0, 0
     plain = step_indices(here, 0, 2, 0, 1)
     stream = prefetch(make, step_indices(dataset, 0, 2, 0, 1), threads=3)
     for rows, batch in zip(itertools.islice(plain, len(here) // 2), stream, strict=False):
-        expected = collate(here.rows(rows), MAX_TOKENS, 0, 16)
+        expected = collate(here.rows(rows), MAX_TOKENS, 0, ImageLayout(image_size=16))
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         peak = max(peak, pa.total_allocated_bytes() - before)
         read += len(rows)

@@ -102,7 +102,7 @@ def test_the_held_out_loss_is_that_of_the_plain_model(toy, workers, tmp_path):
     assert len(dataset) % 4  # else the test does not test what it says
     total, count = 0.0, 0
     for index in range(len(dataset)):
-        batch = collate(dataset.rows([index]), dataset.manifest.max_tokens, 0, model.config.vision_config.image_size)
+        batch = collate(dataset.rows([index]), dataset.manifest.max_tokens, 0, model.image_layout)
         labelled = int((batch["labels"] != -100).sum())
         total += model(**batch).loss.item() * labelled
         count += labelled

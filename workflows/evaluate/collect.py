@@ -350,7 +350,7 @@ def bad_prompts(processor: MLMambaProcessor, items: Sequence[Item]) -> dict[str,
         texts = [processor.prompt([Turn("user", i.prompt, images=int(i.image is not None))]) for i in some]
         rows = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         for item, row in zip(some, rows, strict=True):
-            length = len(row) + (item.image is not None) * (processor.tokens_per_image - 1)
+            length = len(row) + (item.image is not None) * (processor.layout.fewest - 1)
             if length > processor.max_length:
                 bad[item.id] = f"the prompt has {length:,} tokens, over the model's {processor.max_length:,}"
     return bad

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -194,14 +195,16 @@ def _best(model: str, batch: int, length: int, rows: list[tuple]) -> list[Measur
 @torch.inference_mode()
 def _image(model: nn.Module, rounds: int) -> tuple[int, float]:
     """Tokens of an image, and seconds to make them."""
-    side = model.config.vision_config.image_size
-    pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device)
-    seconds, tokens = [], model.get_image_features(pixels).shape[1]
+    layout = model.image_layout
+    shown = layout.cut(Image.new("RGB", (layout.image_size, layout.image_size)))
+    inputs = {name: t.to(model.device) for name, t in layout.batch([shown]).items()}
+    model.get_image_features(**inputs)
+    seconds = []
     for _ in range(rounds):
         start = _now(model.device)
-        model.get_image_features(pixels)
+        model.get_image_features(**inputs)
         seconds.append(_now(model.device) - start)
-    return tokens, min(seconds)
+    return shown.tokens, min(seconds)
 
 
 def _now(device: torch.device) -> float:

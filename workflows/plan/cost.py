@@ -31,6 +31,7 @@ As DeepSpeed 0.19 does it (runtime/zero/stage_1_and_2.py, stage3.py, torch_autoc
 bound: small weights are not sharded, and those that the forward pass used last may still be there in the backward pass.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -57,19 +58,37 @@ class Forward:
         return asdict(self)
 
 
-def forward_flops(model) -> Forward:
-    """Count a model on the meta device. The connector's scan asks for autocast, which that has not: it is faked."""
-    size, config = model.config.vision_config.image_size, model.config
-    image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
+def image_shape(model, tokens: int) -> tuple[tuple[int, int], float]:
+    """What an image of so many tokens is to the encoder and the connector: the grid of its features, and how many of
+    such there are: squares of a tiled image."""
+    layout = model.image_layout
+    if not layout.patch:
+        return model.vision.grid, tokens / layout.tokens
+    rows = max(1, round(math.sqrt(tokens)))
+    return (rows * layout.pool, max(1, round(tokens / rows)) * layout.pool), 1.0
+
+
+def forward_flops(model, tokens: int | None = None) -> Forward:
+    """Count a model on the meta device. The connector's scan asks for autocast, which that has not: it is faked.
+
+    Args:
+        tokens: of an image, in the mean; the most unless it is given.
+    """
+    config, vision = model.config, model.vision.eval()
+    (height, width), squares = image_shape(model, tokens or model.image_layout.most)
+    sides = (
+        [side * vision.merge * vision.patch for side in (height, width)] if vision.patch else [vision.image_size] * 2
+    )
+    image = torch.zeros(1, 3, *sides, device="meta")
     with torch.no_grad(), ops.force_path("torch"):  # whatever path this process is told to take
-        vision, features = _count(model.vision.eval(), image)
+        seen = sum(_count(tower.encode, image)[0] for tower in vision.towers)
         with FakeTensorMode():
-            build = build_connector(features.shape[-1], config.text_config.hidden_size, config.connector_config)
-            connector, _ = _count(build, torch.zeros(features.shape), model.vision.grid)
+            build = build_connector(vision.channels, config.text_config.hidden_size, config.connector_config)
+            passed, _ = _count(build, torch.zeros(1, height * width, vision.channels), (height, width))
     text = model.config.text_config
     head = 2 * text.hidden_size * text.vocab_size
     language = sum(kind_flops(text, kind, config.max_position_embeddings) for kind in text.kinds)
-    return Forward(vision, connector, language, head)
+    return Forward(round(seen * squares), round(passed * squares), language, head)
 
 
 def kind_flops(text, kind: str, length: int) -> float:

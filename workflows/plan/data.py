@@ -15,8 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 
+from mlmamba.image_layout import ImageLayout, TokensPerImage
+from mlmamba.images import WIDEST, image_size
 from pipelines.config import DataConfig
 from pipelines.manifest import Manifest
+from pipelines.packed import PackedDataset
 from pipelines.source_config import SourceBase
 from pipelines.sources import open_source
 from workflows.errors import UsageError
@@ -42,18 +45,23 @@ class Published:
     """Of these, tokens with loss."""
     bytes: int = 100_000
     """Of one encoded image."""
+    sizes: tuple[tuple[int, int], ...] = ((480, 640),)
+    """Heights and widths of images, as many of each."""
 
 
 # By the name of the file of records. blip_laion_cc_sbu_558k.json has 558,128 captions; llava_v1_5_mix665k.json has
 # 665,298 conversations, 40,688 of them (ShareGPT's) without an image; LVIS-Instruct4V has 222,697. Bytes of an image:
-# the size of the published archives over their files.
+# the size of the published archives over their files. Sizes of images are taken for those of the sets that they come
+# from, and not counted: COCO's 640 x 480 for six of ten of the 665K, Visual Genome's 500 x 375 for three, a cover of a
+# book for one; 448 x 336 for the 558K.
+_MIXED = ((480, 640),) * 6 + ((375, 500),) * 3 + ((500, 325),)
 PUBLISHED: dict[str, Published] = {
-    "blip_laion_cc_sbu_558k.json": Published(558_128, 1.0, 32, 14, 48_000),
-    "llava_v1_5_mix665k.json": Published(665_298, 624_610 / 665_298, 330, 215, 150_000),
+    "blip_laion_cc_sbu_558k.json": Published(558_128, 1.0, 32, 14, 48_000, ((336, 448),)),
+    "llava_v1_5_mix665k.json": Published(665_298, 624_610 / 665_298, 330, 215, 150_000, _MIXED),
     "lvis_instruct4v_220k.json": Published(222_697, 1.0, 330, 280, 160_000),
 }
-LOOKING, _SIZES = 5.0, 32
-"""Seconds that a local corpus is looked at for, and images whose size is."""
+LOOKING, _SIZES, _ROWS = 5.0, 32, 16
+"""Seconds that a local corpus is looked at for, images whose size is, and rows of a prepared set whose images are."""
 EASY_VQA = {"train": (4000, 38_575), "test": (1000, 9_673)}
 """Images and questions of the easy-vqa package, by split."""
 
@@ -72,39 +80,58 @@ class Rows:
     """Of the shards, which hold the encoded images."""
     estimated: bool
     how: str
+    image_tokens: int = 0
+    """Of one image, in the mean."""
 
     def as_dict(self) -> dict:
         return asdict(self)
 
 
-def count_rows(data: DataConfig, folder: Path, tokens_per_image: int, given: dict[str, tuple[int, int | None]]) -> Rows:
+def count_rows(
+    data: DataConfig, folder: Path, tokens_per_image: TokensPerImage, given: dict[str, tuple[int, int | None]]
+) -> Rows:
     """Rows of the training split.
 
     Args:
         folder: where the data set is or will be.
         given: records, and tokens of text per record if known, by the source's label; from --records.
     """
+    layout = ImageLayout.of(tokens_per_image)
     with suppress(FileNotFoundError, ValueError):  # there is none, or one that will be made anew
         split = Manifest.load(str(folder)).splits["train"]
         size = sum(shard.bytes for shard in split.shards)
-        return Rows(split.rows, split.samples, split.images, split.tokens, split.loss_tokens, size, False, "prepared")
+        counts = (split.rows, split.samples, split.images, split.tokens, split.loss_tokens, size)
+        return Rows(*counts, False, "prepared", layout.fixed or _image_tokens(folder, layout))
     parts = [(source, _published(source, given.get(source.label)) or _look(source)) for source in data.train]
     missing = [source.label for source, part in parts if part is None]
     if missing:
         advice = f"--records {missing[0]}=COUNT, or prepare the data first"
         return Rows(None, None, None, None, None, None, True, f"nothing is known of {', '.join(missing)}: {advice}")
-    samples = images = tokens = loss = size = 0.0
+    samples = images = tokens = loss = size = shown = 0.0
     for source, part in parts:
         records = min(part.records, source.limit or part.records) * source.weight
         records *= 1 - source.validation
-        length = min(part.text + part.images * tokens_per_image, data.max_tokens)
+        of_image = layout.fixed or mean(layout.count(*sides) for sides in part.sizes)
+        length = min(part.text + part.images * of_image, data.max_tokens)
+        shown += records * part.images * of_image
         samples, images, tokens = samples + records, images + records * part.images, tokens + records * length
         loss, size = loss + records * part.loss, size + records * part.images * part.bytes
     rows = math.ceil(tokens / (data.max_tokens * FILL))
     size += 16 * rows * data.max_tokens  # ids, labels and boundaries
     how = ", ".join(f"{source.label} {part.records:,} records of {part.text} tokens of text" for source, part in parts)
     counts = (round(count) for count in (samples, images, tokens, loss, size))
-    return Rows(rows, *counts, True, f"estimated from {how}")
+    each = round(shown / images) if images else layout.fewest
+    if layout.fixed is None:
+        how += f", and images of {each} tokens"
+    return Rows(rows, *counts, True, f"estimated from {how}", each)
+
+
+def _image_tokens(folder: Path, layout: ImageLayout) -> int:
+    """Tokens of an image of a prepared set, in the mean of its first rows."""
+    dataset = PackedDataset(str(folder))
+    shown = [image for row in range(min(_ROWS, len(dataset))) for image in dataset[row].images]
+    sizes = (image_size(data, WIDEST) for data in shown)
+    return round(mean(layout.count(height, width) for width, height in sizes)) if shown else layout.fewest
 
 
 def parse_records(options: list[str]) -> dict[str, tuple[int, int | None]]:
@@ -135,7 +162,7 @@ def _published(source: SourceBase, given: tuple[int, int | None] | None) -> Publ
         return known
     base = known or Published(0, 1.0, 100, 60)
     text = given[1] or base.text
-    return Published(given[0], base.images, text, round(base.loss * text / base.text), base.bytes)
+    return Published(given[0], base.images, text, round(base.loss * text / base.text), base.bytes, base.sizes)
 
 
 def _known(source: SourceBase) -> Published | None:
@@ -161,7 +188,7 @@ def _look(source: SourceBase) -> Published | None:
 @lru_cache
 def _listed(kind: type[SourceBase], fields: str) -> Published | None:
     config = kind.model_validate_json(fields)
-    until, records, images, letters, said, turns, sizes = time.monotonic() + LOOKING, 0, 0, 0, 0, 0, []
+    until, records, images, letters, said, turns, sizes, sides = time.monotonic() + LOOKING, 0, 0, 0, 0, 0, [], []
     try:
         source = open_source(config)
         for record in source.records():
@@ -173,15 +200,18 @@ def _listed(kind: type[SourceBase], fields: str) -> Published | None:
             letters += sum(len(turn.text) for turn in record.turns)
             said += sum(len(turn.text) for turn in record.turns if turn.role == "assistant")
             with suppress(OSError, ValueError):  # a missing image is the preparation's to tell
-                sizes += [len(source.read_image(name)) for name in record.images[: _SIZES - len(sizes)]]
+                for name in record.images[: _SIZES - len(sizes)]:
+                    data = source.read_image(name)
+                    sizes.append(len(data))
+                    sides.append(image_size(data, WIDEST)[::-1])
     except (OSError, ValueError):
         return None
     if not records:
         return None
     text, loss = (letters / 4 + 3 * turns) / records, (said / 4 + turns / 2) / records
-    return Published(
-        records, images / records, math.ceil(text), math.ceil(loss), round(mean(sizes or [Published.bytes]))
-    )
+    size = round(mean(sizes or [Published.bytes]))
+    seen = tuple(sides) or Published.sizes
+    return Published(records, images / records, math.ceil(text), math.ceil(loss), size, seen)
 
 
 # Entries with `<image>` added: GPT-NeoX-20B has 50,277 (paper, section 1.5 of its code: rows 50,288 after rounding up).
@@ -255,7 +285,7 @@ def plan_data(
 
 
 def _plan_one(
-    folder: Folder, data: DataConfig, tokens: int, given: dict[str, tuple[int, int | None]], node_cpus: int
+    folder: Folder, data: DataConfig, tokens: TokensPerImage, given: dict[str, tuple[int, int | None]], node_cpus: int
 ) -> dict:
     rows = count_rows(data, folder.local, tokens, given)
     plan = {"folder": folder.shown, "rows": rows.as_dict(), "max_tokens": data.max_tokens, "shards": None}

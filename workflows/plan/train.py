@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mlmamba.connector import build_connector
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from workflows.errors import UsageError
-from workflows.plan.cost import Forward, forward_flops, halved, sent, training_flops
+from workflows.plan.cost import Forward, forward_flops, halved, image_shape, sent, training_flops
 from workflows.plan.data import Rows, check_labels, count_rows, vocabulary_of
 from workflows.plan.memory import STAGES, activations, model_states, saved_bytes
 from workflows.recipe.schema import Recipe
@@ -72,10 +72,10 @@ def plan_training(recipe: Recipe, storage: Folder, given: dict[str, tuple[int, i
     tokens = image_tokens(recipe.model)
     layout = layout_of(recipe, storage, tokens)
     model, sizes, vocabulary_from = meta_model(recipe, layout)
-    forward = forward_flops(model)
     stages = []
     for stage in recipe.train.stages:
         rows = count_rows(recipe.data_of(stage), layout.data[stage.name].local, tokens, given)
+        forward = forward_flops(model, rows.image_tokens or model.image_layout.most)
         stages.append(_stage(recipe, stage, rows, sizes, forward, model, machine))
     data = {layout.data[stage["stage"]]: stage["rows"]["bytes"] for stage in stages}
     return {
@@ -137,7 +137,7 @@ def _stage(
         "flops": flops,
         "hardware_flops": hardware,
         "hours": flops / (machine.peak * machine.mfu * train.most_workers) / 3600 if machine.peak else None,
-        "memory": _memory(train, stage, data.max_tokens, per_row, trained, sizes, model, machine),
+        "memory": _memory(train, stage, data.max_tokens, per_row, rows.image_tokens, trained, sizes, model, machine),
         "communication": _communication(train, stage, plan["accumulation"], trained, sizes, model),
     }
     return plan
@@ -163,7 +163,15 @@ def _halved(train: TrainRecipe, model, part: str) -> int:
 
 
 def _memory(
-    train: TrainRecipe, stage: StageRecipe, length: int, per_row: dict, trained: int, sizes: dict, model, machine
+    train: TrainRecipe,
+    stage: StageRecipe,
+    length: int,
+    per_row: dict,
+    image_tokens: int,
+    trained: int,
+    sizes: dict,
+    model,
+    machine: Machine,
 ) -> dict:
     """One worker's memory by ZeRO stage, and what the activations take."""
     half, rows = train.precision == "bf16", stage.micro_batch_rows
@@ -172,7 +180,7 @@ def _memory(
         model.config.text_config,
         rows * length,
         math.ceil(rows * per_row["loss_tokens"]),
-        _connector_bytes(model, images, stage),
+        _connector_bytes(model, images, image_tokens, stage),
         half,
         machine.kernels,
     )
@@ -201,15 +209,15 @@ def _memory(
     }
 
 
-def _connector_bytes(model, images: int, stage: StageRecipe) -> int:
+def _connector_bytes(model, images: int, image_tokens: int, stage: StageRecipe) -> int:
     """What autograd keeps of the connector for so many images, in float32: an upper bound for bf16."""
     if not {"connector", "vision"} & set(stage.trains):
         return 0
-    (height, width), config = model.vision.grid, model.config
+    ((height, width), squares), config = image_shape(model, image_tokens), model.config
     with FakeTensorMode():
         connector = build_connector(model.vision.channels, config.text_config.hidden_size, config.connector_config)
         features = torch.zeros(1, height * width, model.vision.channels)
-        return images * saved_bytes(connector, features, model.vision.grid)
+        return round(images * squares * saved_bytes(connector, features, (height, width)))
 
 
 def meta_model(recipe: Recipe, layout: Layout) -> tuple[MLMambaForConditionalGeneration, dict[str, int], str]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mlmamba.blocks import check_blocks
+from mlmamba.image_layout import check_image_fields
 from mlmamba.presets import PRESETS, with_preset
 from pipelines.config import StrictModel
 from pipelines.identity import Decides
@@ -38,6 +39,22 @@ class VisionRecipe(StrictModel):
     """Side in pixels of the encoders' input."""
     grid: int | None = Field(None, gt=0)
     """Feature-map models: side in cells of the grid that the maps are resized to."""
+    merge: Annotated[int, Decides.WHEN_SET] = Field(1, gt=0)
+    """So many features by so many become one token of as many times the channels: 2 for a quarter of the tokens."""
+    tiles: Annotated[int, Decides.WHEN_SET] = Field(1, gt=0)
+    """Most tiles of image_size that a large image is cut into, its aspect kept, besides the square that shows it whole
+    (AnyRes). 1: the square alone."""
+    min_tokens: Annotated[int, Decides.WHEN_SET] = Field(1, gt=0)
+    """Least tokens of an image with max_tokens: a smaller one is enlarged."""
+    max_tokens: Annotated[int | None, Decides.WHEN_SET] = Field(None, gt=0)
+    """Images are read at their own size and aspect, one token for each square of patch x merge pixels, and made smaller
+    where they would have more tokens than this. For NaFlex encoders and plain vision transformers; without it every
+    image is resized to a square of image_size."""
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        check_image_fields(self)
+        return self
 
 
 class ConnectorRecipe(StrictModel):
@@ -174,5 +191,6 @@ class ModelRecipe(StrictModel):
     def stated_tokens(self) -> int | None:
         """Tokens of an image where the recipe itself says them: one for each cell of its grid. None where encoders or a
         connector that pools must be asked, for which torch is needed."""
-        side = self.vision.grid
-        return side * side if side and self.connector.name != "ldpv2" else None
+        side, vision = self.vision.grid, self.vision
+        square = vision.merge == vision.tiles == 1 and vision.max_tokens is None
+        return side * side if side and square and self.connector.name != "ldpv2" else None

@@ -6,8 +6,9 @@ The parts are in the other files of workflows/recipe.
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from mlmamba.image_layout import ImageLayout
 from pipelines.config import DataConfig, StrictModel
 from pipelines.identity import Decides
 from workflows.recipe.evaluate import EvaluateRecipe, RegisterRecipe
@@ -22,10 +23,18 @@ class DataRecipe(StrictModel):
     """Name of the data set's folder."""
     seed: int = 7
     """Seed of the packing. A recipe that is to find the data set made has the same."""
-    tokens_per_image: int = Field(gt=0)
-    """Tokens that the model which is to train on it has for an image: 729 for ML-Mamba's encoders at 384 px."""
+    tokens_per_image: int | dict[str, int]
+    """Tokens that the model which is to train on it has for an image: 729 for ML-Mamba's encoders at 384 px. Where the
+    image's size decides, the fields that do: `patch`, `merge`, `min_tokens` and `max_tokens`; or `image_size`, `tokens`
+    of one square, and `tiles`."""
     data: DataConfig
     """The data set."""
+
+    @field_validator("tokens_per_image", mode="after")
+    @classmethod
+    def _tokens(cls, value):
+        ImageLayout.of(value)  # raises
+        return value
 
 
 class Recipe(StrictModel):

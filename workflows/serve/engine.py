@@ -9,13 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
-import numpy as np
 import torch
 from PIL import Image
 
 from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
 from mlmamba.decoding import prepare
-from mlmamba.images import to_pixels
 from mlmamba.processing import PromptTooLong
 from mlmamba.state_cache import Places, image_digest
 from workflows.serve.batch import Batch
@@ -57,6 +55,11 @@ class ControlText(ValueError):
         )
 
 
+def _check_count(turns: list[Turn], given: int) -> None:
+    if given != (shown := sum(turn.images for turn in turns)):
+        raise ValueError(f"the turns show {shown} images, {given} were given")
+
+
 class Engine:
     """Answers requests with one model.
 
@@ -93,7 +96,7 @@ class Engine:
     @property
     def max_images(self) -> int:
         """Images that the longest prompt has room for, and one request may show."""
-        return min(self.max_length // self._processor.tokens_per_image, self.limits.images)
+        return min(self.max_length // self._processor.layout.fewest, self.limits.images)
 
     @property
     def max_length(self) -> int:
@@ -127,7 +130,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Answer one question about a blank image: a model that cannot fails here, before anyone asks it."""
-        size = self._processor.image_size
+        layout = self._processor.layout
+        size = layout.patch or layout.image_size
         prompt = self.prepare([Turn("user", "?", images=1)], [Image.new("RGB", (size, size))])
         self.submit(prompt, Settings(max_tokens=2)).result()
 
@@ -135,29 +139,51 @@ class Engine:
         """Tokenize turns and resize their images, in the caller's thread.
 
         Images are taken one by one after the text has passed, so an iterable that decodes them holds one at a time.
+        Where their sizes decide how many tokens they take, an iterable that has `sizes` is not asked for an image that
+        does not fit.
 
         Raises:
             ControlText: a message holds a mark of the prompt format or a special token.
             ValueError: the turns break the rules of a conversation, or the prompt is too long.
         """
-        self._refuse_marks(turns)
-        ids = self._processor.tokenize([self._processor.prompt(turns)])["input_ids"][0]
+        ids, images = self._tokenize(turns, images)
         if len(ids) > self.max_length:
             raise PromptTooLong(f"a prompt is {len(ids)} tokens long, over the limit of {self.max_length}; shorten it")
-        pixels = [to_pixels(image, self._processor.image_size) for image in images]
-        shown = sum(turn.images for turn in turns)
-        if len(pixels) != shown:
-            raise ValueError(f"the turns show {shown} images, {len(pixels)} were given")
-        images = tuple(map(image_digest, pixels))
-        places = self._places.of(ids.tolist(), images, turns[0])
-        return Prompt(ids, torch.from_numpy(np.stack(pixels)) if pixels else None, images, places)
+        shown = tuple(self._processor.layout.cut(image) for image in images)
+        _check_count(turns, len(shown))
+        digests = tuple(image_digest(image.pixels, image.grid) for image in shown)
+        places = self._places.of(ids, digests, turns[0], [image.tokens for image in shown])
+        return Prompt(torch.tensor(ids), shown, digests, places)
 
-    def prompt_ids(self, turns: list[Turn]) -> list[int]:
-        """Token ids of the prompt for some turns, however many, each image as its placeholders. Raises as `prepare`."""
+    def prompt_ids(self, turns: list[Turn], images: Iterable[Image.Image] = ()) -> list[int]:
+        """Token ids of the prompt for some turns, however many, each image as its placeholders. Raises as `prepare`.
+
+        Args:
+            images: as for `prepare`; only their sizes are looked at, and only where these decide.
+        """
+        return self._tokenize(turns, images, cut=False)[0]
+
+    def _tokenize(
+        self, turns: list[Turn], images: Iterable[Image.Image], cut: bool = True
+    ) -> tuple[list[int], Iterable[Image.Image]]:
         self._refuse_marks(turns)
-        run = IMAGE_TOKEN * self._processor.tokens_per_image
-        text = self._processor.prompt(turns).replace(IMAGE_TOKEN, run)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt, layout = self._processor.prompt(turns), self._processor.layout
+        counts = None
+        if layout.fixed is None:
+            if not hasattr(images, "sizes"):
+                images = list(images)
+            sizes = images.sizes if hasattr(images, "sizes") else [(image.width, image.height) for image in images]
+            _check_count(turns, len(sizes))
+            counts = [layout.count(height, width) for width, height in sizes]
+            if cut and sum(counts) >= self.max_length:
+                each = ", ".join(f"{w} x {h} takes {n}" for (w, h), n in zip(sizes, counts, strict=True))
+                raise PromptTooLong(
+                    f"the images take {sum(counts)} tokens ({each}), a prompt has room for {self.max_length}; send "
+                    "fewer or smaller ones"
+                )
+        if cut:
+            return self._processor.tokenize([prompt], image_tokens=counts)["input_ids"][0].tolist(), images
+        return self._processor.ids([prompt], counts)[0], images
 
     @property
     def tokenizer(self):

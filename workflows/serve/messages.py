@@ -9,6 +9,7 @@ import binascii
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 from PIL import Image
 
@@ -29,7 +30,7 @@ def read_messages(
     max_images: int,
     fetcher: Fetcher | None = None,
     gone: Callable[[], bool] = lambda: False,
-) -> tuple[list[Turn], Iterator[Image.Image]]:
+) -> "tuple[list[Turn], SentImages]":
     """Turns of a request, and its images, each decoded when it is asked for: together they could fill the memory.
 
     Args:
@@ -51,31 +52,47 @@ def read_messages(
             "messages",
             "too_many_images",
         )
-    return turns, _images(messages, limits, fetcher, gone)
+    return turns, SentImages(messages, limits, fetcher, gone)
 
 
-def _images(
-    messages: list[Message], limits: Limits, fetcher: Fetcher | None, gone: Callable[[], bool]
-) -> Iterator[Image.Image]:
-    """All are read and their declared sizes looked at before the first is decoded, which takes time and memory."""
-    read: list[tuple[str, bytes, int]] = []
-    for i, message in enumerate(messages):
-        for j, part in enumerate(message.content):
-            if part.image_url is not None and part.type == "image_url":
-                param = f"messages[{i}].content[{j}].image_url.url"
-                _check_there(gone)
-                data = _data(part.image_url.url, limits, fetcher, param)
-                read.append((param, data, _declared_pixels(data, limits, param)))
-    if (pixels := sum(count for _, _, count in read)) > limits.request_pixels:
-        raise bad_request(
-            f"the images have {pixels:,} pixels together, over the limit of {limits.request_pixels:,}; send smaller",
-            "messages",
-            "images_too_large",
-        )
-    for param, data, count in read:
-        with _one_large_image if count > _LARGE_PIXELS else contextlib.nullcontext():
-            _check_there(gone)
-            yield _decode(data, limits, param)
+class SentImages:
+    """The images of a request. All are read and their declared sizes looked at before the first is decoded, which takes
+    time and memory. Iterating over them decodes one after the other."""
+
+    def __init__(self, messages: list[Message], limits: Limits, fetcher: Fetcher | None, gone: Callable[[], bool]):
+        self._messages, self._limits, self._fetcher, self._gone = messages, limits, fetcher, gone
+
+    @cached_property
+    def _read(self) -> list[tuple[str, bytes, tuple[int, int]]]:
+        read, pixels, limits = [], 0, self._limits
+        for i, message in enumerate(self._messages):
+            for j, part in enumerate(message.content):
+                if part.image_url is not None and part.type == "image_url":
+                    param = f"messages[{i}].content[{j}].image_url.url"
+                    _check_there(self._gone)
+                    data = _data(part.image_url.url, limits, self._fetcher, param)
+                    size = _declared_size(data, limits, param)
+                    pixels += size[0] * size[1]
+                    read.append((param, data, size))
+        if pixels > limits.request_pixels:
+            raise bad_request(
+                f"the images have {pixels:,} pixels together, over the limit of {limits.request_pixels:,}; send "
+                "smaller",
+                "messages",
+                "images_too_large",
+            )
+        return read
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height that each declares. Raises ApiError."""
+        return [size for _, _, size in self._read]
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        for param, data, (width, height) in self._read:
+            with _one_large_image if width * height > _LARGE_PIXELS else contextlib.nullcontext():
+                _check_there(self._gone)
+                yield _decode(data, self._limits, param)
 
 
 def _check_there(gone: Callable[[], bool]) -> None:
@@ -148,13 +165,12 @@ def _embedded(url: str, limits: Limits, param: str) -> bytes:
         raise bad_request(f"{param}: the data is not base64 ({error})", param, "invalid_base64") from error
 
 
-def _declared_pixels(data: bytes, limits: Limits, param: str) -> int:
-    """Pixels of an encoded image as its header declares them."""
+def _declared_size(data: bytes, limits: Limits, param: str) -> tuple[int, int]:
+    """Width and height of an encoded image as its header declares them."""
     try:
-        width, height = image_size(data, ImageLimits(max_pixels=limits.image_pixels))
+        return image_size(data, ImageLimits(max_pixels=limits.image_pixels))
     except ImageError as error:
         raise bad_request(f"{param}: {error}", param, error.reason) from error
-    return width * height
 
 
 def _decode(data: bytes, limits: Limits, param: str) -> Image.Image:

@@ -6,11 +6,13 @@ change an answer: a prompt that is read alone has the same state to the last bit
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from mlmamba.image_layout import CutImage, join
 from mlmamba.state import MambaState
 from mlmamba.state_cache import Place, StateCache, digests, size_of
 from workflows.serve.openai import without_message
@@ -56,7 +58,7 @@ class Reading:
     @property
     def waits_for_images(self) -> bool:
         """Whether images of it must be encoded before it can be read."""
-        return self.features is None and self.prompt.pixels is not None and self.shown < len(self.prompt.pixels)
+        return self.features is None and self.shown < len(self.prompt.shown)
 
     def leave(self) -> None:
         """An answer has begun, or will not. With the last one the memory is freed."""
@@ -96,7 +98,7 @@ class Reader:
         prompt = reading.prompt
         if ids and reading.owner and self.cache.limit and prompt.places:
             whole = [*prompt.input_ids.tolist(), *ids]
-            (digest,) = digests(whole, [len(whole)], prompt.images, self._image_id)
+            (digest,) = digests(whole, [len(whole)], prompt.images, self._image_id, tokens_of(prompt.shown))
             self._keep(reading, digest, state(), len(ids))
 
     def _begin(self, readings: list[Reading]) -> None:
@@ -127,9 +129,8 @@ class Reader:
         kept = self.cache.use(reading.owner, found)
         reading.read = reading.cached = found.length
         reading.kept = found
-        if (pixels := reading.prompt.pixels) is not None:
-            places = reading.prompt.input_ids == self._image_id
-            reading.shown = len(pixels) * int(places[: found.length].sum()) // int(places.sum())
+        read = int((reading.prompt.input_ids[: found.length] == self._image_id).sum())
+        reading.shown = sum(end <= read for end in accumulate(tokens_of(reading.prompt.shown)))
         reading.state = kept.state.to(self._model.device)
         if found.length == len(reading.prompt.input_ids):
             reading.logits = kept.logits.to(self._model.device)
@@ -140,7 +141,7 @@ class Reader:
         count = 0
         for reading in readings:
             if reading.waits_for_images:
-                count += len(reading.prompt.pixels) - reading.shown
+                count += sum(image.squares for image in reading.prompt.shown[reading.shown :])
                 if group and count > self._limits.images_at_once:
                     break
                 group.append(reading)
@@ -148,11 +149,20 @@ class Reader:
             _one_by_one_if_they_fail(self._encode, group)
 
     def _encode(self, group: list[Reading]) -> None:
-        left = [reading.prompt.pixels[reading.shown :] for reading in group]
-        pieces = torch.cat(left).to(self._model.device).split(self._limits.images_at_once)
-        features = torch.cat([self._model.get_image_features(piece) for piece in pieces])
-        for reading, own in zip(group, features.split([len(pixels) for pixels in left]), strict=True):
-            reading.features = own.flatten(0, 1)
+        left = [reading.prompt.shown[reading.shown :] for reading in group]
+        flat, most = [image for own in left for image in own], self._limits.images_at_once
+        if flat[0].pixels.ndim == 2:  # patches
+            pieces = [join(flat[first : first + most]) for first in range(0, len(flat), most)]
+        else:
+            pieces = [{"pixel_values": piece} for piece in join(flat)["pixel_values"].split(most)]
+        # The shapes of patches stay where their values are needed.
+        features = [
+            self._model.get_image_features(piece.pop("pixel_values").to(self._model.device), **piece)
+            for piece in pieces
+        ]
+        features = torch.cat([own if own.ndim == 2 else own.flatten(0, 1) for own in features])
+        for reading, own in zip(group, features.split([sum(tokens_of(own)) for own in left]), strict=True):
+            reading.features = own
 
     def _read_pieces(self, readings: list[Reading]) -> None:
         """Read one piece of some prompts each, together at most `prefill_tokens` with their padding, which is at most
@@ -258,6 +268,11 @@ def _one_by_one_if_they_fail(work: Callable[[list[Reading]], None], group: list[
         logger.error("%d prompts failed together, each is tried alone: %s", len(group), without_message(error))
         for reading in group:
             _one_by_one_if_they_fail(work, [reading])
+
+
+def tokens_of(images: Sequence[CutImage]) -> list[int]:
+    """Placeholders of each image."""
+    return [image.tokens for image in images]
 
 
 def stack(states: list[MambaState | None]) -> MambaState | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlmamba.choosing import draw, draw_nucleus, finite
+from mlmamba.image_layout import CutImage
 from mlmamba.state_cache import Place
 from workflows.serve.grammar import Grammar
 
@@ -22,11 +23,11 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt (l,) and its images, uint8 (n, 3, s, s) or None; with the images' digests, and the places at
+    """A tokenized prompt (l,) and its images as the encoder reads them; with the images' digests, and the places at
     which a state may be found or kept, in ascending order."""
 
     input_ids: Tensor
-    pixels: Tensor | None
+    shown: tuple[CutImage, ...] = ()
     images: tuple[bytes, ...] = ()
     places: tuple[Place, ...] = ()
 

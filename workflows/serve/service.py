@@ -233,7 +233,7 @@ class Conversation:
         self, served: Served, request: ChatRequest, prompt: Prompt, settings: list[Settings], client: str = ""
     ):
         self.served, self.streams = served, bool(request.stream)
-        self.images = 0 if prompt.pixels is None else len(prompt.pixels)
+        self.images = len(prompt.shown)
         self.answers: list[Answer] = []
         self._usage = bool(request.stream_options and request.stream_options.include_usage)
         self._completion = Completion(served.id, served.source.label, settings[0].logprobs is not None)

@@ -51,8 +51,8 @@ def tokenize(served: Served, request: TokenizeRequest, limits: Limits) -> dict[s
     """The response body. Raises ApiError."""
     tokenizer = served.engine.tokenizer
     if request.messages:
-        turns, _ = read_messages(request.messages, limits, limits.images)
-        ids = served.prompted(served.engine.prompt_ids, turns)
+        turns, images = read_messages(request.messages, limits, limits.images)
+        ids = served.prompted(served.engine.prompt_ids, turns, images)
     else:
         size = len(request.prompt.encode("utf-8", "replace"))
         if size > limits.text_bytes:

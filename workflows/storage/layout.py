@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlmamba.image_layout import TokensPerImage
 from pipelines import storage as files
 from pipelines.config import DataConfig, data_identity
 from pipelines.identity import Decides, digest, identity
@@ -95,7 +96,7 @@ def open_local_storage(storage: str) -> Path:
     return folder.local
 
 
-def layout_of(recipe: Recipe, storage: Folder, tokens_per_image: int) -> Layout:
+def layout_of(recipe: Recipe, storage: Folder, tokens_per_image: TokensPerImage) -> Layout:
     """Folders of a recipe."""
     data = {
         stage.name: data_folder(storage, recipe.data_of(stage), recipe.name, tokens_per_image, recipe.seed)
@@ -109,12 +110,14 @@ def run_name(recipe: Recipe) -> str:
     return f"{recipe.name}-{digest(identity(recipe))}"
 
 
-def data_folder(storage: Folder, config: DataConfig, name: str, tokens_per_image: int, seed: int) -> Folder:
+def data_folder(storage: Folder, config: DataConfig, name: str, tokens_per_image: TokensPerImage, seed: int) -> Folder:
     """Folder of a data set: it depends on what decides the rows, and is called as the config says or else `name`."""
     return storage / "data" / f"{config.name or name}-{data_identity(config, tokens_per_image, seed)[:10]}"
 
 
-def earlier_data_folder(storage: Folder, config: DataConfig, name: str, tokens_per_image: int, seed: int) -> Folder:
+def earlier_data_folder(
+    storage: Folder, config: DataConfig, name: str, tokens_per_image: TokensPerImage, seed: int
+) -> Folder:
     """Where versions up to 0.1 prepared the same data set. Sets that differed only in `test` shared this folder."""
     content = identity(config, Decides.RUN)
     return storage / "data" / f"{config.name or name}-{digest(content, tokens_per_image, seed)}"

@@ -12,6 +12,7 @@ from mlmamba.configuration import MLMambaConfig, VisionConfig, as_text_config
 from mlmamba.connector import build_connector, tokens_per_image
 from mlmamba.conversation import IMAGE_TOKEN
 from mlmamba.convert import LanguageModel, load_language_model, read_language_model
+from mlmamba.image_layout import TokensPerImage
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.processing import MLMambaProcessor
 from mlmamba.vision import measure
@@ -54,11 +55,11 @@ FROM_CHECKPOINT = (
 def vision_config(recipe: ModelRecipe) -> VisionConfig:
     """Turn a recipe's vision section into the library's config."""
     towers = [tower.model_dump(exclude={"weights"}, exclude_none=True) for tower in recipe.vision.towers]
-    return VisionConfig(towers=towers, image_size=recipe.vision.image_size, grid=recipe.vision.grid)
+    return VisionConfig(towers=towers, **recipe.vision.model_dump(exclude={"towers"}))
 
 
-def image_tokens(recipe: ModelRecipe) -> int:
-    """Count the tokens that one image takes.
+def image_tokens(recipe: ModelRecipe) -> TokensPerImage:
+    """Count the tokens that one image takes, or say what decides them.
 
     Raises:
         UsageError: an encoder is unknown to timm, the towers do not fit together, or the connector does not fit them.

@@ -133,8 +133,8 @@ class Worker:
             self.best = BestStep(self.stage.best, self.store, rank, found.best if found else None)
         if self.config.sample_every:
             count, tokens = self.config.samples, self.config.sample_tokens
-            image, size = model.config.image_token_id, model.config.vision_config.image_size
-            self.samples = Samples(job.data, str(self.start_from), count, tokens, image, size)
+            image, layout = model.config.image_token_id, model.image_layout
+            self.samples = Samples(job.data, str(self.start_from), count, tokens, image, layout)
         made_by = found.workers if found and restore.must_reshard(found, world) else None
         text = describe(self.stage, sizes)
         self.tell({"event": "start", "text": text, "step": self.done, "steps": self.steps, "resharded_from": made_by})

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mlmamba.conversation import IGNORE_INDEX
+from mlmamba.image_layout import ImageLayout
 from mlmamba.positions import Positions, find_positions
 from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, collate
@@ -39,7 +40,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> dict:
         """The inputs on a device; from pinned memory, without waiting for it."""
-        return {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        kept = ("spatial_shapes",)  # whose values are needed on the host
+        return {n: value if n in kept else value.to(device, non_blocking=True) for n, value in self.inputs.items()}
 
 
 def batch_maker(
@@ -58,34 +60,35 @@ def batch_maker(
         augment: how images are changed; as they are by default.
         seed: of these changes, which depend on it, the step, the row and the image's number in it, and on nothing else.
     """
-    config, tokens = model.config, model.connector.tokens(model.vision.grid)
-    pad, size = config.text_config.pad_token_id, config.vision_config.image_size
+    config, layout = model.config, model.image_layout
+    pad = config.text_config.pad_token_id
 
     def make(rows, counts: list[bool] | None = None, step: int = 0) -> list[MicroBatch]:
         """`counts` says for each row whether its labels do; all, unless it is given."""
         made = []
         for first in range(0, len(rows), micro_batch_rows):
             part = slice(first, first + micro_batch_rows)
-            load = augment and partial(_changed, augment, (seed, step), rows[part])
-            batch = collate(dataset.rows(rows[part]), dataset.manifest.max_tokens, pad, size, load)
+            load = augment and partial(_changed, augment, layout, (seed, step), rows[part])
+            batch = collate(dataset.rows(rows[part]), dataset.manifest.max_tokens, pad, layout, load)
             if counts is not None:
                 without = ~torch.tensor(counts[part])
                 batch["labels"][without], batch["attention_mask"][without] = IGNORE_INDEX, False
-            made.append(_micro_batch(batch, tokens, config, pin))
+            made.append(_micro_batch(batch, layout, config, pin))
         return made
 
     return make
 
 
-def _changed(augment: Augmentation, key, rows, data: bytes, size: int, pixels: int, place: tuple[int, int]):
+def _changed(augment: Augmentation, layout: ImageLayout, key, rows, data: bytes, pixels: int, place: tuple[int, int]):
     """What `collate` calls for each image: `place` is the number of its row in `rows`, and its own in the row."""
-    return augment.load_pixels(data, size, pixels, (*key, int(rows[place[0]]), place[1]))
+    return augment.load(data, layout, pixels, (*key, int(rows[place[0]]), place[1]))
 
 
-def _micro_batch(batch: dict[str, torch.Tensor], tokens_per_image: int, config, pin: bool) -> MicroBatch:
+def _micro_batch(batch: dict[str, torch.Tensor], layout: ImageLayout, config, pin: bool) -> MicroBatch:
     """What `collate` made, with the labels as positions."""
-    labels, seen, images = batch.pop("labels"), batch.pop("attention_mask"), len(batch["pixel_values"])
-    found = find_positions(batch["input_ids"], labels, batch["seq_idx"], (images, tokens_per_image), config)
+    labels, seen = batch.pop("labels"), batch.pop("attention_mask")
+    counts = layout.counts(batch["pixel_values"], batch.get("spatial_shapes"))
+    found = find_positions(batch["input_ids"], labels, batch["seq_idx"], counts, config)
     inputs = {**batch, "positions": found}
     if pin:
         inputs = {name: value.pin_memory() for name, value in inputs.items()}

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from mlmamba.conversation import IGNORE_INDEX
-from mlmamba.images import load_pixels
+from mlmamba.image_layout import ImageLayout
 from pipelines.reader import PackedDataset, PackedRow
 from workflows.train.step import batch_maker
 
@@ -104,11 +104,12 @@ class Samples:
         model: folder with the tokenizer.
         count: questions at most.
         tokens: longest answer.
+        layout: how images are cut for the encoder.
     """
 
-    def __init__(self, data: str, model: str, count: int, tokens: int, image_token_id: int, image_size: int):
+    def __init__(self, data: str, model: str, count: int, tokens: int, image_token_id: int, layout: ImageLayout):
         self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self._tokens, self._image_token_id, self._image_size = tokens, image_token_id, image_size
+        self._tokens, self._image_token_id, self._layout = tokens, image_token_id, layout
         self._questions = _first_questions(PackedDataset(data, "validation"), count)
 
     def answers(self, engine) -> list[dict]:
@@ -131,8 +132,8 @@ class Samples:
         ids = torch.tensor([question.prompt], device=engine.device)
         inputs = {}
         if question.images:
-            pixels = np.stack([load_pixels(image, self._image_size, question.pixels) for image in question.images])
-            inputs["pixel_values"] = torch.from_numpy(pixels).to(engine.device)
+            inputs = self._layout.batch([self._layout.load(image, question.pixels) for image in question.images])
+            inputs["pixel_values"] = inputs["pixel_values"].to(engine.device)
         for _ in range(self._tokens):  # a fixed number, so that no rank waits for another in a gather
             scores = engine(input_ids=ids, **inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
             scores[:, self._image_token_id] = -torch.inf  # the image token is never an answer

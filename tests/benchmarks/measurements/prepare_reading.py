@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from mlmamba.image_layout import ImageLayout
 from pipelines.config import DataConfig
 from pipelines.prepare import prepare
 from pipelines.reader import PackedDataset, collate, prefetch, step_indices
@@ -51,7 +52,7 @@ def _streams(out: str):
     dataset = PackedDataset(out)
 
     def make(rows: np.ndarray) -> dict:
-        return collate(dataset.rows(rows), dataset.manifest.max_tokens, 0, _SIZE)
+        return collate(dataset.rows(rows), dataset.manifest.max_tokens, 0, ImageLayout(image_size=_SIZE))
 
     def indices():
         return step_indices(dataset, 0, _ROWS, 0, 1)
@@ -80,7 +81,7 @@ def _open(out: str) -> None:
 
 
 def _make(rows: np.ndarray) -> dict:
-    batch = collate(_dataset.rows(rows), _dataset.manifest.max_tokens, 0, _SIZE)
+    batch = collate(_dataset.rows(rows), _dataset.manifest.max_tokens, 0, ImageLayout(image_size=_SIZE))
     return {name: value.numpy() for name, value in batch.items()}
 
 

@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from mlmamba.configuration import ConnectorConfig
-from mlmamba.connector import CONNECTORS, build_connector, tokens_per_image
+from mlmamba.connector import CONNECTORS, build_connector, image_layout, tokens_per_image
 from mlmamba.presets import preset
 from mlmamba.scan2d import MERGES, SCANS
-from tests.helpers.tiny import tiny_config
+from tests.helpers.closeness import assert_close
+from tests.helpers.tiny import NATIVE, tiny_config
 from workflows.recipe.model import ConnectorRecipe
 
 SMALL = {"head_dim": 8, "state_size": 4, "chunk_size": 4}
@@ -248,3 +249,40 @@ def test_balanced_first_weights_keep_what_differs_between_images(name):
     assert shares[1] > 1.2 * shares[0]
     if name != "ldpv2":  # it pools
         assert 0.05 < out.square().mean().sqrt() < 0.2
+
+
+@pytest.mark.parametrize(("name", "scan"), list(itertools.product(CONNECTORS, SCANS)))
+def test_images_in_one_row_do_not_see_each_other(name, scan):
+    connector, grids = build(name=name, scan=scan), [(2, 4), (4, 2), (6, 2), (2, 2)]
+    images = [torch.randn(1, height * width, 12, requires_grad=True) for height, width in grids]
+    alone = [connector(x, grid) for x, grid in zip(images, grids, strict=True)]
+    row = connector(torch.cat(images, 1), grids)
+    assert_close(row, torch.cat(alone, 1), 1e-5)
+    assert row.shape[1] == sum(connector.tokens(grid) for grid in grids)
+    row[:, : alone[0].shape[1]].sum().backward()
+    assert [x.grad.abs().sum() > 0 for x in images] == [True, False, False, False]
+
+
+def test_a_connector_of_a_fixed_number_of_tokens_takes_no_images_at_their_own_size(monkeypatch):
+    class Fixed(CONNECTORS["mlp"]):
+        @classmethod
+        def grid_out(cls, grid):
+            return (8, 8)
+
+    monkeypatch.setitem(CONNECTORS, "fixed", Fixed)
+    config = tiny_config(vision_config=NATIVE, connector_config={**SMALL, "name": "fixed"})
+    with pytest.raises(ValueError, match="connector 'fixed' does not make one token of 1 x 1 cells on any grid"):
+        tokens_per_image(config)
+
+
+def test_what_decides_the_tokens_of_an_image():
+    assert tokens_per_image(tiny_config(vision_config=NATIVE)) == {
+        "patch": 16,
+        "merge": 1,
+        "min_tokens": 2,
+        "max_tokens": 12,
+    }
+    pooled = tiny_config(vision_config=NATIVE, connector_config={**SMALL, "name": "ldpv2"})
+    assert image_layout(pooled).count(96, 64) == 6
+    tiled = tiny_config(vision_config={**NATIVE, "image_size": 32, "tiles": 4, "min_tokens": 1, "max_tokens": None})
+    assert tokens_per_image(tiled) == {"image_size": 32, "tokens": 4, "tiles": 4}

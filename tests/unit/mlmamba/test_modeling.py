@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.mamba2 import Mamba2Block
 from tests.helpers.closeness import assert_close
-from tests.helpers.tiny import IMAGE_ID, PER_IMAGE, images, pad, prompt, tiny_model
+from tests.helpers.images import image
+from tests.helpers.tiny import IMAGE_ID, NATIVE, PER_IMAGE, images, pad, prompt, tiny_model
 
 IDS = torch.cat([prompt(14, images=1, seed=1), prompt(14, images=1, seed=2)])
 
@@ -229,3 +230,64 @@ def test_the_state_is_returned_outside_training_or_when_asked(model):
         assert model(prompt(3), use_cache=False).cache_params is None
         assert trained(prompt(3)).cache_params is None
         assert trained(prompt(3), use_cache=True).cache_params is not None
+
+
+@pytest.fixture(scope="module")
+def own_size():
+    """A model that reads images at their own size."""
+    return tiny_model(vision_config=NATIVE)
+
+
+def at_own_size(model, *sizes: tuple[int, int]) -> tuple[dict, list[int]]:
+    layout = model.image_layout
+    cuts = [layout.cut(image(i, size)) for i, size in enumerate(sizes)]
+    return layout.batch(cuts), [cut.tokens for cut in cuts]
+
+
+@torch.no_grad()
+def test_images_of_different_sizes_stand_in_one_packed_row(own_size):
+    batch, counts = at_own_size(own_size, (32, 32), (80, 48), (16, 64))
+    assert counts == [4, 12, 4]
+    rows = [torch.cat([torch.full((1, n), IMAGE_ID), prompt(5, seed=n + i)], 1) for i, n in enumerate(counts)]
+    seq_idx = torch.cat([torch.full_like(row, i) for i, row in enumerate(rows)], 1)
+    packed = own_size(torch.cat(rows, 1), **batch, seq_idx=seq_idx).logits
+    for i, own in enumerate(packed.split([row.shape[1] for row in rows], 1)):
+        alone = own_size.image_layout.batch([own_size.image_layout.cut(image(i, [(32, 32), (80, 48), (16, 64)][i]))])
+        assert_close(own, own_size(rows[i], **alone).logits, 1e-5)
+
+
+@torch.no_grad()
+def test_generate_and_beams_take_images_of_different_sizes(own_size):
+    batch, counts = at_own_size(own_size, (32, 32), (80, 48), (16, 64))
+    rows = [
+        torch.cat([torch.full((1, counts[0]), IMAGE_ID), prompt(5, seed=1)], 1),
+        torch.cat([torch.full((1, counts[1] + counts[2]), IMAGE_ID), prompt(7, seed=2)], 1),
+    ]
+    ids, mask = pad(rows, "left")
+    for options in ({}, {"num_beams": 2}):
+        out = own_size.generate(ids, attention_mask=mask, **batch, max_new_tokens=4, do_sample=False, **options)
+        features = own_size.get_image_features(**batch)
+        alone = own_size.generate(rows[1], image_features=features[4:], max_new_tokens=4, do_sample=False, **options)
+        assert out[1, ids.shape[1] :].tolist() == alone[0, rows[1].shape[1] :].tolist()
+
+
+def test_what_does_not_fit_the_placeholders_is_refused_at_any_size(own_size):
+    batch, _ = at_own_size(own_size, (32, 32), (80, 48))
+    with pytest.raises(ValueError, match=r"has 4 image placeholders but 2 images of 4 to 12 tokens were given .16 "):
+        own_size(prompt(9, images=1), **batch)
+    ids = torch.full((2, 8), IMAGE_ID)
+    with pytest.raises(ValueError, match="row 0 ends within an image"):
+        own_size(ids, **batch)
+    with pytest.raises(ValueError, match="need spatial_shapes"):
+        own_size(ids, batch["pixel_values"])
+
+
+def test_every_part_trains_at_any_size_and_without_an_image(own_size):
+    batch, counts = at_own_size(own_size, (32, 32), (80, 48))
+    ids = torch.cat([torch.full((1, sum(counts)), IMAGE_ID), prompt(6, seed=1)], 1)
+    model = tiny_model(vision_config=NATIVE).train()
+    model(ids, **batch, labels=labelled(ids, sum(counts))).loss.backward()
+    idle = [n for n, p in model.connector.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not idle
+    none = model.image_layout.batch([])
+    assert model(prompt(6), **none, labels=prompt(6)).loss > 0

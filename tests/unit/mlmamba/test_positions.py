@@ -18,7 +18,7 @@ def batch() -> dict:
 
 
 def found(given: dict, count: int, config):
-    return find_positions(given["input_ids"], given["labels"], given["seq_idx"], (count, PER_IMAGE), config)
+    return find_positions(given["input_ids"], given["labels"], given["seq_idx"], [PER_IMAGE] * count, config)
 
 
 @pytest.mark.parametrize("count", [None, torch.tensor(7.0)])

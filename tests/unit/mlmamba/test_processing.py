@@ -137,3 +137,38 @@ def test_an_array_of_images_is_a_list_of_them(processor, kind, channels_first):
     assert torch.equal(processor.image_processor(given)["pixel_values"], expected)
     with pytest.raises(ValueError, match="has 1 <image> but 2 images"):
         processor(images=[given[:2], given[2:]], text=["<image>", "<image><image>"])
+
+
+@pytest.fixture(scope="module")
+def own_size(tokenizer) -> MLMambaProcessor:
+    sizes = {"patch": 16, "merge": 1, "min_tokens": 2, "max_tokens": 12}
+    return MLMambaProcessor(tokenizer, tokens_per_image=sizes, max_length=60)
+
+
+def test_an_image_at_its_own_size_has_as_many_placeholders_as_tokens(own_size, tmp_path):
+    batch = own_size(images=[image(0, (32, 32)), image(1, (80, 48))], text=["<image>a", "b<image>"])
+    assert [int((row == IMAGE_ID).sum()) for row in batch["input_ids"]] == [4, 12]
+    assert batch["spatial_shapes"].tolist() == [[2, 2], [3, 4]]
+    assert set(own_size.model_input_names) == set(batch)
+    own_size.save_pretrained(tmp_path)
+    again = MLMambaProcessor.from_pretrained(tmp_path)
+    assert again.layout == own_size.layout
+    more = again(images=[image(0, (32, 32)), image(1, (80, 48))], text=["<image>a", "b<image>"])
+    assert all(torch.equal(more[name], batch[name]) for name in batch)
+
+
+def test_text_without_sizes_cannot_be_expanded(own_size):
+    with pytest.raises(ValueError, match="the prompts show 1 images, and the tokens of none were given"):
+        own_size.tokenize(["<image>a"])
+    with pytest.raises(ValueError, match="the prompts show 1 images, and the tokens of 2 were given"):
+        own_size.tokenize(["<image>a"], image_tokens=[2, 3])
+    with pytest.raises(ValueError, match="at least 9 tokens"):
+        MLMambaProcessor(own_size.tokenizer, tokens_per_image={"patch": 16, "min_tokens": 9, "max_tokens": 8})
+
+
+def test_a_tiled_image_has_its_thumbnail_and_its_tiles(tokenizer):
+    tiled = MLMambaProcessor(tokenizer, SIDE, {"image_size": SIDE, "tokens": PER_IMAGE, "tiles": 4}, max_length=60)
+    batch = tiled(images=[image(0, (SIDE, SIDE)), image(1, (2 * SIDE, 2 * SIDE))], text="<image>a<image>")
+    assert batch["pixel_values"].shape == (6, 3, SIDE, SIDE)
+    assert int((batch["input_ids"] == IMAGE_ID).sum()) == 6 * PER_IMAGE
+    assert np.array_equal(batch["pixel_values"][1], to_pixels(image(1, (2 * SIDE, 2 * SIDE)), SIDE))

@@ -10,9 +10,13 @@ import timm
 import torch
 
 from mlmamba.configuration import VisionConfig
+from mlmamba.image_layout import ImageLayout
+from mlmamba.images import to_pixels
 from mlmamba.presets import preset
 from mlmamba.vision import VisionEncoder, measure
+from mlmamba.vision_weights import put_weights
 from tests.helpers.closeness import assert_close
+from tests.helpers.images import image
 
 VIT, MAPS = "test_vit.r160_in1k", "test_efficientnet.r160_in1k"
 PAIR = preset("2.7b").vision_config
@@ -296,3 +300,79 @@ def test_convolutions_read_channels_last_and_compute_the_same(config):
             if isinstance(module, torch.nn.Conv2d):
                 module.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
         assert_close(encoder(images), fast, 1e-5)
+
+
+NATIVE = VisionConfig(towers=[{"model": VIT, "block": -2}], min_tokens=1, max_tokens=64)
+
+
+def at_own_size(config: VisionConfig, *sizes: tuple[int, int]) -> tuple[VisionEncoder, list[dict]]:
+    layout = ImageLayout(patch=16, merge=config.merge, min_tokens=config.min_tokens, max_tokens=config.max_tokens)
+    return build(config), [layout.batch([layout.cut(image(i, size, (3, 3)))]) for i, size in enumerate(sizes)]
+
+
+def together(batches: list[dict]) -> dict:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def test_a_plain_transformer_reads_a_square_at_its_own_size_as_it_reads_squares():
+    native, (batch,) = at_own_size(VisionConfig(**{**NATIVE.to_dict(), "max_tokens": 100}), (160, 160))
+    square, shown = build(patches(160)), torch.from_numpy(to_pixels(image(0, (160, 160), (3, 3)), 160))[None]
+    put_weights(native.towers[0], VIT, square.towers[0].model.state_dict(), "the square's")
+    assert_close(native(*batch.values()), square(shown), 1e-5)
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+def test_neighbours_and_their_padding_change_nothing(merge):
+    config = VisionConfig(**{**NATIVE.to_dict(), "merge": merge})
+    native, batches = at_own_size(config, (96, 32), (160, 128), (64, 64), (170, 120), (32, 32))
+    whole = native(*together(batches).values())
+    assert whole.shape == (1, sum(b["spatial_shapes"].prod() // merge**2 for b in batches), 64 * merge**2)
+    assert_close(whole, torch.cat([native(*batch.values()) for batch in batches], 1), 1e-5)
+
+
+def test_what_is_merged_are_neighbours():
+    one, batches = at_own_size(NATIVE, (96, 64))
+    config = VisionConfig(**{**NATIVE.to_dict(), "merge": 2})
+    two, merged = at_own_size(config, (96, 64))
+    two.load_state_dict(one.state_dict())
+    plain = one(*batches[0].values()).view(2, 2, 3, 2, 64).transpose(1, 2).reshape(1, 6, 256)
+    assert_close(two(*merged[0].values()), plain, 1e-5)
+    square = build(VisionConfig(towers=NATIVE.towers, image_size=64, merge=2))
+    alone = build(patches(64))
+    x = pixels(64)
+    assert_close(square(x), alone(x).view(2, 2, 2, 2, 2, 64).transpose(2, 3).reshape(2, 4, 256), 1e-6)
+    assert measure(square_config := VisionConfig(towers=NATIVE.towers, image_size=64, merge=2)) == (256, (2, 2))
+    assert measure(VisionConfig(**{**square_config.to_dict(), "max_tokens": 9})) == (256, (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"towers": [{"model": MAPS, "block": -2}]}, "cannot read images at their own size: choose a NaFlex encoder"),
+        ({"towers": [{"model": MAPS, "stages": [0]}]}, "gives feature maps; images at their own size need `block`"),
+        ({"towers": [{"model": VIT, "block": 9}]}, "has 6 blocks, there is no 9"),
+        ({"max_tokens": None, "merge": 3}, "vision.merge = 3 does not divide the grid of 24 x 24"),
+    ],
+)
+def test_what_cannot_be_native_or_merged_is_refused(fields, message):
+    config = VisionConfig(**{"towers": NATIVE.towers, "max_tokens": 64, **fields})
+    if config.merge == 3:
+        config.image_size = 352
+        message = message.replace("24 x 24", "22 x 22")
+    with pytest.raises(ValueError, match=message):
+        measure(config)
+
+
+def test_patches_that_do_not_fit_their_shapes_are_refused():
+    native, (batch,) = at_own_size(NATIVE, (96, 32))
+    with pytest.raises(ValueError, match=r"need spatial_shapes \(n, 2\) in patches; none was given"):
+        native(batch["pixel_values"])
+    with pytest.raises(ValueError, match="are not those of 12 patches"):
+        native(batch["pixel_values"], batch["spatial_shapes"] + 1)
+    with pytest.raises(ValueError, match=r"expected patches, uint8 \(P, 768\)"):
+        native(pixels(32), batch["spatial_shapes"])
+
+
+def test_siglip_2_at_its_own_size_has_the_published_parameters():
+    config = VisionConfig(towers=[{"model": "naflexvit_so400m_patch16_siglip.v2_webli", "block": -2}], max_tokens=256)
+    assert measure(config) == (1152, (16, 16))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlmamba.image_layout import ImageLayout
 from mlmamba.images import PIXELS, ImageError, load_pixels
 from pipelines.augment import Augmentation, crop_box
 from tests.helpers.images import encoded
@@ -13,7 +14,7 @@ DATA = encoded(3, size=(48, 32))
 
 
 def changed(key=(1, 2, 3, 4), data=DATA, **options) -> np.ndarray:
-    return Augmentation(**options).load_pixels(data, 16, PIXELS, key)
+    return Augmentation(**options).load(data, ImageLayout(image_size=16), PIXELS, key).pixels[0]
 
 
 @pytest.mark.parametrize("options", [{"crop": 0.5}, {"flip": True}, {"colour": 0.4}, {"crop": 0.2, "colour": 0.9}])

@@ -8,6 +8,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mlmamba.conversation import render
+from mlmamba.image_layout import ImageLayout
 from mlmamba.images import open_image
 from pipelines import inspect
 from pipelines.contact_sheet import IMAGE, LOSS, PLAIN, WRONG, _shortened, choose, draw_sheet, sample_of
@@ -134,7 +135,9 @@ class TestSamples:
         labels[answer] += 1
         ids[first + TOKENS_PER_IMAGE - 1] = ids[answer]
         changed = row.__class__(**{**row.__dict__, "labels": labels, "input_ids": ids})
-        kinds = [(text, kind) for text, kind in sample_of(changed, 0, 1, tokenizer, TOKENS_PER_IMAGE).pieces]
+        kinds = [
+            (text, kind) for text, kind in sample_of(changed, 0, 1, tokenizer, ImageLayout(TOKENS_PER_IMAGE)).pieces
+        ]
         assert kinds[0] == ("<image\u00a0x\u00a03>", WRONG)
         assert [kind for _, kind in kinds].count(WRONG) == 2
 

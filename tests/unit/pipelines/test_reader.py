@@ -14,6 +14,7 @@ from PIL import Image
 
 from mlmamba.conversation import IGNORE_INDEX
 from mlmamba.image_colours import PIXELS
+from mlmamba.image_layout import ImageLayout
 from mlmamba.images import load_pixels
 from pipelines import storage
 from pipelines.manifest import SCHEMA_VERSION, Manifest, ShardInfo, split_info
@@ -177,7 +178,7 @@ class TestCollate:
     def test_shapes_and_padding(self, folder):
         dataset = PackedDataset(folder)
         rows = [dataset[0], dataset[4]]
-        batch = collate(rows, MAX_TOKENS, pad_id=0, image_size=5)
+        batch = collate(rows, MAX_TOKENS, pad_id=0, layout=ImageLayout(image_size=5))
         assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
             "input_ids": ((2, 12), torch.int64),
             "labels": ((2, 12), torch.int64),
@@ -201,16 +202,18 @@ class TestCollate:
             Manifest.load(folder).model_copy(update={"pixels": version}).save(str(uri))
             row = PackedDataset(str(uri))[0]
             row.images[:] = [buffer.getvalue()]
-            assert collate([row], MAX_TOKENS, 0, 5)["pixel_values"][0, :, 0, 0].tolist() == colour
+            assert (
+                collate([row], MAX_TOKENS, 0, ImageLayout(image_size=5))["pixel_values"][0, :, 0, 0].tolist() == colour
+            )
 
     def test_no_images(self, folder):
         row = PackedDataset(folder)[0]
         row.images.clear()
-        assert collate([row], MAX_TOKENS, 0, 5)["pixel_values"].shape == (0, 3, 5, 5)
+        assert collate([row], MAX_TOKENS, 0, ImageLayout(image_size=5))["pixel_values"].shape == (0, 3, 5, 5)
 
     def test_a_row_that_is_too_long(self, folder):
         with pytest.raises(ValueError, match="a row has 6 tokens, over max_tokens = 5"):
-            collate([PackedDataset(folder)[0]], 5, 0, 5)
+            collate([PackedDataset(folder)[0]], 5, 0, ImageLayout(image_size=5))
 
 
 class TestPrefetch:
@@ -271,7 +274,7 @@ class TestPrefetch:
         dataset = PackedDataset(folder)
 
         def make(rows):
-            return collate(dataset.rows(rows), MAX_TOKENS, 0, 5)
+            return collate(dataset.rows(rows), MAX_TOKENS, 0, ImageLayout(image_size=5))
 
         plain = itertools.islice(map(make, step_indices(dataset, 3, 2, 0, 1)), 40)
         ahead = prefetch(make, step_indices(dataset, 3, 2, 0, 1), threads=4)

@@ -2,14 +2,15 @@
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mlmamba.conversation import IGNORE_INDEX, Turn, encode
+from mlmamba.image_layout import ImageLayout
 from mlmamba.images import ImageLimits
 from pipelines import storage, tokenize
 from pipelines.config import TokenizerConfig
@@ -206,3 +207,31 @@ def test_the_arrays_are_small_integers(corpus):
     tokenize_partition(task)
     batch = storage.open_arrow(tokens_file(task["work"], "train-00000")).get_batch(0)
     assert batch["input_ids"].flatten().to_numpy().dtype == np.int32
+
+
+class Sizes:
+    """Images whose location is their size."""
+
+    def read_image(self, location):
+        width, height = map(int, location.split("x"))
+        buffer = io.BytesIO()
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # lies on its side
+        Image.new("RGB", (width, height)).save(buffer, "JPEG", exif=exif)
+        return buffer.getvalue()
+
+
+def test_each_image_has_as_many_tokens_as_its_size_asks_for(tokenizer):
+    sizes = {"patch": 16, "merge": 1, "min_tokens": 2, "max_tokens": 12}
+    record = replace(conversation(3), images=["32x32", "48x64"])
+    native = replace(settings(tokenizer, 500), tokens_per_image=sizes)
+    encoded, images, _ = encode_record(record, Sizes(), tokenizer, native)
+    assert encoded == encode(tokenizer, record.turns, [4, 12])
+    layout = ImageLayout.of(sizes)
+    assert [layout.load(data).tokens for data in images] == [4, 12]
+    short = replace(native, max_tokens=encoded.turn_ends[1])
+    cut, kept, lost = encode_record(record, Sizes(), tokenizer, short)
+    assert (len(kept), lost, cut.input_ids) == (1, 2, encoded.input_ids[: encoded.turn_ends[1]])
+    assert native.digest() != replace(native, tokens_per_image=sizes | {"max_tokens": 13}).digest()
+    broken = encode_record(replace(record, images=["32x32", "5000x10"]), Sizes(), tokenizer, native)
+    assert broken.reason == "image_aspect"

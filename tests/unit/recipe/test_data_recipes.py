@@ -47,7 +47,7 @@ def test_overrides_reach_into_a_named_data_set_and_can_name_one():
     [
         ("quickstart", ["data=data/nowhere"], "cannot read recipe data/nowhere"),
         ("quickstart", ["data=pyproject.toml"], "is not valid YAML"),
-        ("data/llava-558k", ["tokens_per_image=0"], "tokens_per_image: Input should be greater than 0"),
+        ("data/llava-558k", ["tokens_per_image=0"], "tokens_per_image: tokens of an image is 0; expected a whole"),
         ("data/llava-558k", ["token_per_image=1"], "token_per_image: unknown key; did you mean 'tokens_per_image'?"),
         ("data/llava-558k", ["data.train.0.anotations=x"], "did you mean 'annotations'?"),
     ],

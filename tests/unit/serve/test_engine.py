@@ -5,16 +5,19 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mlmamba.conversation import Turn
 from mlmamba.decoding import Decoder
+from mlmamba.image_layout import CutImage, join
 from mlmamba.loading import load_model
+from mlmamba.processing import PromptTooLong
 from tests.helpers.closeness import assert_close
 from tests.helpers.images import image
 from tests.helpers.processes import wait_for
-from tests.helpers.tiny import PER_IMAGE, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import NATIVE, PER_IMAGE, TINY, tiny_model, tiny_tokenizer
 from workflows.serve import batch
 from workflows.serve.engine import ControlText, Engine, EngineClosed, QueueFull
 from workflows.serve.options import Limits
@@ -81,7 +84,7 @@ def words(engine, text="what?"):
 
 def generated(loaded, prompt, count):
     """New token ids that the model's own `generate` makes, greedily."""
-    images = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
+    images = join(prompt.shown) if prompt.shown else {}
     with torch.inference_mode():
         ids = loaded[0].generate(
             input_ids=prompt.input_ids[None], **images, max_new_tokens=count, do_sample=False, use_cache=True
@@ -339,8 +342,8 @@ def test_a_deadline_ends_running_and_waiting_requests(loaded, gate, monkeypatch)
 
 def test_one_bad_prompt_does_not_fail_its_neighbours(engine, gate):
     good = engine.prepare([Turn("user", "what?", 1)], [image()])
-    bad = Prompt(good.input_ids, None)  # placeholders and no image: only the model itself can notice
-    wrong = Prompt(good.input_ids, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    bad = Prompt(good.input_ids)  # placeholders and no image: only the model itself can notice
+    wrong = Prompt(good.input_ids, (CutImage(np.zeros((1, 3, 8, 8), np.uint8), (1, 1), PER_IMAGE),))
     first = engine.submit(good, Settings(4))
     assert gate.begun.wait(30)
     futures = [engine.submit(p, Settings(4)) for p in (good, bad, wrong, good)]
@@ -542,3 +545,51 @@ def test_what_a_models_generation_config_says_of_tokens_is_what_generate_does(lo
     expected = generated()
     assert expected != plain
     assert served() == expected
+
+
+@pytest.fixture(scope="module", params=[NATIVE, {**TINY["vision"], "tiles": 4}], ids=["native", "tiles"])
+def any_size(request, tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("sizes") / "tiny"
+    save(tiny_model(vision_config=request.param, max_position_embeddings=300), tiny_tokenizer(), out)
+    return load_model(out)
+
+
+def test_images_of_any_size_are_answered_as_generate_does_and_found_again(any_size):
+    model, processor = any_size
+    engine = Engine(model, processor, SMALL.model_copy(update={"images_at_once": 3}), threads=1)
+    engine.warm_up()
+    shown = [[image(0, (40, 40))], [image(1, (90, 50)), image(2, (16, 70))], [image(3, (64, 64))], []]
+    asked = [engine.prepare([Turn("user", "what?", len(own))], own) for own in shown]
+    answers = [engine.submit(prompt, Settings(8), client="a") for prompt in asked]
+    for prompt, own, answer in zip(asked, shown, answers, strict=True):
+        text = processor.prompt([Turn("user", "what?", len(own))])
+        inputs = processor(images=own or None, text=text)
+        assert inputs["input_ids"][0].tolist() == prompt.input_ids.tolist()
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert list(answer.result(30).ids) == out[: len(answer.result(30).ids)].tolist()
+    more = engine.prepare([Turn("user", "and what is that?", 2)], shown[1])
+    again = engine.submit(more, Settings(8), client="a").result(30)
+    assert again.cached_tokens == sum(cut.tokens for cut in more.shown)
+    other = engine.prepare([Turn("user", "and what is that?", 2)], shown[1][::-1])
+    assert engine.submit(other, Settings(8), client="a").result(30).cached_tokens == 0
+    engine.close()
+
+
+def test_what_does_not_fit_by_size_is_refused_before_it_is_decoded(any_size):
+    class Sizes:
+        sizes = ((4000, 3000),) * 30
+
+        def __iter__(self):
+            raise AssertionError("an image was asked for")
+
+    engine = Engine(*any_size, SMALL, threads=1)
+    each = engine._processor.layout.most
+    with pytest.raises(
+        PromptTooLong, match=rf"the images take {30 * each} tokens .4000 x 3000 takes {each}, .* for 300"
+    ):
+        engine.prepare([Turn("user", "what?", 30)], Sizes())
+    assert len(engine.prompt_ids([Turn("user", "what?", 30)], Sizes())) > 30 * each
+    with pytest.raises(ValueError, match="the turns show 1 images, 30 were given"):
+        engine.prepare([Turn("user", "what?", 1)], Sizes())
+    engine.close()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mlmamba.conversation import Turn
+from mlmamba.image_layout import join
 from mlmamba.loading import load_model
 from tests.helpers.images import image
 from tests.helpers.processes import wait_for
@@ -40,7 +41,7 @@ def engine(loaded):
 
 
 def generated(loaded, prompt, count):
-    images = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
+    images = join(prompt.shown) if prompt.shown else {}
     with torch.inference_mode():
         ids = loaded[0].generate(input_ids=prompt.input_ids[None], **images, max_new_tokens=count, do_sample=False)
     return tuple(ids[0, len(prompt.input_ids) :].tolist())

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import replace
 from string import ascii_letters
 
 import pytest
@@ -284,7 +285,8 @@ def test_questions_about_one_image_that_come_together_read_it_once(start, work):
 def test_where_the_first_of_them_fails_the_others_are_read_all_the_same(start):
     engine = start()
     good = engine.prepare([Turn("user", "what?", 1)], [image()])
-    bad = Prompt(good.input_ids, good.pixels[..., :8], good.images, good.places)
+    narrow = replace(good.shown[0], pixels=good.shown[0].pixels[..., :8])
+    bad = Prompt(good.input_ids, (narrow,), good.images, good.places)
     futures = [engine.submit(prompt, Settings(5), client="a") for prompt in (bad, good, good)]
     with pytest.raises(Exception, match="8"):
         futures[0].result(30)
