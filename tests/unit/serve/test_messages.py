@@ -33,7 +33,8 @@ def image_part(url):
 
 def read_lazily(*sent, limits=None, max_images=4):
     body = {"messages": [{"role": role, "content": content} for role, content in sent]}
-    return read_messages(parse_request(json.dumps(body).encode()).messages, limits or Limits(), max_images)
+    turns, images = read_messages(parse_request(json.dumps(body).encode()).messages, limits or Limits(), max_images)
+    return turns, iter(images)
 
 
 def read(*sent, **kwargs):
