@@ -272,7 +272,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             loss = self._loss(hidden, labels, seq_idx, num_items_in_batch)
         elif positions is not None:
             picked = self.language_model.lm_head(hidden.flatten(0, 1).index_select(0, positions.labelled)).float()
-            loss = self._cross_entropy(picked, positions.targets, num_items_in_batch)
+            loss = self._cross_entropy(picked, positions.targets, num_items_in_batch, positions.weights)
             correct = None if self.training else self._chosen(picked) == positions.targets
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:]).float()
         output = MLMambaOutput(loss=loss, logits=logits, cache_params=state, correct=correct)
@@ -323,9 +323,15 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         logits = self.language_model.lm_head(hidden[:, :-1][keep]).float()
         return self._cross_entropy(logits, labels[:, 1:][keep], count)
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
-        """Summed over targets (m,) given logits (m, vocabulary), and divided by `count`, or by m."""
-        total = F.cross_entropy(logits, targets, reduction="sum")
+    def _cross_entropy(
+        self, logits: Tensor, targets: Tensor, count: Tensor | int | None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Summed over targets (m,), times their weights (m,), given logits (m, vocabulary), and divided by `count`, or
+        by m."""
+        if weights is None:
+            total = F.cross_entropy(logits, targets, reduction="sum")
+        else:
+            total = F.cross_entropy(logits, targets, reduction="none") @ weights
         return total / (max(1, len(targets)) if count is None else count)
 
     def _chosen(self, logits: Tensor) -> Tensor:

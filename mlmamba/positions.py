@@ -25,6 +25,8 @@ class Positions:
     """(m,) int64, the positions whose next token has a label and is of the same sequence."""
     targets: Tensor
     """(m,) int64, those labels."""
+    weights: Tensor | None = None
+    """(m,) float32, how much each counts in the loss; None: all the same."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Positions":
         """On another device, as `Tensor.to`."""
@@ -34,7 +36,8 @@ class Positions:
         return self._each(Tensor.pin_memory)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Positions":
-        return Positions(function(self.images), function(self.labelled), function(self.targets))
+        weights = None if self.weights is None else function(self.weights)
+        return Positions(function(self.images), function(self.labelled), function(self.targets), weights)
 
 
 def find_positions(

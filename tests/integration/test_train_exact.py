@@ -47,12 +47,23 @@ def test_every_export_holds_every_tensor(toy, undisturbed):
 
 
 @SLOW
-def test_dropout_and_changed_images_resume_exactly_too(toy, workers, tmp_path):
-    stage = {"lora": {"rank": 2, "dropout": 0.5}, "augment": {"crop": 0.5, "flip": True, "colour": 0.2}}
-    whole = workers.train(toy.job(tmp_path / "whole", stage))
-    job = toy.job(tmp_path / "stopped", stage, save_every=3)
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_dropout_changed_images_and_weights_of_answers_resume_exactly_too(
+    toy, workers, undisturbed, tmp_path, zero_stage
+):
+    stage = {
+        "lora": {"rank": 2, "dropout": 0.5},
+        "augment": {"crop": 0.5, "flip": True, "colour": 0.2},
+        "dropout": 0.3,
+        "balance_answers": 0.5,
+    }
+    whole = workers.train(toy.job(tmp_path / "whole", stage, zero_stage=zero_stage))
+    job = toy.job(tmp_path / "stopped", stage, zero_stage=zero_stage, save_every=3)
     workers.train(job, stop_after=4)
     assert same(workers.train(job).weights, whole.weights)
+    for change in ({"dropout": 0.3}, {"balance_answers": 1.0}):
+        changed = workers.train(toy.job(tmp_path / str(change), change | {"steps": 2}, zero_stage=zero_stage))
+        assert changed.losses[0] != undisturbed(zero_stage).losses[0]
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,14 @@ class StageRecipe(StrictModel):
     """Packed rows that one worker runs at once; the rest is accumulated."""
     augment: Annotated[AugmentRecipe | None, Decides.WHEN_SET] = None
     """Random changes of the images; absent: none."""
+    dropout: Annotated[float, Decides.WHEN_SET] = Field(0.0, ge=0, lt=1)
+    """Share of the values that is dropped, in steps alone, of the connector's embeddings and of what each block of the
+    language model adds; of the parts that train."""
+    balance_answers: Annotated[float, Decides.WHEN_SET] = Field(0.0, ge=0, le=1)
+    """How far answers that are given often are made to count less in the loss: each weighs its number in the training
+    split to the power of minus this, and a token 1 on average. At 1 every answer counts as much as any other, at 0.5 a
+    hundred times as many count ten times as much. Not for free texts, each of which is an answer of its own. At the
+    stage's start every row is read to count them."""
     best: Annotated[BestRecipe | None, Decides.WHEN_SET] = None
     """Take the step that is best on the validation split; absent: the last one."""
     clip: float = Field(1.0, ge=0)

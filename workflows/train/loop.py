@@ -20,8 +20,10 @@ from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, prefetch, step_indices
 from workflows.storage.folder import Folder
 from workflows.train import restore
+from workflows.train.answers import AnswerWeights, count_answers
 from workflows.train.best import BestStep
 from workflows.train.checkpoint import CheckpointStore
+from workflows.train.dropout import add_dropout
 from workflows.train.export import export_model
 from workflows.train.job import StageError, StageJob
 from workflows.train.optim import start_engine
@@ -103,6 +105,7 @@ class Worker:
         self.start_from = Folder(job.start_from).fetch()
         model = MLMambaForConditionalGeneration.from_pretrained(self.start_from, dtype=torch.float32)
         sizes = freeze(model, self.stage)
+        add_dropout(model, self.stage)
         if self.config.activation_checkpointing:
             model.gradient_checkpointing_enable()
         self.digest = restore.model_digest(model)
@@ -123,7 +126,11 @@ class Worker:
         self.saver = Saver(self.store, attempt[0], rank, world, self.config.keep_checkpoints, self._saved)
         pin = self.engine.device.type == "cuda"
         augment = self.stage.augment and Augmentation(**self.stage.augment.model_dump())
-        self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, model, pin, augment, job.seed)
+        weights = None
+        if self.stage.balance_answers:
+            weights = AnswerWeights(count_answers(self.dataset), self.stage.balance_answers)
+            self.tell({"event": "note", "text": weights.told()})
+        self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, model, pin, augment, job.seed, weights)
         if self.config.validate_every:
             rows = self.config.validate_rows
             held_out = PackedDataset(job.data, "validation", self.config.check_shards)

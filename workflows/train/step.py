@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,7 @@ from mlmamba.positions import Positions, find_positions
 from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, collate
 from workflows.recipe.train import StageRecipe, TrainRecipe
+from workflows.train.answers import AnswerWeights
 from workflows.train.job import StageError
 from workflows.train.stage import accumulation
 
@@ -51,6 +52,7 @@ def batch_maker(
     pin: bool = False,
     augment: Augmentation | None = None,
     seed: int = 0,
+    weights: AnswerWeights | None = None,
 ) -> Callable:
     """Return a function that turns row indices into a step's micro batches.
 
@@ -59,6 +61,7 @@ def batch_maker(
         pin: put them into pinned memory, from which a GPU copies them while the host goes on.
         augment: how images are changed; as they are by default.
         seed: of these changes, which depend on it, the step, the row and the image's number in it, and on nothing else.
+        weights: of the answers in the loss; all the same by default.
     """
     config, layout = model.config, model.image_layout
     pad = config.text_config.pad_token_id
@@ -73,7 +76,7 @@ def batch_maker(
             if counts is not None:
                 without = ~torch.tensor(counts[part])
                 batch["labels"][without], batch["attention_mask"][without] = IGNORE_INDEX, False
-            made.append(_micro_batch(batch, layout, config, pin))
+            made.append(_micro_batch(batch, layout, config, pin, weights))
         return made
 
     return make
@@ -84,11 +87,16 @@ def _changed(augment: Augmentation, layout: ImageLayout, key, rows, data: bytes,
     return augment.load(data, layout, pixels, (*key, int(rows[place[0]]), place[1]))
 
 
-def _micro_batch(batch: dict[str, torch.Tensor], layout: ImageLayout, config, pin: bool) -> MicroBatch:
+def _micro_batch(
+    batch: dict[str, torch.Tensor], layout: ImageLayout, config, pin: bool, weights: AnswerWeights | None
+) -> MicroBatch:
     """What `collate` made, with the labels as positions."""
     labels, seen = batch.pop("labels"), batch.pop("attention_mask")
     counts = layout.counts(batch["pixel_values"], batch.get("spatial_shapes"))
     found = find_positions(batch["input_ids"], labels, batch["seq_idx"], counts, config)
+    if weights:
+        own = weights.of(labels.numpy(), batch["seq_idx"].numpy())
+        found = replace(found, weights=torch.from_numpy(own))
     inputs = {**batch, "positions": found}
     if pin:
         inputs = {name: value.pin_memory() for name, value in inputs.items()}
