@@ -20,13 +20,14 @@ from workflows.verbs.serve import CHAT, SERVE
 from workflows.verbs.submit import SUBMIT
 from workflows.verbs.tools import CONVERT, DATA, DOCTOR
 from workflows.verbs.verb import Verb
-from workflows.verbs.workflow import PREPARE, RUN, TRAIN
+from workflows.verbs.workflow import PREPARE, RESHARD, RUN, TRAIN
 
 VERBS: dict[str, Verb] = {
     "run": RUN,
     "prepare": PREPARE,
     "data": DATA,
     "train": TRAIN,
+    "reshard": RESHARD,
     "evaluate": EVALUATE,
     "models": MODELS,
     "serve": SERVE,

@@ -32,6 +32,7 @@ from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout, open_storage
 from workflows.train.checkpoint import CheckpointStore
 from workflows.train.job import finished, stage_digest
+from workflows.train.reshard import reshard_run
 from workflows.train.trainer import run_stage
 
 
@@ -128,6 +129,24 @@ def test_another_number_of_workers_goes_on_from_the_store(toy, undisturbed, s3, 
     assert second.of("start")[0]["resharded_from"] == 2
     weights = load_file(Folder(place["export_to"]).fetch() / "model.safetensors")
     assert difference(weights, undisturbed(3).weights) < 2e-4
+
+
+def test_a_checkpoint_in_the_store_is_resharded_there(toy, s3, there, far_workers, tmp_path):
+    run, key = Folder(s3.uri("resharded")), "resharded/checkpoints/full-key"
+    copy_to((run / "initial").uri, toy.initial)
+    job = toy.job(tmp_path, save_every=2, zero_stage=3)
+    place = {"checkpoints": s3.uri(key), "export_to": s3.uri("resharded/model")}
+    far_workers.train(replace(job, **there, **place), stop_after=2)
+    done = reshard_run(run, 3)
+    assert steps(s3, key) == [2]
+    store = CheckpointStore(Folder(s3.uri(key)))
+    assert store.newest() == done.checkpoint
+    assert store.newest().workers == 3
+    assert not list(Folder(s3.uri(key)).local.rglob("*.pt"))  # no copy is left
+    assert str(done).startswith("stage full, step 2: s3://")
+    reshard_run(run, 2)
+    second = far_workers.train(replace(job, **there, **place))
+    assert second.of("start")[0]["resharded_from"] is None
 
 
 @pytest.mark.slow

@@ -108,8 +108,8 @@ def load_weights(found: Checkpoint, model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, pieces in _pieces(found, "fp32"):
-            parameters[name].copy_(_whole(pieces, parameters[name].numel()).view_as(parameters[name]))
-        buffers, saved = dict(model.named_buffers()), load_plain(_model_files(found)[0])["module"]
+            parameters[name].copy_(whole(pieces, parameters[name].numel()).view_as(parameters[name]))
+        buffers, saved = dict(model.named_buffers()), load_plain(model_files(found)[0])["module"]
         for name in buffers.keys() & saved.keys():
             buffers[name].copy_(saved[name])
 
@@ -130,7 +130,7 @@ def load_moments(found: Checkpoint, engine) -> None:
         for name, pieces in _pieces(found, key):
             if name in places:
                 start, numel, offset, size = places[name]
-                states[name][key][start : start + numel] = _whole(pieces, size)[offset : offset + numel]
+                states[name][key][start : start + numel] = whole(pieces, size)[offset : offset + numel]
 
 
 def _zero12_places(engine) -> Iterator[tuple[torch.Tensor, dict[str, tuple]]]:
@@ -162,53 +162,53 @@ def _zero3_places(engine) -> Iterator[tuple[torch.Tensor, dict[str, tuple]]]:
 
 def _pieces(found: Checkpoint, key: str) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Every parameter's pieces of a kind ("fp32" or one of MOMENTS), in the order of the ranks that made them."""
-    states = [load_plain(file)["optimizer_state_dict"] for file in _optimizer_files(found)]
+    states = [load_plain(file)["optimizer_state_dict"] for file in optimizer_files(found)]
     if found.zero_stage == 3:
-        shapes = load_plain(_model_files(found)[0])["param_shapes"]
+        shapes = load_plain(model_files(found)[0])["param_shapes"]
         for group, members in enumerate(shapes):
             start = 0
             for name, shape in members.items():
                 piece = -(-torch.Size(shape).numel() // found.workers)
-                yield name, [_zero3_flat(state, group, key)[start : start + piece] for state in states]
+                yield name, [zero3_flat(state, group, key)[start : start + piece] for state in states]
                 start += piece
         return
     for group in range(len(states[0]["param_slice_mappings"])):
         pieces: dict[str, list[torch.Tensor]] = {}
         for state in states:
-            flat = _zero12_flat(state, group, key)
+            flat = zero12_flat(state, group, key)
             for name, place in state["param_slice_mappings"][group].items():
                 pieces.setdefault(name, []).append(flat[place.start : place.start + place.numel])
         yield from pieces.items()
 
 
-def _zero12_flat(state: dict, group: int, key: str) -> torch.Tensor:
+def zero12_flat(state: dict, group: int, key: str) -> torch.Tensor:
     if key == "fp32":
         return state["single_partition_of_fp32_groups"][group]
     return state["base_optimizer_state"]["state"][group][key]
 
 
-def _zero3_flat(state: dict, group: int, key: str) -> torch.Tensor:
+def zero3_flat(state: dict, group: int, key: str) -> torch.Tensor:
     return state["fp32_flat_groups"][group] if key == "fp32" else state["optimizer_state_dict"]["state"][group][key]
 
 
-def _whole(pieces: list[torch.Tensor], numel: int) -> torch.Tensor:
+def whole(pieces: list[torch.Tensor], numel: int) -> torch.Tensor:
     return torch.cat([piece.flatten() for piece in pieces])[:numel]
 
 
 def _adam_step(found: Checkpoint) -> float:
-    state = load_plain(_optimizer_files(found)[0])["optimizer_state_dict"]
+    state = load_plain(optimizer_files(found)[0])["optimizer_state_dict"]
     base = state["optimizer_state_dict" if found.zero_stage == 3 else "base_optimizer_state"]
     return float(base["state"][0]["step"])
 
 
-def _optimizer_files(found: Checkpoint) -> list:
+def optimizer_files(found: Checkpoint) -> list:
     files = sorted((name for name in found.files if name.endswith("optim_states.pt")), key=_rank)
     if len(files) != found.workers:
         raise RuntimeError(f"the checkpoint {found.folder} has {len(files)} optimizer files, not {found.workers}")
     return [found.folder / name for name in files]
 
 
-def _model_files(found: Checkpoint) -> list:
+def model_files(found: Checkpoint) -> list:
     return [found.folder / name for name in sorted(found.files) if name.endswith("model_states.pt")]
 
 

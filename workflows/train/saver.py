@@ -163,11 +163,16 @@ class Saver:
     def _write_files(self, files: dict[str, dict], staging: Path) -> None:
         staging.mkdir(parents=True, exist_ok=True)
         for name, state in files.items():
-            with open(staging / name, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            write_file(staging / name, state)
         self._store.publish(staging, self._rank, list(files))
+
+
+def write_file(path: Path, state: dict) -> None:
+    """Write a file of a checkpoint, which is on the disk when this returns."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_plain(path: str | Path, map_location: str | torch.device | None = "cpu", mapped: bool = True) -> dict:

@@ -1,4 +1,4 @@
-"""run, prepare, train: a recipe's workflow, whole or in part."""
+"""run, prepare, train: a recipe's workflow, whole or in part; reshard: its checkpoint for other workers."""
 
 import argparse
 import json
@@ -108,6 +108,22 @@ def train(a: argparse.Namespace) -> dict:
     return {**result, "text": result["model"]}
 
 
+def reshard(a: argparse.Namespace) -> dict:
+    """the newest checkpoint of a run, for another number of workers"""
+    from workflows.storage.folder import Folder
+
+    console, run = open_console(loading=True), Folder(a.run_folder)
+    from workflows.run import explained
+    from workflows.train.reshard import reshard_run
+
+    try:
+        done = reshard_run(run, a.workers, a.stage, console.note)
+    except OSError as error:
+        raise explained(error, run) from error
+    about = {"stage": done.stage, "step": done.checkpoint.step, "made_by": done.made_by, "workers": done.workers}
+    return {**about, "checkpoint": str(done.checkpoint), "bytes": done.size, "text": str(done)}
+
+
 def _plan(a: argparse.Namespace, training: bool = True) -> dict:
     """What it would take; nothing is written, started or fetched."""
     from workflows.plan.data import parse_records, plan_data
@@ -154,6 +170,15 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", metavar="NAME", help="only this stage")
 
 
+def _reshard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_folder", metavar="RUN", help="the run's folder, STORAGE/runs/NAME, or s3://...; nothing may train in it"
+    )
+    parser.add_argument("--workers", type=int, required=True, metavar="N", help="how many will go on from it")
+    parser.add_argument("--stage", metavar="NAME", help="of this stage, where several have checkpoints")
+
+
 RUN = Verb(run, _run_arguments)
 PREPARE = Verb(prepare, _prepare_arguments)
 TRAIN = Verb(train, _train_arguments)
+RESHARD = Verb(reshard, _reshard_arguments)
