@@ -116,7 +116,6 @@ NOT_ALONE = {
     "workflows.train.optim": "unit/train/test_stage.py: imports it",
     "workflows.train.reshard": "integration/test_train_reshard.py: imports it",
     "workflows.train.restore": "integration/test_train_exact.py: in training workers",
-    "workflows.train.saver": "integration/test_train_exact.py: in training workers",
     "workflows.train.validation": "integration/test_train_stages.py: in training workers",
     "workflows.verbs.evaluate": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.models": "unit/verbs/test_cli.py: through the parser",
