@@ -24,6 +24,8 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_USAGE_DISABLED": "1",  # else an actor, and its start, for statistics that nobody is sent
     "RAY_worker_niceness": "0",  # Ray's 15 lets anything else on the machine starve training
 }
 

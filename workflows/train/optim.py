@@ -1,6 +1,7 @@
 """The DeepSpeed engine of a stage: its config, its optimizer, the parameter groups and the learning rate schedule."""
 
 import math
+import sys
 
 import deepspeed
 import deepspeed.ops
@@ -17,6 +18,21 @@ from workflows.train.stage import GPU_BUCKET, accumulation
 # uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, which it looks at when it is given another, without torch's compiler: that
+    takes most of a second to import, for functions that are compiled when they are first called."""
+    if "deepspeed.runtime.zero.muon.original_muon" in sys.modules:
+        return
+    compiler = torch.compile
+    torch.compile = lambda function=None, **options: function if function else lambda decorated: decorated
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        torch.compile = compiler
+
+
+_import_muon()
 BF16_MODULES = ["mlmamba.ops.linear.Linear", *get_default_autocast_lower_precision_modules()]
 """Classes whose parameters travel between workers as bf16. DeepSpeed compares classes exactly, so that a subclass of
 torch's Linear that is not named here would travel as float32."""
