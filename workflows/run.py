@@ -311,14 +311,18 @@ def train_stages(
 
 def _watch(console: Console, tracker: "Tracker", stage: str, offset: int):
     """Callback that shows an event and logs its numbers; steps count on over the stages."""
+    state = {"workers": 0.0, "restarts": 0.0}
 
     def on_event(event: dict) -> None:
         console.training(event)
         kind = event["event"]
         if kind == "metrics":
-            numbers = {k: v for k, v in event.items() if isinstance(v, float)}
+            numbers = state | {k: v for k, v in event.items() if isinstance(v, float)}
             tracker.log_metrics({f"train/{k}": v for k, v in numbers.items()}, offset + event["step"])
+        elif kind == "failure":
+            state["restarts"] += 1
         elif kind == "start":
+            state["workers"] = float(event["workers"])
             tracker.set_tag(f"mlmamba.stage.{stage}", event["text"])
             if made_by := event["resharded_from"]:
                 console.note(f"the checkpoint of {made_by} workers is resharded for this number of them")

@@ -108,6 +108,8 @@ NOT_RUN = {
     "python -m tests.benchmarks": "figures for people, minutes long; tests run their parts small",
     "python -m docs.generate": "writes into this folder; tests/unit/docs/test_reference.py runs it on another",
     "mlmamba submit": "tests/integration/test_submit_cluster.py runs it on a cluster of its own",
+    "mlmamba reshard": "tests/integration/test_train_reshard.py reshards checkpoints of its own",
+    "ray drain-node": "drains the node that it runs on; test_train_elastic.py drains nodes of its own by the same call",
     "export RAY_ADDRESS": "would join whatever cluster runs on the machine; the line after it is run without",
     "cluster/docker/build.sh": "no container engine; test_container_images.py runs it up to the engine",
     "kubectl": "no cluster; tests/unit/cluster/test_kubernetes.py builds the folders and checks the labels",

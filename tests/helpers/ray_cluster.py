@@ -69,7 +69,7 @@ class RayCluster:
 
     def __exit__(self, *error) -> None:
         for process in (*self.nodes, self.head):
-            _kill_tree(process)
+            kill_tree(process)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, hidden: Path | None = None) -> subprocess.Popen:
@@ -87,7 +87,7 @@ class RayCluster:
     def kill(self, node: subprocess.Popen) -> None:
         """SIGKILL for a node and all its processes."""
         self.nodes.remove(node)
-        _kill_tree(node)
+        kill_tree(node)
 
     def alive(self) -> int:
         """Nodes that the cluster counts as alive."""
@@ -168,7 +168,7 @@ class RayCluster:
         return "\n".join(f"{file.name}: {file.read_text()[-5000:]}" for file in sorted(self.folder.glob("*.log")))
 
 
-def _kill_tree(process: subprocess.Popen) -> None:
+def kill_tree(process: subprocess.Popen) -> None:
     """SIGKILL for all processes of the session that a process began, which are its own whatever became of it."""
     for pid in (process.pid, *psutil.pids()):
         with suppress(ProcessLookupError):

@@ -69,6 +69,9 @@ def test_one_mlflow_run_holds_parameters_losses_and_data(finished):
     assert run.info.status == "FINISHED"
     assert run.data.params["train.stages.1.name"] == "full"
     losses = client.get_metric_history(finished["run_id"], "train/loss")
+    for name, value in (("train/workers", 2.0), ("train/restarts", 0.0)):
+        history = client.get_metric_history(finished["run_id"], name)
+        assert [(m.step, m.value) for m in history] == [(m.step, value) for m in losses]
     assert [m.step for m in losses] == [2, *range(6, 43, 4)]
     assert losses[-1].value < losses[0].value
     (data,) = run.inputs.dataset_inputs

@@ -180,7 +180,10 @@ class TrainRecipe(StrictModel):
     """Compare each shard with its sha256 before it is read, once on each node, while training goes on. It reads a shard
     whole; shards in an object store are not compared here (`mlmamba prepare --verify` does)."""
     max_failures: Annotated[int, Decides.NOTHING] = Field(2, ge=0)
-    """How often a stage is restarted from its last checkpoint when a worker dies."""
+    """How often a stage is restarted from its last checkpoint when a worker fails."""
+    max_lost_nodes: Annotated[int, Decides.NOTHING] = Field(100, ge=0)
+    """How often a stage goes on, beside that, when a node is lost or taken back. Where its node was drained before, as
+    a notice of a spot instance's end should have it, the workers leave with a checkpoint, and no step is lost."""
     stages: list[StageRecipe] = Field(min_length=1)
     """The stages, in order."""
 

@@ -12,29 +12,46 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
-from ray.train import UserCallback
 from ray.train.backend import Backend, BackendConfig
 
 OnEvent = Callable[[dict], None]
 logger = logging.getLogger(__name__)
 
 
+class NodeTakenBack(RuntimeError):
+    """Workers leave, with a checkpoint behind them, because the node of one is about to be taken back."""
+
+
+def told() -> bool:
+    """In a worker: whether Ray Train has said that the node of one of the group's workers is about to be taken back.
+
+    `ray.train.get_preemption_info` says the same, but has all workers wait for each other at every call.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
 def run_jobs(config: dict) -> None:
     """A worker's life: one job after the other from the Desk in `config["desk"]`, until there is none."""
     with lean_imports():
-        from workflows.train.loop import work
+        from workflows.train.loop import Left, work
 
-    work(config["desk"])
+    try:
+        work(config["desk"], told)
+    except Left as left:  # the controller does without the loop's file
+        raise NodeTakenBack(str(left)) from None
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """Import torch, DeepSpeed and the model in two thirds of the time.
 
-    Without collecting garbage, of which imports make none; and without MLflow, which DeepSpeed's autotuner, not used
-    here, imports where it is installed. Workers have no use for it: they report to the driver.
+    Without collecting garbage, of which imports make none; and without what others import where it is installed and
+    workers have no use for: MLflow (DeepSpeed's autotuner; workers report to the driver) and scipy (losses of
+    transformers for other models).
     """
-    absent = {"mlflow": None} if "mlflow" not in sys.modules else {}
+    absent = {name: None for name in ("mlflow", "scipy") if name not in sys.modules}
     collecting = gc.isenabled()
     gc.disable()
     sys.modules.update(absent)
@@ -57,7 +74,7 @@ class Desk:
     """
 
     def __init__(self):
-        self._number = 0
+        self._latest = 0
         self._job: bytes | None = None
         self._outcomes: dict[str, dict[int, dict]] = {}
         self._result: dict | None = {}
@@ -67,20 +84,24 @@ class Desk:
     async def give(self, job: bytes | None) -> None:
         """Put a pickled job there; None sends the workers home."""
         async with self._changed:
-            self._number, self._job = self._number + 1, job
+            self._latest, self._job = self._latest + 1, job
             self._outcomes, self._result = {}, None
             self._changed.notify_all()
+
+    async def number(self) -> int:
+        """The number of the job that was given last."""
+        return self._latest
 
     async def next(self, after: int) -> tuple[int, bytes | None]:
         """The number of the job that is not finished, and the job; waits for one with a number over `after`."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._number > after and self._result is None)
-            return self._number, self._job
+            await self._changed.wait_for(lambda: self._latest > after and self._result is None)
+            return self._latest, self._job
 
     async def finish(self, number: int, group: str, rank: int, world: int, outcome: dict) -> None:
         """A worker has finished a job; rank 0's outcome counts, and a `failed` of any."""
         async with self._changed:
-            if number == self._number and self._result is None:
+            if number == self._latest and self._result is None:
                 done = self._outcomes.setdefault(group, {})
                 done[rank] = outcome
                 if len(done) == world:
@@ -105,19 +126,6 @@ class Desk:
             return events, self._result
 
 
-class Failures(UserCallback):
-    """Callback in Ray Train's controller that reports a failed worker as an event."""
-
-    def __init__(self, desk):
-        self._desk = desk
-
-    def after_exception(self, run_context, worker_exceptions) -> None:
-        rank, error = next(iter(worker_exceptions.items()))
-        lines = str(error).strip().splitlines() or [""]
-        text = f"worker {rank} failed: {type(error).__name__}: {lines[-1][:200]}"
-        self._desk.add.remote({"event": "failure", "text": text})
-
-
 @dataclass
 class JoinedByTorch(BackendConfig):
     """The workers form a torch process group, as with Ray's TorchConfig, whose module would bring torch into the driver
@@ -140,6 +148,7 @@ class _Joining(Backend):
     def on_start(self, worker_group, backend_config: JoinedByTorch) -> None:
         from ray.train._internal.utils import get_address_and_port
 
+        ray.get(worker_group.execute_async(_load))  # takes seconds, in which another process might take the port
         address, port = worker_group.execute_single(0, get_address_and_port)
         world, kind = len(worker_group), backend_config.kind
         joining = [worker_group.execute_single_async(i, _join, kind, i, world, address, port) for i in range(world)]
@@ -152,14 +161,19 @@ class _Joining(Backend):
             logger.warning("the workers' process group did not close within 30 s")
 
 
+def _load() -> None:
+    """Runs in a worker: torch and all that is heavy."""
+    with lean_imports():
+        from ray.train.torch import config  # noqa: F401
+
+        import workflows.train.loop  # noqa: F401
+
+
 def _join(kind: str, rank: int, world: int, address: str, port: int) -> None:
     """Runs in a worker: Ray's own set-up of a process group."""
     import os
 
-    with lean_imports():
-        from ray.train.torch import config
-
-        import workflows.train.loop  # noqa: F401  (torch and all that is heavy)
+    from ray.train.torch import config
 
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     config._set_torch_distributed_env_vars()

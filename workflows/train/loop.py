@@ -8,6 +8,7 @@ import gc
 import json
 import pickle
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 
@@ -33,6 +34,7 @@ from workflows.train.step import (
     LossWatch,
     Meter,
     MicroBatch,
+    Notice,
     batch_maker,
     grad_norm,
     memory_advice,
@@ -44,8 +46,19 @@ from workflows.train.step import (
 from workflows.train.validation import Samples, Validation
 
 
-def work(desk) -> None:
-    """Do every job that the Desk has, on this worker; every worker of the group does the same ones."""
+class Left(Exception):
+    """Raised on all workers alike, with a checkpoint behind them, when a node is taken back."""
+
+
+def work(desk, told: Callable[[], bool]) -> None:
+    """Do every job that the Desk has, on this worker; every worker of the group does the same ones.
+
+    Args:
+        told: whether this worker has been told that a node is taken back.
+
+    Raises:
+        Left: it was so.
+    """
     import ray.train.torch
 
     context = ray.train.get_context()
@@ -63,7 +76,7 @@ def work(desk) -> None:
             return
         job = pickle.loads(pickled)
         if isinstance(job, StageJob):
-            outcome = train_stage(replace(job, events=desk), rank, world)
+            outcome = train_stage(replace(job, events=desk), rank, world, Notice(told))
         else:
             outcome = job.run(rank, world, desk.add.remote)
         gc.collect()
@@ -73,16 +86,22 @@ def work(desk) -> None:
         ray.get(desk.finish.remote(number, group[0], rank, world, outcome))
 
 
-def train_stage(job: StageJob, rank: int, world: int) -> dict:
+def train_stage(job: StageJob, rank: int, world: int, notice: Notice) -> dict:
     """Run one stage on this worker; every worker of the group does.
+
+    Args:
+        notice: that a node is taken back.
 
     Returns:
         {"exported": True}, or {"stopped": why} when going on or trying again is of no use: the stage has diverged, or
         its storage takes no checkpoint or no model.
+
+    Raises:
+        Left: a node is taken back.
     """
     torch.set_num_threads(job.threads)
     try:
-        worker = Worker(job, rank, world)
+        worker = Worker(job, rank, world, notice)
     except StageError as error:
         return {"stopped": str(error)}
     try:
@@ -96,8 +115,8 @@ def train_stage(job: StageJob, rank: int, world: int) -> dict:
 class Worker:
     """One worker's part of a stage."""
 
-    def __init__(self, job: StageJob, rank: int, world: int):
-        self.job, self.rank, self.world = job, rank, world
+    def __init__(self, job: StageJob, rank: int, world: int, notice: Notice | None = None):
+        self.job, self.rank, self.world, self.notice = job, rank, world, notice or Notice()
         self.stage, self.config = job.stage, job.train
         self._sent: list = []
         refuse_device(self.config)
@@ -144,7 +163,16 @@ class Worker:
             self.samples = Samples(job.data, str(self.start_from), count, tokens, image, layout)
         made_by = found.workers if found and restore.must_reshard(found, world) else None
         text = describe(self.stage, sizes)
-        self.tell({"event": "start", "text": text, "step": self.done, "steps": self.steps, "resharded_from": made_by})
+        self.tell(
+            {
+                "event": "start",
+                "text": text,
+                "step": self.done,
+                "steps": self.steps,
+                "resharded_from": made_by,
+                "workers": world,
+            }
+        )
         if self.dataset.checks:
             shards = self.dataset.manifest.shards
             size = sum(shard.bytes for shard in shards) / 1e6
@@ -163,10 +191,12 @@ class Worker:
                     break
                 seed_step(self.job.seed, step, self.rank)
                 with memory_advice(self.stage, self.config, step):
-                    loss, tokens = take_step(self.engine, micro_batches, self.world)
+                    loss, tokens = take_step(self.engine, micro_batches, self.world, self.notice)
                 meter.add(loss, tokens)
                 if why := self._after_step(step, meter):
                     return why
+                if step < self.steps and self.notice.heard():
+                    self._leave(step)
         finally:
             stream.close()
         self.saver.settle()  # a checkpoint that could not be written matters no more
@@ -195,9 +225,22 @@ class Worker:
         if save:
             if problems := self.saver.settle():
                 return self._cannot_save(problems)
-            about = {"zero_stage": config.zero_stage, "model": self.digest, "lowest_loss": self.watch.lowest}
-            self.saver.save(self.engine, step, {**about, "best": self.best and self.best.saved()})
+            self._save(step)
         return ""
+
+    def _save(self, step: int) -> None:
+        about = {"zero_stage": self.config.zero_stage, "model": self.digest, "lowest_loss": self.watch.lowest}
+        self.saver.save(self.engine, step, {**about, "best": self.best and self.best.saved()})
+
+    def _leave(self, step: int) -> None:
+        """Write a checkpoint of this step, unless there is one, and leave the node that is taken back."""
+        problems = self.saver.settle()
+        if not problems and step % self.config.save_every:
+            self._save(step)
+            problems = self.saver.settle()
+        kept = problems[0] if problems else f"the checkpoint of step {step} is whole"
+        self.tell({"event": "note", "text": f"a node is taken back: {kept}"})
+        raise Left(f"after step {step}")
 
     def _validate(self, step: int, meter: Meter) -> str:
         """Report validation and sample answers at the steps that the recipe asks for, and keep the best step. Returns

@@ -120,14 +120,53 @@ def share_of(rows: np.ndarray, rank: int, world: int, stage: StageRecipe) -> tup
     return np.concatenate([own, np.repeat(rows[:1], missing)]), [True] * len(own) + [False] * missing
 
 
-def take_step(engine, micro_batches: list[MicroBatch], world: int) -> tuple[torch.Tensor, int]:
+class Notice:
+    """Whether any worker has been told that a node is taken back. All ranks hear it after the same step: what each was
+    told travels with the step's first sum.
+
+    Args:
+        told: whether this worker has been told.
+    """
+
+    def __init__(self, told: Callable[[], bool] = lambda: False):
+        self._told = told
+        self._sum: torch.Tensor | None = None
+        self._there: torch.cuda.Event | None = None
+
+    def said(self) -> float:
+        """What this worker adds to the sum."""
+        return float(self._told())
+
+    def take(self, total: torch.Tensor) -> None:
+        """Take the sum over all ranks, without waiting for the device."""
+        if total.device.type != "cuda":
+            self._sum = total
+            return
+        self._sum = torch.empty_like(total, device="cpu", pin_memory=True).copy_(total, non_blocking=True)
+        self._there = torch.cuda.Event()
+        self._there.record()
+
+    def heard(self) -> bool:
+        """Whether any worker had been told before this step. On a GPU this waits until it has begun the step."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._sum is not None and float(self._sum) > 0
+
+
+def take_step(
+    engine, micro_batches: list[MicroBatch], world: int, notice: Notice | None = None
+) -> tuple[torch.Tensor, int]:
     """Take one optimizer step. Returns this rank's share of the step's mean loss, and its tokens without padding.
 
     Every loss token of the step weighs the same, whatever rank and micro batch it is in: each micro loss is a sum
     divided by the mean number of loss tokens per micro batch, and DeepSpeed averages over ranks and accumulation.
     """
-    labels = torch.tensor(float(sum(batch.labels for batch in micro_batches)), device=engine.device)
-    dist.all_reduce(labels)
+    said = notice.said() if notice else 0.0
+    sums = torch.tensor([float(sum(batch.labels for batch in micro_batches)), said], device=engine.device)
+    dist.all_reduce(sums)
+    labels = sums[0]
+    if notice:
+        notice.take(sums[1])
     mean_count = (labels / (world * len(micro_batches))).clamp(min=1e-9)  # a step without a loss token is worth 0
     total = torch.zeros((), device=engine.device)
     for batch in micro_batches:

@@ -19,7 +19,13 @@ import uuid
 from contextlib import suppress
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import (
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+)
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,12 +35,14 @@ from workflows.recipe.schema import Recipe
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
-from workflows.train.entry import Desk, Failures, JoinedByTorch, OnEvent, run_jobs
+from workflows.train.entry import Desk, JoinedByTorch, OnEvent, run_jobs
 from workflows.train.job import StageJob, checkpoint_folder, stage_digest
+from workflows.train.lost_nodes import BUDGETS, OnNodesThatStay, Restarts
 
 _LOOK = 1.0  # seconds between looks whether the workers are still there
 _LEAVE = 30.0  # seconds for them to leave
 _GROW = 60.0  # seconds between looks whether there is room for more workers; taking more costs steps and a new start
+_WATCHES = os.environ.get(ENABLE_PREEMPTION_WATCHER_ENV_VAR)  # read once: each trainer decides anew
 logger = logging.getLogger(__name__)
 
 
@@ -133,7 +141,8 @@ class Crew:
     def run(self, job, name: str, on_event: OnEvent, again: bool = True) -> dict:
         """Give all workers a job and wait for its end. Returns rank 0's outcome.
 
-        When a worker dies the group starts again with the same job, as often as the recipe allows for each job.
+        When a worker dies or a node is lost the group starts again with the same job, as often as the recipe allows
+        for each job.
 
         Args:
             job: a StageJob, or an object whose method `run(rank, world, tell)` gives the outcome.
@@ -146,12 +155,12 @@ class Crew:
             WorkflowError: workers failed more often than allowed.
             CrewLost: one died, and not `again`; the others are sent home.
         """
-        failures, before, began = 0, 0, time.monotonic()
+        failed, began = None, time.monotonic()
 
         def handle(events: list[dict]) -> None:
-            nonlocal failures
+            nonlocal failed
             for event in events:
-                failures += event["event"] == "failure"
+                failed = event if event["event"] == "failure" else failed
                 if event["event"] == "ready":
                     seconds = time.monotonic() - began
                     text = f"{event['workers']} workers are there after {seconds:.0f} s, loading model and data ..."
@@ -170,21 +179,21 @@ class Crew:
                 least, most = self._train.least_workers, self._train.most_workers
                 number = f"{most}" if least == most else f"{least} to {most}"
                 handle([{"event": "note", "text": f"starting {number} workers ..."}])
-                before = failures
                 self._start(name)
             events, outcome = ray.get(self._desk.take.remote(_LOOK))
             handle(events)
             if outcome is not None:
                 return outcome
-            if failures and not again:
+            if failed and not again:
                 self.dismiss()
                 raise CrewLost(name)
             if not self.started:
                 handle(ray.get(self._desk.take.remote(_LOOK))[0])
-                # Ray Train counts over all jobs of a group; one whose own failures are few enough gets another group.
-                if not before < failures <= self._train.max_failures:
-                    cause = self._error or RuntimeError("the workers left before it was finished")
-                    raise WorkflowError(f"{name} failed: {_root_cause(cause)}") from cause
+                cause = self._error or RuntimeError("the workers left before it was finished")
+                text = f"{name} failed: {_root_cause(cause)}"
+                if failed and failed["spent"]:
+                    text += f" ({BUDGETS[failed['kind']]} allows no more restarts)"
+                raise WorkflowError(text) from cause
 
     def _start(self, name: str) -> None:
         self._error = None
@@ -193,18 +202,21 @@ class Crew:
         self._group = threading.Thread(target=self._fit, args=(trainer,), name="workers", daemon=True)
         self._group.start()
 
-    def _fit(self, trainer: DataParallelTrainer) -> None:
+    def _fit(self, trainer: "_Trainer") -> None:
         """Runs beside the driver's own work for as long as there are workers."""
         try:
             trainer.fit()
         except BaseException as error:
             self._error = error
 
-    def _trainer(self, name: str) -> DataParallelTrainer:
+    def _trainer(self, name: str) -> "_Trainer":
         train = self._train
         filesystem, path = storage.open_fs(self._storage.uri)
         filesystem.create_dir(path)
-        return DataParallelTrainer(
+        if train.least_workers < train.most_workers:  # a group that waits for a node that is lost, or else for 60 s
+            os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "20")
+        return _Trainer(
+            Restarts(self._desk, train.max_failures, train.max_lost_nodes),
             run_jobs,
             train_loop_config={"desk": self._desk},
             backend_config=JoinedByTorch("nccl" if train.gpus_per_worker else "gloo"),
@@ -218,11 +230,36 @@ class Crew:
                 name=name,
                 storage_path=path,
                 storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=train.max_failures),
-                callbacks=[Failures(self._desk)],
                 worker_runtime_env={"env_vars": _worker_environment(train)},
             ),
         )
+
+
+class _Trainer(DataParallelTrainer):
+    """Ray Train's trainer with policies of our own, which it has no argument for, and without the actors that are of no
+    use here: each is a process that imports Ray Train for seconds."""
+
+    def __init__(self, restarts: Restarts, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self._restarts = restarts
+
+    def _create_default_callbacks(self):
+        unused = [DatasetsCallback]  # shares out Ray Data sets; workers read shards
+        if self._alone():
+            unused.append(PlacementGroupCleanerCallback)  # for a controller that dies while the cluster lives on
+        return [one for one in super()._create_default_callbacks() if type(one) not in unused]
+
+    def _alone(self) -> bool:
+        """Whether all is on this machine and stays there, so that no other node can be lost or taken back."""
+        return len(ray.nodes()) == 1 and not self.scaling_config.elasticity_enabled
+
+    def _initialize_and_run_controller(self, **parts):
+        parts["failure_policy"] = self._restarts
+        if _WATCHES is None:
+            os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = str(int(not self._alone()))
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = OnNodesThatStay(self.scaling_config)
+        return super()._initialize_and_run_controller(**parts)
 
 
 def _worker_environment(train: TrainRecipe) -> dict[str, str]:

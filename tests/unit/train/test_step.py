@@ -18,7 +18,7 @@ from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.job import StageError
 from workflows.train.optim import adamw_options, parameter_groups, schedule
 from workflows.train.stage import accumulation
-from workflows.train.step import MicroBatch, batch_maker, memory_advice, refuse_device, share_of
+from workflows.train.step import MicroBatch, Notice, batch_maker, memory_advice, refuse_device, share_of
 
 LENGTH = 24
 
@@ -198,3 +198,15 @@ def test_rows_that_do_not_count_are_no_tokens_either(model):
     made = batch_maker(rows(), 2, model)
     (whole,), (half,) = made(np.array([1, 2])), made(np.array([1, 2]), [True, False])
     assert (half.tokens, half.labels) == (whole.tokens // 2, whole.labels // 2)
+
+
+def test_a_notice_is_heard_when_any_worker_was_told():
+    told = [False]
+    notice = Notice(lambda: told[0])
+    assert (notice.said(), notice.heard()) == (0.0, False)
+    notice.take(torch.tensor(0.0))
+    assert not notice.heard()
+    told[0] = True
+    assert notice.said() == 1.0
+    notice.take(torch.tensor(1.0))  # of the sum over all
+    assert notice.heard()
