@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mlmamba import choosing
+from mlmamba.ops import compiled
 from mlmamba.ops.linear import Linear
 from mlmamba.ops.packed import PackedLinear, packs
 from mlmamba.state import MambaState
@@ -63,6 +64,8 @@ def prepare(model, make: bool = True) -> Prepared:
         way = "torch: the model is on several devices"
     else:
         way = language.backbone.prepare_decoding(make)
+    if way == "compiled" and isinstance(head := language.lm_head, PackedLinear):
+        head.use(compiled.operators(make=False).int8_linear)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     model.prepared = Prepared(names[dtype] if whole else "int8", way, "packed" if not whole else problem or "packed")
     level = logging.WARNING if make and "compiler" in way.lower() else logging.INFO

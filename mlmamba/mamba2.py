@@ -22,7 +22,9 @@ from mlmamba import ops
 from mlmamba.attention import MLP, Attention, scaled, times
 from mlmamba.blocks import KINDS
 from mlmamba.configuration import as_text_config
+from mlmamba.ops import compiled
 from mlmamba.ops.linear import Linear
+from mlmamba.ops.packed import PackedLinear
 from mlmamba.selective_scan import RMSNorm, SelectiveScan
 from mlmamba.state import KeyValueState, LayerState, MambaState
 
@@ -133,6 +135,7 @@ class Mamba2Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = MIXERS[kind](config)
         self.residual_in_fp32, self.scale = config.residual_in_fp32, config.residual_multiplier
+        self.add_norm = ops.add_norm
 
     def forward(self, x, state=None, mask=None, seq_idx=None, keep_state: bool = True):
         """(b, l, d) -> (b, l, d) and the mixer's state afterwards: of its kind, a pair of `both`, None of an MLP.
@@ -141,20 +144,20 @@ class Mamba2Block(nn.Module):
         (None for the first block). Their sum and its norm are one step then, as kernels have it.
         """
         if isinstance(x, tuple):
-            x, stream = self.add_norm(*x)
+            x, stream = self.normed(*x)
             y, state = self.mixer(x, state, mask, seq_idx, keep_state)
             return (times(y, self.scale), stream), state
         y, state = self.mixer(self.norm(x).to(self.norm.weight.dtype), state, mask, seq_idx, keep_state)
         return (x.float() if self.residual_in_fp32 else x) + times(y, self.scale), state
 
-    def add_norm(self, y: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+    def normed(self, y: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the block before gave and the residual stream without it, to the mixer's input and the stream."""
-        return ops.add_norm(y, stream, self.norm.weight, self.norm.eps, self.residual_in_fp32)
+        return self.add_norm(y, stream, self.norm.weight, self.norm.eps, self.residual_in_fp32)
 
     def step(self, y: Tensor, stream: Tensor | None, state, slots: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
         """One token: what the block before gave (b, d), the residual stream without it, and the mixer's state. Returns
         the same of this block."""
-        x, stream = self.add_norm(y, stream)
+        x, stream = self.normed(y, stream)
         if self.kind == "mamba2":
             y, state = self.mixer.step(x, state, slots)
         else:
@@ -203,7 +206,18 @@ class Mamba2Backbone(nn.Module):
         """
         ways = [layer.mixer.prepare_step(make) for layer in self.layers if layer.kind == "mamba2"]
         self.prepared = True
-        return next((way for way in ways if way.startswith("torch")), ways[0] if ways else "torch")
+        way = next((way for way in ways if way.startswith("torch")), ways[0] if ways else "torch")
+        if way == "compiled":
+            self._use_compiled()
+        return way
+
+    def _use_compiled(self) -> None:
+        own = compiled.operators(make=False)
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.use(own.int8_linear)
+            elif isinstance(module, Mamba2Block):
+                module.add_norm = own.add_norm
 
     def forward(
         self,
@@ -277,7 +291,8 @@ class Mamba2Backbone(nn.Module):
         return times(self._last_norm(y, stream)[0], 1 / self.scale_out), after
 
     def _last_norm(self, y: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, self.layers[0].residual_in_fp32)
+        last = self.layers[-1]
+        return last.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, last.residual_in_fp32)
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

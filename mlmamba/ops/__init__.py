@@ -227,8 +227,10 @@ def between(mixer, make: bool) -> tuple[Between, str]:
     if own.bytes < WORTH_COMPILING:
         return own, "torch: the states are small"
     compiled = import_module("mlmamba.ops.compiled")
+    if own.taps.dtype not in compiled.DTYPES:
+        return own, f"torch: nothing is compiled for {str(own.taps.dtype).removeprefix('torch.')}"
     try:
-        own.compiled = compiled.between(own.shape, make)
+        own.compiled = compiled.operators(make).between
     except compiled.NotCompiled as problem:
         return own, f"torch: {problem}"
     return own, "compiled"

@@ -2,17 +2,20 @@
 
 float32 and bfloat16 weights are packed once into the blocks that oneDNN computes with, which torch's own product would
 do anew for each call or, in float32, not at all: 1.6 to 2.6 times the speed, from one row to a whole prompt. In int8
-each output channel has a scale and the activations stay bfloat16: torch's kernel unpacks weights as it reads them, and
-for prompts the weights of a layer are unpacked first (tests/benchmarks/measurements/linear_rows.py has rates).
+each output channel has a scale: for few rows our kernel (decoding.cpp, where it is compiled) or torch's, whose
+activations are bfloat16, unpacks weights as it reads them, and for prompts the weights of a layer are unpacked first
+(tests/benchmarks/measurements/linear_rows.py has rates).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 PACKED = ("fp32", "bf16", "int8")
-# Most rows for which int8 weights are unpacked while they are read.
-_INT8_ROWS = 32
+# Most rows for which int8 weights are unpacked while they are read, by torch's kernel and by ours.
+_INT8_ROWS, _OUR_ROWS = 32, 64
 # What torch's int8 kernel takes of inputs at once. It reads beyond the end of rows that are no multiple of it.
 _INT8_STEP = 64
 
@@ -49,6 +52,7 @@ class PackedLinear(nn.Module):
         self.form, self.computes_in = form, weight.dtype if form == "int8" else _dtype(form)
         self._bias = None if linear.bias is None else linear.bias.detach().to(self.computes_in)
         self._scale: Tensor | None = None
+        self._compiled: tuple[Callable[..., Tensor], Tensor] | None = None
         if form == "int8":
             self._weight, self._scale = quantized(weight)
         else:
@@ -60,13 +64,21 @@ class PackedLinear(nn.Module):
             y = torch.ops.mkldnn._linear_pointwise(x.to(self.computes_in), self._weight, self._bias, "none", [], "")
             return y.to(x.dtype)
         rows = x.reshape(-1, self.in_features)
-        if 0 < len(rows) <= _INT8_ROWS and self.in_features % _INT8_STEP == 0:
+        if self._compiled is not None and 0 < len(rows) <= _OUR_ROWS:
+            compute, scale = self._compiled
+            y = compute(rows.contiguous(), self._weight, scale)
+        elif 0 < len(rows) <= _INT8_ROWS and self.in_features % _INT8_STEP == 0:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self._weight, self._scale)
         else:  # whole numbers up to 127 are exact in bfloat16
             wide = torch.bfloat16 if has_bf16() else torch.float32
             y = F.linear(rows.to(wide), self._weight.to(wide)) * self._scale
         y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return y if self._bias is None else y + self._bias
+
+    def use(self, int8_linear: Callable[..., Tensor]) -> None:
+        """From now on int8 weights meet few rows in this operator of `compiled.operators`."""
+        if self._scale is not None:
+            self._compiled = int8_linear, self._scale.float()
 
     def dense(self) -> Tensor:
         """The weights (o, i), unpacked."""

@@ -1,14 +1,15 @@
 """One token of a Mamba-2 block between its two projections: convolution, recurrence and gated norm, on states in place.
 
 `Between` holds what a mixer's weights come to, computed once, and picks how a step runs: mamba_ssm's and
-causal_conv1d's decoding kernels on a GPU, code that torch compiled for this processor (compiled.py), or plain torch,
-which is what the others are tested against. Shapes: b rows, d = e + 2gn channels, e inner width (heads x head dim), g
+causal_conv1d's decoding kernels on a GPU, our C++ for this processor (compiled.py), or plain torch, which is what the
+others are tested against. Shapes: b rows, d = e + 2gn channels, e inner width (heads x head dim), g
 groups, n state size, w kernel width, s slots.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Between:
     state_size: int
     dt_limit: tuple[float, float]
     compiled: Callable[..., Tensor] | None = None
-    """Takes zxBCdt, both states and `tensors`; from `compiled.between`."""
+    """`between` of `compiled.operators`, where they are there."""
     kernels: Callable[..., Tensor] | None = None
     """`cuda.between`, where the kernels import."""
     sizes: tuple[int, int, int] = field(init=False)
@@ -68,29 +69,16 @@ class Between:
             )
 
     @property
-    def shape(self) -> dict:
-        """What `compiled.between` asks for."""
-        inner, _, heads = self.sizes
-        return {
-            "heads": heads,
-            "head_dim": inner // heads,
-            "state_size": self.state_size,
-            "groups": self.groups,
-            "taps": len(self.taps),
-            "dtype": str(self.taps.dtype).removeprefix("torch."),
-            "eps": self.eps,
-            "norm_groups": self.norm_groups,
-            "dt_limit": self.dt_limit,
-        }
-
-    @property
     def bytes(self) -> int:
         """Of one row's recurrent state."""
         return self.sizes[0] * self.state_size * 4
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.taps, self.bias, self.A, self.dt_bias, self.D, self.weight
+    @cached_property
+    def constants(self) -> tuple:
+        """What the compiled code takes beside the token and the states."""
+        tensors = (self.taps, self.bias, self.A, self.dt_bias, self.D, self.weight)
+        tensors = tuple(t.float().contiguous() for t in tensors)
+        return *tensors, self.eps, self.groups, self.norm_groups, *self.dt_limit
 
     def __call__(self, zxBCdt: Tensor, conv: Tensor, ssm: Tensor, slots: Tensor | None = None) -> Tensor:
         """One token of each row.
@@ -113,11 +101,11 @@ class Between:
             ssm.index_copy_(0, slots.long(), rows[1])
             return y
         if self.compiled is not None and self._fits(zxBCdt, conv, ssm):
-            return self.compiled(zxBCdt, conv, ssm, *self.tensors)
+            return self.compiled(zxBCdt, conv, ssm, *self.constants)
         return self._plain(zxBCdt, conv, ssm)
 
     def _fits(self, zxBCdt: Tensor, conv: Tensor, ssm: Tensor) -> bool:
-        """Whether the tensors are of the kind that the code was compiled for: it looks at no more than their sizes."""
+        """Whether the tensors are of the kind that the compiled code takes, which refuses others."""
         same = zxBCdt.dtype == conv.dtype == self.taps.dtype
         return same and zxBCdt.is_contiguous() and conv.is_contiguous() and ssm.is_contiguous()
 
@@ -141,27 +129,6 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) ->
     """norm(y * silu(z)) over each of `groups` equal parts, in float32: (..., e) -> (..., e) in y's dtype."""
     gated = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
     return (F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2) * weight.float()).to(y.dtype)
-
-
-def between(
-    zxBCdt: Tensor, conv: Tensor, ssm: Tensor, taps: Tensor, bias: Tensor, A: Tensor, dt_bias: Tensor, D: Tensor,
-    weight: Tensor, eps: float, groups: int, norm_groups: int, dt_limit: tuple[float, float],
-) -> Tensor:  # fmt: skip
-    """`Between` written for a compiler: one pass over the states, which plain torch cannot fuse. Not for calling."""
-    b, (h, p, n) = zxBCdt.shape[0], ssm.shape[1:]  # (`len` would be taken as constant)
-    inner = h * p
-    z, xBC, dt = zxBCdt.float().split([inner, len(bias), h], -1)
-    window = torch.cat([conv.float(), xBC[:, None]], 1)
-    xBC = F.silu((window * taps.float()).sum(1) + bias.float())
-    conv.copy_(window[:, 1:])
-    x, B, C = xBC.split([inner, groups * n, groups * n], -1)
-    x = x.reshape(b, h, p)
-    B, C = (t.reshape(b, groups, 1, 1, n).expand(b, groups, h // groups, 1, n).reshape(b, h, 1, n) for t in (B, C))
-    dt = limited(F.softplus(dt + dt_bias), dt_limit)
-    state = ssm * torch.exp(dt * A)[..., None, None] + (dt[..., None] * x)[..., None] * B
-    ssm.copy_(state)
-    y = (state * C).sum(-1) + D[:, None] * x
-    return gated_norm(y.reshape(b, inner), z, weight, eps, norm_groups).to(zxBCdt.dtype)
 
 
 def add_norm(y: Tensor, residual: Tensor | None, weight: Tensor, eps: float, wide: bool) -> tuple[Tensor, Tensor]:
