@@ -1,6 +1,7 @@
 """Decoding and prompts on a CPU in each precision, beside the model as it was loaded, and beside llama.cpp.
 
     python -m tests.benchmarks.measurements.decoding [--threads 1] [--preset 130m] [--llama PYTHON] [--forms fp32 int8]
+        [--rows 1 8 32]
 
 Random weights of a preset's language model. Each round times all, one after the other, llama.cpp in a process of its
 own on the same weights (`mlmamba convert`; PYTHON is an interpreter with xllamacpp). Printed are tokens per CPU second,
@@ -36,7 +37,6 @@ from tests.helpers.tiny import tiny_tokenizer
 FORMS = ("as loaded", "fp32", "bf16", "int8")
 PEERS = {"fp32": "fp32", "bf16": "bf16", "int8": "q8_0"}
 BATCHES, PROMPT, ROUNDS = (1, 8, 32), 512, 5
-STEPS = {1: 8, 8: 3, 32: 2}  # of a round
 FEW, MORE = 2, 14  # new tokens of llama.cpp's requests: the difference leaves out what else a request takes
 Times = list[tuple[float, float]]  # CPU seconds and seconds of a token (of all rows), by round
 
@@ -79,9 +79,9 @@ def timed(call: Callable[[], object], repeat: int) -> tuple[float, float]:
 class Peer:
     """llama.cpp with the same weights, in a process of its own."""
 
-    def __init__(self, python: str, file: Path, threads: int):
+    def __init__(self, python: str, file: Path, threads: int, slots: int):
         script = str(Path(__file__).with_name("decoding_llama.py"))
-        command = [python, script, str(file), str(threads), str(max(BATCHES))]
+        command = [python, script, str(file), str(threads), str(slots)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, text=True, **pipes)
         self._answer()
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--preset", default="130m")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--rows", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--llama", metavar="PYTHON", help="an interpreter with xllamacpp")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -135,7 +136,7 @@ def main() -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             files = {PEERS[form]: converted(base, config, folder, PEERS[form]) for form in models if form in PEERS}
             for form, file in files.items():
-                peers[form] = stack.enter_context(Peer(options.llama, file, options.threads))
+                peers[form] = stack.enter_context(Peer(options.llama, file, options.threads, max(options.rows)))
         measure(models, peers, options, ids)
     exactness({form: own for form, (own, _) in models.items()}, base, ids)
 
@@ -144,9 +145,9 @@ def measure(models: dict, peers: dict[str, Peer], options: argparse.Namespace, i
     memory = torch.ones(2**26)
     reading = memory.nbytes / min(timed(memory.sum, 1)[0] for _ in range(options.rounds + 1))
     print(f"{options.threads} threads, {options.rounds} rounds; reading {reading / 1e9:.1f} GB per CPU second")
-    for rows in BATCHES:
+    for rows in options.rows:
         steps = {form: step(own, rows) for form, (own, _) in models.items()}
-        calls = {form: lambda call=call, n=STEPS[rows]: timed(call, n) for form, (call, _) in steps.items()}
+        calls = {form: lambda call=call, n=1 + 8 // rows: timed(call, n) for form, (call, _) in steps.items()}
         calls |= {f"llama.cpp {form}": lambda peer=peer, rows=rows: peer.token(rows) for form, peer in peers.items()}
         limits = {form: rows * reading / (models[form][1] + 2 * steps[form][1]) for form in models}
         show(f"decoding, {rows} rows", in_turns(calls, options.rounds), rows, limits)
