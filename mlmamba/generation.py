@@ -165,8 +165,7 @@ class MLMambaGenerationMixin(GenerationMixin):
         mask = torch.cat([mask.repeat_interleave(each, 0).to(keep.dtype), keep], 1)
         if "beam_indices" in type(out).__dataclass_fields__ or not bool(keep.all()):
             given = {name: kwargs.get(name) for name in ("pixel_values", "image_features", "cache_params")}
-            given = {name: value for name, value in given.items() if value is not None}
-            _, given = self._expand_inputs_for_generation(each, False, ids, **given)
+            given = self._repeated(each, ids, **given)
             read = self(input_ids=sequences, attention_mask=mask.long(), use_cache=True, logits_to_keep=1, **given)
         else:
             own = out.past_key_values.in_place()
@@ -184,28 +183,42 @@ class MLMambaGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, dict]:
-        """Repeat every row with all its images and its state, for several answers or beams per prompt.
-
-        transformers repeats image by image, which mixes up the images of a prompt that has more than one, and
-        does not know the state. Images are encoded once, before they are repeated.
-        """
+        """Repeat every row with its state, for several answers or beams per prompt, which is read before, once, up to
+        its last token. (transformers repeats image by image, and does not know the state.)"""
         if expand_size == 1:
             return input_ids, kwargs
-        pixels, features = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
-        state = kwargs.pop("cache_params", None)
-        if features is None and pixels is not None:
-            features = self.get_image_features(pixels)
-        places = self.image_places(input_ids, features)
-        if features is not None:
-            taken = places.sum(1) if features.ndim == 2 else places.sum(1) // features.shape[1]
-            rows = torch.arange(len(features), device=features.device).split(taken.tolist())
-            features = features[torch.cat([row.repeat(expand_size) for row in rows])]
-        if state is not None:
-            rows = torch.arange(len(input_ids), device=input_ids.device)
-            state = state.select(rows.repeat_interleave(expand_size))
+        given = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features", "cache_params")}
+        if input_ids.shape[1] > 1 and not bool((input_ids[:, -1] == self.config.image_token_id).any()):
+            mask = kwargs.get("attention_mask")
+            given["attention_mask"] = None if mask is None else mask[:, :-1]
+            state = self(input_ids=input_ids[:, :-1], use_cache=True, logits_to_keep=1, **given).cache_params
+            given = {"cache_params": state}
+            kwargs["prompts_are_read"] = True
+        repeated = self._repeated(expand_size, input_ids, **given)
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        expanded = {"image_features": features, "cache_params": state}
-        return input_ids, kwargs | {name: value for name, value in expanded.items() if value is not None}
+        return input_ids, kwargs | repeated
+
+    def _repeated(
+        self,
+        times: int,
+        ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        cache_params: MambaState | None = None,
+    ) -> dict:
+        """What belongs to the rows of ids (b, l), of each row so many times: the images, encoded once, and the state."""
+        found = {}
+        if image_features is None and pixel_values is not None:
+            image_features = self.get_image_features(pixel_values)
+        if image_features is not None:
+            places = self.image_places(ids, image_features)
+            taken = places.sum(1) if image_features.ndim == 2 else places.sum(1) // image_features.shape[1]
+            rows = torch.arange(len(image_features), device=ids.device).split(taken.tolist())
+            found["image_features"] = image_features[torch.cat([row.repeat(times) for row in rows])]
+        if cache_params is not None:
+            rows = torch.arange(len(ids), device=ids.device)
+            found["cache_params"] = cache_params.select(rows.repeat_interleave(times))
+        return found
 
     def prepare_inputs_for_generation(
         self,
@@ -215,13 +228,15 @@ class MLMambaGenerationMixin(GenerationMixin):
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         is_first_iteration: bool = False,
+        prompts_are_read: bool = False,
         **kwargs,
     ) -> dict:
         """Inputs of one step of `generate`: the whole prompt first, then one token and the state.
 
-        Passing a `cache_params` to `generate` goes on from it; the given ids are then the new part only.
+        Passing a `cache_params` to `generate` goes on from it; the given ids are then the new part only. Prompts that
+        were repeated are read already, but for their last token.
         """
-        if is_first_iteration or cache_params is None:
+        if (is_first_iteration or cache_params is None) and not prompts_are_read:
             return {
                 "input_ids": input_ids,
                 "attention_mask": attention_mask,

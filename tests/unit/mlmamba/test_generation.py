@@ -13,6 +13,7 @@ IMAGES = images(4)
 SEEN = [IMAGES[:1], IMAGES[1:2], None, IMAGES[2:]]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 BEAMS = {**GREEDY, "num_beams": 3}
+SAMPLES = {**GREEDY, "do_sample": True, "top_k": 1, "num_return_sequences": 3, "num_beams": 1}
 
 
 def alone(model, **options) -> list[torch.Tensor]:
@@ -65,8 +66,25 @@ def test_decoding_equals_reading_everything_again(model):
 
 def test_several_samples_of_a_prompt_see_its_images(model):
     """With one likely token left per step, every sample is the greedy answer."""
-    sampled = together(model, max_new_tokens=6, do_sample=True, top_k=1, num_return_sequences=3, eos_token_id=None)
+    sampled = together(model, **SAMPLES)
     assert torch.equal(sampled, together(model, **GREEDY).repeat_interleave(3, dim=0))
+
+
+@pytest.mark.parametrize("options", [{**BEAMS, "num_return_sequences": 2}, SAMPLES])
+def test_a_prompt_is_read_once_for_all_its_answers(model, options):
+    shapes = []
+    hook = model.language_model.backbone.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[:2]))
+    try:
+        ids, mask = pad([*ROWS, prompt(1)], "left")  # of one token, nothing is read before
+        out = model.generate(ids, attention_mask=mask, pixel_values=IMAGES, **options)
+    finally:
+        hook.remove()
+    times = max(options["num_beams"], options["num_return_sequences"])
+    assert shapes[0] == (len(ids), ids.shape[1] - 1)
+    assert set(shapes[1:]) == {(times * len(ids), 1)}
+    single = model.generate(prompt(1), **options)[:, 1:]
+    each = options["num_return_sequences"]
+    assert torch.equal(out[-each:, ids.shape[1] :][:, : single.shape[1]], single)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
