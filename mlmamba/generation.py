@@ -206,7 +206,7 @@ class MLMambaGenerationMixin(GenerationMixin):
         image_features: Tensor | None = None,
         cache_params: MambaState | None = None,
     ) -> dict:
-        """What belongs to the rows of ids (b, l), of each row so many times: the images, encoded once, and the state."""
+        """Images, encoded once, and state of the rows of ids (b, l), of each row so many times."""
         found = {}
         if image_features is None and pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
