@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from mlmamba.ops import compiled
 from mlmamba.ops.linear import linear
 from mlmamba.ops.packed import PACKED, PackedLinear
 
@@ -29,7 +30,10 @@ def main() -> None:
     with torch.no_grad():
         layers = [torch.nn.Linear(768, 3352, bias=False) for _ in range(MATRICES)]
         packed = {form: [PackedLinear(layer, form) for layer in layers] for form in PACKED}
-        print(f"{'rows':>4} {'torch':>10} {'unpacked':>15} " + " ".join(f"{form:>15}" for form in PACKED))
+        packed["our int8"] = [PackedLinear(layer, "int8") for layer in layers]
+        for layer in packed["our int8"]:
+            layer.use(compiled.operators(make=True).int8_linear)
+        print(f"{'rows':>4} {'torch':>10} {'unpacked':>15} " + " ".join(f"{form:>15}" for form in packed))
         for rows in (1, 2, 3, 4, 8, 16, 32, 128, 512):
             x = torch.randn(rows, 768)
             calls = [lambda f=f, x=x: [f(x, layer.weight) for layer in layers] for f in (F.linear, linear)]
