@@ -215,7 +215,8 @@ def _listed(kind: type[SourceBase], fields: str) -> Published | None:
 
 
 # Entries with `<image>` added: GPT-NeoX-20B has 50,277 (paper, section 1.5 of its code: rows 50,288 after rounding up).
-KNOWN = {"EleutherAI/gpt-neox-20b": 50_278}
+# Granite's 100,352 are those of its checkpoints' embedding, so that `<image>` is the first row behind them.
+KNOWN = {"EleutherAI/gpt-neox-20b": 50_278, "ibm-granite/granite-4.0-h-350m": 100_353}
 
 
 @dataclass(frozen=True)
