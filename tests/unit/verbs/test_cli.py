@@ -164,3 +164,34 @@ def test_a_command_that_needs_no_torch_does_not_import_it(arguments, tmp_path):
     loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert "argparse" in loaded
     assert not loaded & {"torch", "ray", "transformers", "timm", "deepspeed"}
+
+
+def test_a_comparison_with_other_items_is_refused_before_the_model_is_looked_for(mlmamba, tmp_path):
+    def corpus(name: str, record: str) -> Path:
+        turns = [{"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "red"}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(json.dumps([{"id": record, "conversations": turns}]))
+        return tmp_path / name
+
+    first, other = corpus("first", "a"), corpus("other", "b")
+    (tmp_path / "said.json").write_text(json.dumps([{"id": "a/0", "answer": "red"}]))
+    made = ("--benchmark", "llava", "--storage", tmp_path / "storage")
+    done = mlmamba("evaluate", *made, "--data", first, "--predictions", tmp_path / "said.json", "--json")
+    assert done.returncode == 0, done.stderr
+    folder = json.loads(done.stdout)["folder"]
+    asked = mlmamba("evaluate", tmp_path / "no-model", *made, "--data", other, "--compare", folder)
+    assert asked.returncode == 2
+    assert f"--compare {folder}: it holds answers to 1 items, none of which is among the 1 of llava" in asked.stderr
+    scores = Path(folder, "scores.json")
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"benchmark": "pope"}))
+    asked = mlmamba("evaluate", tmp_path / "no-model", *made, "--data", first, "--compare", folder)
+    assert asked.returncode == 2
+    assert "pope cannot be compared with llava: give the same benchmark" in asked.stderr
+
+
+def test_a_folder_with_several_lists_says_how_one_is_named(mlmamba, tmp_path):
+    for name in ("b.json", "a.json"):
+        (tmp_path / name).write_text("[]")
+    done = mlmamba("evaluate", "model", "--benchmark", "llava", "--data", tmp_path, "--storage", tmp_path / "storage")
+    assert done.returncode == 2
+    assert f"several (a.json, b.json): name one of them, as in --data {tmp_path / 'a.json'}" in done.stderr
