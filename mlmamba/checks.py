@@ -110,15 +110,22 @@ def check_places(found: list[int], features: tuple[int, ...] | None, each: Seque
                 )
 
 
-def check_images(input_ids: Tensor | None, pixel_values: Tensor | None, image_features: Tensor | None, config) -> None:
+def check_images(
+    input_ids: Tensor | None,
+    pixel_values: Tensor | None,
+    image_features: Tensor | None,
+    config,
+    vision_features: Tensor | None = None,
+) -> None:
     """Check the image inputs, but for the pixels themselves, which the encoder checks.
 
     Raises:
         ValueError: images are given twice or beside embeddings, or the features are not (n, N, d) or (k, d).
     """
-    given = [name for name, t in (("pixel_values", pixel_values), ("image_features", image_features)) if t is not None]
-    if len(given) == 2:
-        raise ValueError("both pixel_values and image_features are given; give the images one way")
+    ways = (("pixel_values", pixel_values), ("image_features", image_features), ("vision_features", vision_features))
+    given = [name for name, t in ways if t is not None]
+    if len(given) > 1:
+        raise ValueError(f"both {given[0]} and {given[1]} are given; give the images one way")
     if given and input_ids is None:
         raise ValueError(f"{given[0]} is given with inputs_embeds, which hold the images already; give input_ids")
     if image_features is None:

@@ -186,6 +186,17 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         embeds = self.connector(features, self.vision.grids(spatial_shapes))
         return embeds[0] if self.vision.patch else embeds
 
+    def _from_vision(self, features: Tensor) -> Tensor:
+        """The same of what the encoders gave, (n, N, d_v). Raises ValueError on another shape."""
+        cells = self.vision.grid[0] * self.vision.grid[1]
+        if features.ndim != 3 or tuple(features.shape[1:]) != (cells, self.vision.channels):
+            raise ValueError(
+                f"vision_features is {tuple(features.shape)}; expected (images, {cells}, {self.vision.channels})"
+            )
+        shown = features if len(features) else features.new_zeros(1, *features.shape[1:])
+        weight = next(self.connector.parameters())
+        return self.connector(shown.to(weight.dtype), self.vision.grid)[: len(features)]
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -205,6 +216,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
         output_hidden_states: bool | None = None,
         past_key_values: MambaState | None = None,
         spatial_shapes: Tensor | None = None,
+        vision_features: Tensor | None = None,
     ) -> MLMambaOutput:
         """Run the model.
 
@@ -227,6 +239,7 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels, for accumulation
                 weighted by loss tokens.
+            vision_features: (n, N, d_v) from the encoders, `model.vision`, in place of `pixel_values`.
             output_attentions, output_hidden_states: accepted because tools pass them; True is an error, in the
                 config too.
 
@@ -247,16 +260,19 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             raise ValueError("positions go with input_ids, in place of labels, and without an attention_mask")
         per_token = {"attention_mask": attention_mask, "seq_idx": seq_idx, "labels": labels}
         rows, _ = check_text(input_ids, inputs_embeds, per_token, self.config, values=positions is None)
-        check_images(input_ids, pixel_values, image_features, self.config)
+        check_images(input_ids, pixel_values, image_features, self.config, vision_features)
         check_state(cache_params, rows, self.config)
         if not self._weights_are_managed():
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
+            images = {"image_features": image_features, "vision_features": vision_features}
             inputs["positions"] = None if positions is None else positions.targets
-            check_device(self.device, cache_params, {**inputs, "image_features": image_features, **per_token})
+            check_device(self.device, cache_params, {**inputs, **images, **per_token})
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values, spatial_shapes)
+            if vision_features is not None:
+                image_features = self._from_vision(vision_features)
             if positions is None:
                 each = () if pixel_values is None or spatial_shapes is None else self._image_tokens(spatial_shapes)
                 inputs_embeds = self._place_images(input_ids, inputs_embeds, image_features, each)

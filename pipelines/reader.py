@@ -30,6 +30,7 @@ def collate(
     pad_id: int,
     layout: ImageLayout,
     load: Callable[[bytes, int, tuple[int, int]], CutImage] | None = None,
+    decode: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Pad rows to one length and decode their images.
 
@@ -41,6 +42,7 @@ def collate(
         layout: how images are cut for the encoder.
         load: cuts an encoded image, given the version of the rules, and where it is shown: the number of its row among
             these, and its own in the row. By default it is shown as it is.
+        decode: without it there are no pixels.
 
     Returns:
         `input_ids` int64 (B, L), `labels` int64 (B, L) with IGNORE_INDEX on padding, `seq_idx` int32 (B, L) where
@@ -61,15 +63,17 @@ def collate(
             raise ValueError(f"a row has {n} tokens, over max_tokens = {max_tokens}: use the data set's max_tokens")
         input_ids[i, :n], labels[i, :n], mask[i, :n] = row.input_ids, row.labels, True
         seq_idx[i, :n], seq_idx[i, n:] = row.seq_idx, row.seq_idx[-1] + 1
-    load = load or (lambda data, version, _: layout.load(data, version))
-    images = [load(data, row.pixels, (i, k)) for i, row in enumerate(rows) for k, data in enumerate(row.images)]
-    return {
+    batch = {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "seq_idx": torch.from_numpy(seq_idx),
         "attention_mask": torch.from_numpy(mask),
-        **layout.batch(images),
     }
+    if not decode:
+        return batch
+    load = load or (lambda data, version, _: layout.load(data, version))
+    images = [load(data, row.pixels, (i, k)) for i, row in enumerate(rows) for k, data in enumerate(row.images)]
+    return {**batch, **layout.batch(images)}
 
 
 def prefetch(function: Callable[[T], R], items: Iterable[T], threads: int = 2, depth: int | None = None) -> Iterator[R]:

@@ -95,6 +95,11 @@ class StageRecipe(StrictModel):
     split to the power of minus this, and a token 1 on average. At 1 every answer counts as much as any other, at 0.5 a
     hundred times as many count ten times as much. Not for free texts, each of which is an answer of its own. At the
     stage's start every row is read to count them."""
+    keep_features: Annotated[Literal["never", "auto", "always"], Decides.NOTHING] = "never"
+    """Keep what a frozen encoder gives for each image beside the shards, and do not compute it again: `always`, or with
+    `auto` where images are shown twice or more on average and the features take no more than half of the disk's free
+    room. The same losses but for rounding. Not with a training encoder or `augment`, which change what would be
+    kept."""
     best: Annotated[BestRecipe | None, Decides.WHEN_SET] = None
     """Take the step that is best on the validation split; absent: the last one."""
     clip: float = Field(1.0, ge=0)
@@ -120,6 +125,9 @@ class StageRecipe(StrictModel):
                 raise ValueError(f"learning_rates.{part} = {rate}: give more than 0, or take {part} out of trains")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)}: each is at least 0 and under 1")
+        if self.keep_features == "always" and ("vision" in self.trains or self.augment):
+            changes = "augment, which changes the images" if self.augment else "vision, which trains"
+            raise ValueError(f"keep_features is always, beside {changes}: drop one of them, or set it to auto")
         if self.lora and "language_model" not in self.trains:
             raise ValueError("lora adapts the language model: add language_model to trains, or drop lora")
         return self

@@ -26,6 +26,7 @@ from workflows.train.best import BestStep
 from workflows.train.checkpoint import CheckpointStore
 from workflows.train.dropout import add_dropout
 from workflows.train.export import export_model
+from workflows.train.features import keep_features
 from workflows.train.job import StageError, StageJob
 from workflows.train.optim import start_engine
 from workflows.train.saver import Saver
@@ -129,6 +130,10 @@ class Worker:
             model.gradient_checkpointing_enable()
         self.digest = restore.model_digest(model)
         self.dataset = PackedDataset(job.data, check=self.config.check_shards)
+        sets = [self.dataset]
+        if self.config.validate_every:
+            sets += [PackedDataset(job.data, "validation", self.config.check_shards)]
+        features = keep_features(model, sets, job.data, self.stage, self.config, (rank, world), self._note)
         self.steps = total_steps(self.stage, len(self.dataset))
         self.store = CheckpointStore(Folder(job.checkpoints))
         found = restore.find(self.store, rank, world, self.config.zero_stage, self.digest, self._damaged)
@@ -148,12 +153,11 @@ class Worker:
         weights = None
         if self.stage.balance_answers:
             weights = AnswerWeights(count_answers(self.dataset), self.stage.balance_answers)
-            self.tell({"event": "note", "text": weights.told()})
-        self._make = batch_maker(self.dataset, self.stage.micro_batch_rows, model, pin, augment, job.seed, weights)
+            self._note(weights.told())
+        made = (self.stage.micro_batch_rows, model, pin)
+        self._make = batch_maker(self.dataset, *made, augment, job.seed, weights, features)
         if self.config.validate_every:
-            rows = self.config.validate_rows
-            held_out = PackedDataset(job.data, "validation", self.config.check_shards)
-            self.validation = Validation(held_out, rows, self.stage.micro_batch_rows, model, pin)
+            self.validation = Validation(sets[1], self.config.validate_rows, *made, features)
         self.best = None
         if self.stage.best:
             self.best = BestStep(self.stage.best, self.store, rank, found.best if found else None)
@@ -177,7 +181,7 @@ class Worker:
             shards = self.dataset.manifest.shards
             size = sum(shard.bytes for shard in shards) / 1e6
             text = f"its {len(shards)} shards ({size:,.1f} MB) are compared with their sha256 as they are first read"
-            self.tell({"event": "note", "text": text})
+            self._note(text)
 
     def train(self) -> str:
         """All steps that are left, and the export. Returns why the stage stopped, or "" when it is finished."""
@@ -295,6 +299,9 @@ class Worker:
 
     def _damaged(self, text: str) -> None:
         self.tell({"event": "damaged", "text": text})
+
+    def _note(self, text: str) -> None:
+        self.tell({"event": "note", "text": text})
 
     def _saved(self, step: int, seconds: float) -> None:
         self.tell({"event": "checkpoint", "step": step, "seconds": seconds})

@@ -19,6 +19,7 @@ from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, collate
 from workflows.recipe.train import StageRecipe, TrainRecipe
 from workflows.train.answers import AnswerWeights
+from workflows.train.features import Features
 from workflows.train.job import StageError
 from workflows.train.stage import accumulation
 
@@ -53,6 +54,7 @@ def batch_maker(
     augment: Augmentation | None = None,
     seed: int = 0,
     weights: AnswerWeights | None = None,
+    features: Features | None = None,
 ) -> Callable:
     """Return a function that turns row indices into a step's micro batches.
 
@@ -62,6 +64,7 @@ def batch_maker(
         augment: how images are changed; as they are by default.
         seed: of these changes, which depend on it, the step, the row and the image's number in it, and on nothing else.
         weights: of the answers in the loss; all the same by default.
+        features: of the images, which are then not decoded.
     """
     config, layout = model.config, model.image_layout
     pad = config.text_config.pad_token_id
@@ -72,7 +75,10 @@ def batch_maker(
         for first in range(0, len(rows), micro_batch_rows):
             part = slice(first, first + micro_batch_rows)
             load = augment and partial(_changed, augment, layout, (seed, step), rows[part])
-            batch = collate(dataset.rows(rows[part]), dataset.manifest.max_tokens, pad, layout, load)
+            own = dataset.rows(rows[part])
+            batch = collate(own, dataset.manifest.max_tokens, pad, layout, load, decode=features is None)
+            if features:
+                batch["vision_features"] = features.of([image for row in own for image in row.images])
             if counts is not None:
                 without = ~torch.tensor(counts[part])
                 batch["labels"][without], batch["attention_mask"][without] = IGNORE_INDEX, False
@@ -92,7 +98,10 @@ def _micro_batch(
 ) -> MicroBatch:
     """What `collate` made, with the labels as positions."""
     labels, seen = batch.pop("labels"), batch.pop("attention_mask")
-    counts = layout.counts(batch["pixel_values"], batch.get("spatial_shapes"))
+    if "vision_features" in batch:
+        counts = [layout.fixed] * len(batch["vision_features"])
+    else:
+        counts = layout.counts(batch["pixel_values"], batch.get("spatial_shapes"))
     found = find_positions(batch["input_ids"], labels, batch["seq_idx"], counts, config)
     if weights:
         own = weights.of(labels.numpy(), batch["seq_idx"].numpy())

@@ -35,13 +35,15 @@ class Validation:
         dataset: the validation split.
         rows: how many rows at most.
         micro_batch_rows: rows that one worker runs at once.
-        model, pin: as `batch_maker` takes them.
+        model, pin, features: as `batch_maker` takes them.
     """
 
-    def __init__(self, dataset: PackedDataset, rows: int, micro_batch_rows: int, model, pin: bool = False):
+    def __init__(
+        self, dataset: PackedDataset, rows: int, micro_batch_rows: int, model, pin: bool = False, features=None
+    ):
         self._rows = min(rows, len(dataset))
         self._micro = micro_batch_rows
-        self._make = batch_maker(dataset, micro_batch_rows, model, pin)
+        self._make = batch_maker(dataset, micro_batch_rows, model, pin, features=features)
 
     def measure(self, engine, rank: int, world: int) -> Measured:
         """Over all ranks; the score is that of all answers, however many each rank has.
