@@ -43,9 +43,9 @@ def run_workflow(recipe: Recipe, storage: Folder, console: Console) -> dict:
     Raises:
         UsageError, WorkflowError: with a message for the person who started it.
     """
-    tokens = _image_tokens(recipe)
+    tokens = tokens_of_an_image(recipe)
     layout = layout_of(recipe, storage, tokens)
-    with _holding(recipe, layout, console):
+    with holding(recipe, layout, console):
         if done := find_finished_run(recipe, layout, tokens):
             done.tell(recipe, layout, console)
             return done.summary
@@ -79,10 +79,10 @@ def train_only(recipe: Recipe, storage: Folder, console: Console, stage: str | N
     Raises:
         UsageError, WorkflowError: as `run_workflow`.
     """
-    tokens = _image_tokens(recipe)
+    tokens = tokens_of_an_image(recipe)
     layout = layout_of(recipe, storage, tokens)
     with (
-        _holding(recipe, layout, console),
+        holding(recipe, layout, console),
         session(recipe, layout, tokens, console) as (tracker, crew),
     ):
         manifests = prepare_data(recipe, layout, console)
@@ -92,7 +92,7 @@ def train_only(recipe: Recipe, storage: Folder, console: Console, stage: str | N
 
 
 @contextmanager
-def _holding(recipe: Recipe, layout: Layout, console: Console) -> Iterator[None]:
+def holding(recipe: Recipe, layout: Layout, console: Console) -> Iterator[None]:
     """Hold the recipe's lock, and tell of what fails in the block as a person wants to hear it.
 
     Raises:
@@ -152,7 +152,7 @@ def session(
             yield tracker, crew
 
 
-def _image_tokens(recipe: Recipe) -> TokensPerImage:
+def tokens_of_an_image(recipe: Recipe) -> TokensPerImage:
     """Tokens that one image takes, for the names of folders; `session` checks that the encoders give them."""
     if stated := recipe.model.stated_tokens:
         return stated
@@ -193,7 +193,7 @@ def explained(error: OSError, storage: Folder) -> Exception:
 def prepare_data(recipe: Recipe, layout: Layout, console: Console) -> dict[str, Manifest]:
     """Shards and manifest of every stage's data. Returns the manifests by stage."""
     made: dict[Folder, Manifest] = {}
-    tokens = _image_tokens(recipe)
+    tokens = tokens_of_an_image(recipe)
     for stage in recipe.train.stages:
         folder = layout.data[stage.name]
         if folder not in made:
@@ -220,7 +220,7 @@ def data_configs(recipe: Recipe | DataRecipe, storage: Folder) -> dict[Folder, D
     if isinstance(recipe, DataRecipe):
         named = (storage, recipe.data, recipe.name, recipe.tokens_per_image, recipe.seed)
         return {data_folder(*named): recipe.data}
-    layout = layout_of(recipe, storage, _image_tokens(recipe))
+    layout = layout_of(recipe, storage, tokens_of_an_image(recipe))
     return {layout.data[stage.name]: recipe.data_of(stage) for stage in recipe.train.stages}
 
 
@@ -276,16 +276,10 @@ def train_stages(
     Raises:
         WorkflowError: a stage cannot be trained on its data, or `only` needs an earlier stage that is not finished.
     """
-    from workflows.preflight import check_stages
-    from workflows.train.initial import build_initial, built
     from workflows.train.stage import total_steps
     from workflows.train.trainer import run_stage
 
-    check_stages(recipe, manifests)
-    if not built(layout.initial):
-        with layout.initial.writing() as folder:
-            shutil.rmtree(folder, ignore_errors=True)  # a copy that did not reach the object store
-            build_initial(recipe, layout.data[recipe.train.stages[0].name].local, folder)
+    build_untrained(recipe, layout, manifests)
     digests = {name: manifest.training_digest for name, manifest in manifests.items()}
     offset, model = 0, layout.initial
     for index, stage in enumerate(recipe.train.stages):
@@ -307,6 +301,19 @@ def train_stages(
                     run_stage(recipe, stage, layout, digests, _watch(console, tracker, stage.name, offset), crew)
         offset += total_steps(stage, manifests[stage.name].splits["train"].rows)
     return model
+
+
+def build_untrained(recipe: Recipe, layout: Layout, manifests: dict[str, Manifest]) -> None:
+    """The model that the first stage starts from, unless it is there. Raises WorkflowError when a stage cannot be
+    trained on its data."""
+    from workflows.preflight import check_stages
+    from workflows.train.initial import build_initial, built
+
+    check_stages(recipe, manifests)
+    if not built(layout.initial):
+        with layout.initial.writing() as folder:
+            shutil.rmtree(folder, ignore_errors=True)  # a copy that did not reach the object store
+            build_initial(recipe, layout.data[recipe.train.stages[0].name].local, folder)
 
 
 def _watch(console: Console, tracker: "Tracker", stage: str, offset: int):

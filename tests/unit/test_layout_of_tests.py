@@ -118,6 +118,7 @@ NOT_ALONE = {
     "workflows.train.restore": "integration/test_train_exact.py: in training workers",
     "workflows.train.validation": "integration/test_train_stages.py: in training workers",
     "workflows.verbs.evaluate": "unit/verbs/test_cli.py: through the parser",
+    "workflows.verbs.find_rate": "integration/test_train_rates.py: through the command",
     "workflows.verbs.models": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.serve": "unit/verbs/test_cli.py: through the parser",
     "workflows.verbs.submit": "unit/verbs/test_cli.py: through the parser",

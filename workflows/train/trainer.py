@@ -66,26 +66,35 @@ def run_stage(
         with Crew(recipe.train, layout) as own:
             return run_stage(recipe, stage, layout, data_digests, on_event, own)
     index = [s.name for s in recipe.train.stages].index(stage.name)
-    start_from = layout.stage(recipe.train.stages[index - 1].name) if index else layout.initial
-    out, key = layout.stage(stage.name), stage_digest(recipe, index, data_digests)
-    checkpoints = checkpoint_folder(layout, stage.name, key)
-    job = StageJob(
-        stage=stage,
-        train=recipe.train,
-        seed=recipe.seed,
-        data=layout.data[stage.name].uri,
-        start_from=start_from.uri,
-        export_to=out.uri,
-        checkpoints=checkpoints.uri,
-        mark=json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2),
-        threads=recipe.train.cpus_per_worker,
-    )
+    out = layout.stage(stage.name)
+    checkpoints = checkpoint_folder(layout, stage.name, stage_digest(recipe, index, data_digests))
+    job = stage_job(recipe, stage, layout, data_digests, checkpoints)
     outcome = crew.run(job, f"stage {stage.name}", on_event)
     if "stopped" in outcome:
         raise WorkflowError(outcome["stopped"])
     with suppress(OSError):
         checkpoints.delete()  # only an unfinished stage needs them
     return out
+
+
+def stage_job(
+    recipe: Recipe, stage: StageRecipe, layout: Layout, data_digests: dict[str, str], checkpoints: Folder
+) -> StageJob:
+    """The job of a stage, which starts from the model before it."""
+    index = [s.name for s in recipe.train.stages].index(stage.name)
+    start_from = layout.stage(recipe.train.stages[index - 1].name) if index else layout.initial
+    key = stage_digest(recipe, index, data_digests)
+    return StageJob(
+        stage=stage,
+        train=recipe.train,
+        seed=recipe.seed,
+        data=layout.data[stage.name].uri,
+        start_from=start_from.uri,
+        export_to=layout.stage(stage.name).uri,
+        checkpoints=checkpoints.uri,
+        mark=json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2),
+        threads=recipe.train.cpus_per_worker,
+    )
 
 
 class CrewLost(RuntimeError):

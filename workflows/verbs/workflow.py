@@ -102,6 +102,10 @@ def train(a: argparse.Namespace) -> dict:
     if a.stage not in (None, *names):
         raise UsageError(f"--stage {a.stage}: the recipe's stages are {', '.join(names)}")
     console = open_console()
+    if a.find_lr:
+        from workflows.verbs.find_rate import find_rate
+
+        return find_rate(recipe, storage, console, a.stage)
     from workflows.run import train_only
 
     result = train_only(recipe, storage, console, a.stage)
@@ -168,6 +172,11 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _run_arguments(parser)
     parser.add_argument("--stage", metavar="NAME", help="only this stage")
+    parser.add_argument(
+        "--find-lr",
+        action="store_true",
+        help="train nothing: raise the learning rate step by step, and say which one the losses suggest",
+    )
 
 
 def _reshard_arguments(parser: argparse.ArgumentParser) -> None:
