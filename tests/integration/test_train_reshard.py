@@ -176,6 +176,21 @@ def test_what_is_no_run_or_has_no_checkpoint_is_named(run, tmp_path):
         reshard_run(Folder(str(there)), 3)
 
 
+def test_what_strangers_leave_there_is_named_in_one_line(run, tmp_path, capsys):
+    there = run(2, 2)
+    file = checkpoint(there) / "mp_rank_00_model_states.pt"
+    torch.save({"epoch": 3}, file)
+    about = json.loads((file.parent / WHOLE).read_text())
+    about["files"][file.name] = file.stat().st_size
+    (file.parent / WHOLE).write_text(json.dumps(about))
+    assert execute(parse(["reshard", str(there), "--workers", "3"])) == (1, None)
+    assert "is no checkpoint that this version can read: KeyError('param_shapes')" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file")
+    assert execute(parse(["reshard", str(tmp_path / "run"), "--workers", "3"])) == (1, None)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("mlmamba: reshard: ")
+
+
 def test_of_two_stages_one_must_be_named(run):
     there = run(2, 2)
     shutil.copytree(there / "checkpoints" / "full-key", there / "checkpoints" / "connector-key")

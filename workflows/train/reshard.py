@@ -11,6 +11,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pickle import UnpicklingError
 
 import torch
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -89,6 +90,8 @@ def reshard_run(
         try:
             _refuse(found, workers, run)
             made = _write(store, found, workers)
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, UnpicklingError) as error:
+            raise WorkflowError(f"{found} is no checkpoint that this version can read: {error!r}") from error
         finally:
             store.release(found)
         store.reject(found)

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from workflows.errors import UsageError
+from workflows.errors import UsageError, WorkflowError
 from workflows.verbs.verb import Verb, open_console, recipe_and_storage, recipe_argument, storage_option
 
 
@@ -123,7 +123,8 @@ def reshard(a: argparse.Namespace) -> dict:
     try:
         done = reshard_run(run, a.workers, a.stage, console.note)
     except OSError as error:
-        raise explained(error, run) from error
+        known = explained(error, run)
+        raise WorkflowError(f"reshard: {error}") if known is error else known from error
     about = {"stage": done.stage, "step": done.checkpoint.step, "made_by": done.made_by, "workers": done.workers}
     return {**about, "checkpoint": str(done.checkpoint), "bytes": done.size, "text": str(done)}
 
