@@ -83,7 +83,8 @@ class Weather:
         notice: seconds between a drain and the node's end.
         kinds: how they go, in turns: killed without a notice, drained and then killed, or terminated.
         workers: of each start of training.
-        again: steps that were taken again, by how the node before went.
+        ends: how nodes went, as training noticed it.
+        again: steps that were taken again at each new start, by why it was: how a node went, or "grown".
     """
 
     address: str
@@ -96,6 +97,7 @@ class Weather:
     seed: int = 0
     workers: list[int] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
     again: list[tuple[str, int]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -108,8 +110,11 @@ class Weather:
     def __call__(self, event: dict) -> None:
         if event["event"] == "start":
             self.workers.append(event["workers"])
-            if self.lost and len(self.again) < len(self.lost):
-                self.again.append((self.lost[-1], max(0, self.step - event["step"])))
+            if len(self.workers) > 1:
+                new = len(self.ends) < len(self.lost)
+                self.ends += self.lost[len(self.ends) :][:1]
+                how = self.ends[-1] if new else "grown"
+                self.again.append((how, max(0, self.step - event["step"])))
             all_there = event["workers"] == self.nodes and len(self.lost) < self.losses
             self._due = event["step"] + self._random.randint(1, self.within) if all_there else None
         elif event["event"] == "metrics":

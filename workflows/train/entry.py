@@ -7,6 +7,7 @@ import asyncio
 import gc
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,25 @@ class NodeTakenBack(RuntimeError):
     """Workers leave, with a checkpoint behind them, because the node of one is about to be taken back."""
 
 
+class MoreRoom(RuntimeError):
+    """Workers leave, with a checkpoint behind them, because there is room for more of them."""
+
+
+_more_room = threading.Event()
+
+
+def make_room() -> None:
+    """Runs in a worker: have it leave after the step that it is at."""
+    _more_room.set()
+
+
 def told() -> bool:
-    """In a worker: whether Ray Train has said that the node of one of the group's workers is about to be taken back.
+    """In a worker: whether the group is to leave, for one reason or the other."""
+    return _more_room.is_set() or _taken_back()
+
+
+def _taken_back() -> bool:
+    """Whether Ray Train has said that the node of one of the group's workers is about to be taken back.
 
     `ray.train.get_preemption_info` says the same, but has all workers wait for each other at every call.
     """
@@ -40,7 +58,7 @@ def run_jobs(config: dict) -> None:
     try:
         work(config["desk"], told)
     except Left as left:  # the controller does without the loop's file
-        raise NodeTakenBack(str(left)) from None
+        raise (NodeTakenBack if _taken_back() else MoreRoom)(str(left)) from None
 
 
 @contextmanager

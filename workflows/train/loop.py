@@ -48,17 +48,17 @@ from workflows.train.validation import Samples, Validation
 
 
 class Left(Exception):
-    """Raised on all workers alike, with a checkpoint behind them, when a node is taken back."""
+    """Raised on all workers alike, with a checkpoint behind them, when they have been told to leave."""
 
 
 def work(desk, told: Callable[[], bool]) -> None:
     """Do every job that the Desk has, on this worker; every worker of the group does the same ones.
 
     Args:
-        told: whether this worker has been told that a node is taken back.
+        told: whether this worker has been told that the group is to leave.
 
     Raises:
-        Left: it was so.
+        Left: it does.
     """
     import ray.train.torch
 
@@ -91,14 +91,14 @@ def train_stage(job: StageJob, rank: int, world: int, notice: Notice) -> dict:
     """Run one stage on this worker; every worker of the group does.
 
     Args:
-        notice: that a node is taken back.
+        notice: that the group is to leave.
 
     Returns:
         {"exported": True}, or {"stopped": why} when going on or trying again is of no use: the stage has diverged, or
         its storage takes no checkpoint or no model.
 
     Raises:
-        Left: a node is taken back.
+        Left: the group leaves.
     """
     torch.set_num_threads(job.threads)
     try:
@@ -237,13 +237,13 @@ class Worker:
         self.saver.save(self.engine, step, {**about, "best": self.best and self.best.saved()})
 
     def _leave(self, step: int) -> None:
-        """Write a checkpoint of this step, unless there is one, and leave the node that is taken back."""
+        """Write a checkpoint of this step, unless there is one, and leave."""
         problems = self.saver.settle()
         if not problems and step % self.config.save_every:
             self._save(step)
             problems = self.saver.settle()
         kept = problems[0] if problems else f"the checkpoint of step {step} is whole"
-        self.tell({"event": "note", "text": f"a node is taken back: {kept}"})
+        self.tell({"event": "note", "text": f"the workers leave: {kept}"})
         raise Left(f"after step {step}")
 
     def _validate(self, step: int, meter: Meter) -> str:

@@ -1,14 +1,14 @@
-"""Nodes that are lost or taken back in the midst of training: what Ray Train's controller makes of it.
+"""Nodes that come and go in the midst of training: what Ray Train's controller makes of it.
 
 A cloud takes a spot instance back with a notice of 30 s to 2 min. Whoever hears it drains the node (`ray drain-node`,
 or Ray's autoscaler), and Ray Train tells every worker. The workers then write a checkpoint at the end of the step that
 they are at, and raise NodeTakenBack, so that no step is lost. A node that is gone without a notice costs the steps
-since the last checkpoint. Either costs a restart of its own kind, not one of those for workers that fail.
+since the last checkpoint. Either costs a restart of its own kind, not one of those for workers that fail. Where there
+is room for more workers those that train leave in the same way, and a larger group takes over.
 
 Light on imports, as entry.py, and for the same reason.
 """
 
-import math
 import time
 from collections import Counter
 
@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError
 
-from workflows.train.entry import NodeTakenBack
+from workflows.train.entry import MoreRoom, NodeTakenBack, make_room
 
 _NOTICED = 45.0  # seconds in which Ray notices at the latest that a node is gone, after the first errors of its going
 BUDGETS = {"failure": "train.max_failures", "lost": "train.max_lost_nodes"}
@@ -47,6 +47,8 @@ class Restarts(FailurePolicy):
         error = training_failed_error
         if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
             return FailureDecision.RETRY  # no room for a group yet: it is looked for again
+        if all(isinstance(one, MoreRoom) for one in _causes(error).values()):
+            return FailureDecision.RETRY
         job = ray.get(self._desk.number.remote())
         if job != self._job:
             self._job, self._counts, self._unexplained = job, Counter(), 0
@@ -88,10 +90,13 @@ class OnNodesThatStay(ElasticScalingPolicy):
     dead, which Ray Train goes on counting on for 20 s. The group would wait for room there for a minute."""
 
     def make_decision_for_running_worker_group(self, worker_group_state, worker_group_status):
-        """A group grows so, and does not shrink: it leaves the node that is drained by itself, behind a checkpoint."""
+        """Nothing is done to a group that runs: it leaves by itself, behind a checkpoint, a drained node or, when it is
+        told that there is room for more, its own."""
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        shrinks = getattr(decision, "num_workers", math.inf) < worker_group_state.num_workers
-        return NoopDecision() if shrinks else decision
+        if getattr(decision, "num_workers", 0) > worker_group_state.num_workers:
+            for worker in worker_group_state.workers:
+                worker.execute_async(make_room)
+        return NoopDecision()
 
     def _count_possible_workers(self, reserved_resources) -> int:
         without = gone()

@@ -130,7 +130,7 @@ def share_of(rows: np.ndarray, rank: int, world: int, stage: StageRecipe) -> tup
 
 
 class Notice:
-    """Whether any worker has been told that a node is taken back. All ranks hear it after the same step: what each was
+    """Whether any worker has been told that the group is to leave. All ranks hear it after the same step: what each was
     told travels with the step's first sum.
 
     Args:

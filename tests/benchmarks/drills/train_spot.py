@@ -61,7 +61,8 @@ def main() -> None:
         print(
             f"{len(weather.lost)} losses, {len(disturbed.of('start'))} starts on "
             f"{weather.workers} workers, {took:.0f} s\n"
-            f"steps taken again: {sum(noticed)} after {len(noticed)} notices, {sum(killed)} after {len(killed)} kills\n"
+            f"steps taken again: {sum(noticed)} after {len(noticed)} notices and returns, {sum(killed)} after "
+            f"{len(killed)} kills\n"
             f"last loss {disturbed.losses[-1]:.7f}, {last:.1e} from the undisturbed one; at any step at most "
             f"{max(apart):.1e}; largest difference of a weight {difference(whole.weights, disturbed.weights):.1e}"
         )

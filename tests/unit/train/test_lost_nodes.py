@@ -11,7 +11,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from workflows.train import lost_nodes
-from workflows.train.entry import NodeTakenBack
+from workflows.train.entry import MoreRoom, NodeTakenBack, make_room
 from workflows.train.lost_nodes import OnNodesThatStay, Restarts
 
 AGAIN, END = FailureDecision.RETRY, FailureDecision.RAISE
@@ -19,9 +19,22 @@ BROKEN = RuntimeError("Connection closed by peer")
 
 
 @dataclass
+class Worker:
+    told: int = 0
+
+    def execute_async(self, function) -> None:
+        assert function is make_room
+        self.told += 1
+
+
+@dataclass
 class Group:
-    num_workers: int
+    workers: list[Worker]
     start_time: float = float("-inf")
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.workers)
 
 
 class Cluster:
@@ -140,16 +153,23 @@ def test_a_group_that_finds_no_room_is_tried_again_and_one_that_cannot_start_has
     assert cluster.events[0]["text"] == "the start of workers failed: ValueError: the port is taken"
 
 
-def test_a_group_leaves_a_drained_node_by_itself(cluster):
+def test_workers_that_leave_for_a_larger_group_cost_no_restart(cluster):
+    policy = Restarts(cluster, failures=0, lost=0)
+    assert policy.make_decision(failed(MoreRoom("after step 3"), MoreRoom("after step 3"))) == AGAIN
+    assert cluster.events == []
+
+
+def test_a_group_that_runs_is_told_of_room_and_leaves_by_itself(cluster):
     from ray.train import ScalingConfig
 
     policy = OnNodesThatStay(ScalingConfig(num_workers=(1, 3), resources_per_worker={"CPU": 1}))
     policy._maybe_send_resource_request = lambda: None
     policy._get_reserved_resources = lambda: {"a": {"CPU": 2.0}, "b": {"CPU": 1.0}}
-    cluster.draining = {"a"}
-    assert isinstance(policy.make_decision_for_running_worker_group(Group(2), None), NoopDecision)
-    cluster.draining, policy._latest_monitor_time = set(), float("-inf")
-    assert policy.make_decision_for_running_worker_group(Group(2), None).num_workers == 3
+    group = Group([Worker(), Worker()])
+    for draining, told in (({"a"}, 0), (set(), 1)):
+        cluster.draining, policy._latest_monitor_time = draining, float("-inf")
+        assert isinstance(policy.make_decision_for_running_worker_group(group, None), NoopDecision)
+        assert [worker.told for worker in group.workers] == [told, told]
 
 
 def test_no_worker_is_counted_on_a_node_that_is_drained_or_dead(cluster):
