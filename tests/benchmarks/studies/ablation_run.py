@@ -123,10 +123,13 @@ class Remembered(nn.Module):
     def __init__(self, encoder: VisionEncoder):
         super().__init__()
         self.encoder = encoder
-        self.grid, self.channels = encoder.grid, encoder.channels
+        self.grid, self.channels, self.patch = encoder.grid, encoder.channels, encoder.patch
         self.weights = hashlib.sha256(b"".join(_bytes(value) for value in encoder.state_dict().values())).digest()
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def grids(self, _: None) -> tuple[int, int]:
+        return self.grid
+
+    def forward(self, pixels: Tensor, _: None = None) -> Tensor:
         """uint8 (n, 3, s, s) -> (n, N, channels)."""
         return torch.stack([self._read(one) for one in pixels])
 
