@@ -97,8 +97,8 @@ class StageRecipe(StrictModel):
     stage's start every row is read to count them."""
     keep_features: Annotated[Literal["never", "auto", "always"], Decides.NOTHING] = "never"
     """Keep what a frozen encoder gives for each image beside the shards, and do not compute it again: `always`, or with
-    `auto` where images are shown twice or more on average and the features take no more than half of the disk's free
-    room. The same losses but for rounding. Not with a training encoder or `augment`, which change what would be
+    `auto` where each record's images are shown twice or more and the features take no more than half of the disk's
+    free room. The same losses but for rounding. Not with a training encoder or `augment`, which change what would be
     kept."""
     best: Annotated[BestRecipe | None, Decides.WHEN_SET] = None
     """Take the step that is best on the validation split; absent: the last one."""

@@ -44,7 +44,7 @@ class Pays:
     """Whether features are worth keeping."""
 
     passes: float
-    """How often an image is shown on average."""
+    """How often a record's image is shown on average."""
     bytes: int
     """All features."""
     free: int
@@ -52,7 +52,7 @@ class Pays:
 
     @property
     def why_not(self) -> str:
-        """ "" where they are."""
+        """Empty where they are."""
         if self.passes < _LEAST_PASSES:
             return f"an image is shown {self.passes:.2g} times"
         if self.bytes > _MOST_OF_DISK * self.free:
@@ -111,17 +111,18 @@ def keep_features(
     if why := _impossible(model, data, stage):
         return _without(wish, why, say)
     folder = Path(data) / "features"
-    digests = _digests(datasets)
-    pays = _pays(model, datasets[0], len(digests), stage, train, folder)
-    agreed = [pays.why_not if wish == "auto" else ""]
+    each = model.vision.grid[0] * model.vision.grid[1] * model.vision.channels * (2 if train.precision == "bf16" else 4)
+    agreed = [_pays(each, datasets[0], stage, folder).why_not if wish == "auto" else ""]
     dist.broadcast_object_list(agreed)
     if agreed[0]:
         return _without(wish, agreed[0], say)
+    digests = _digests(datasets)
     folder /= _key(model, datasets[0], digests, train)
     there = [(folder / INDEX).exists()]
     dist.broadcast_object_list(there)
     if not there[0]:
-        say(f"computing the features of {len(digests):,} images ({pays.bytes / 1e6:,.0f} MB), which are kept ...")
+        size = len(digests) * each / 1e6
+        say(f"computing the features of {len(digests):,} images ({size:,.0f} MB), which are kept ...")
         problem = _make(model, datasets, digests, folder, train, rank, world)
         problems = [problem] * world
         dist.all_gather_object(problems, problem)
@@ -163,11 +164,11 @@ def _row(dataset: PackedDataset, index: int) -> list[bytes]:
     return [image_digest(image) for image in dataset[index].images]
 
 
-def _pays(model, dataset: PackedDataset, images: int, stage: StageRecipe, train: TrainRecipe, folder: Path) -> Pays:
+def _pays(each: int, dataset: PackedDataset, stage: StageRecipe, folder: Path) -> Pays:
+    """From the manifest alone, which counts an image as often as records show it; no corpus is read to decide."""
     split = dataset.manifest.splits["train"]
     shown = total_steps(stage, split.rows) * stage.batch_rows * split.images / max(1, split.rows)
-    each = model.vision.grid[0] * model.vision.grid[1] * model.vision.channels * (2 if train.precision == "bf16" else 4)
-    return Pays(shown / max(1, images), images * each, shutil.disk_usage(folder.parent).free)
+    return Pays(shown / max(1, split.images), split.images * each, shutil.disk_usage(folder.parent).free)
 
 
 def _encoder(model, train: TrainRecipe) -> dict:

@@ -116,7 +116,7 @@ def test_another_encoder_other_images_and_another_precision_have_others(model, t
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"steps": 1}, "an image is shown 0.5 times"),
+        ({"steps": 1}, "an image is shown 0.25 times"),
         ({"trains": ["connector", "vision"]}, "images or encoder change"),
         ({"augment": {"flip": True}}, "images or encoder change"),
     ],
