@@ -8,7 +8,7 @@ from tests.helpers.weather import Weather, sky
 from workflows.train import trainer
 
 pytestmark = pytest.mark.slow
-STAGE = {"steps": 150, "batch_rows": 8}
+STAGE = {"steps": 300, "batch_rows": 8}
 
 
 def test_a_killed_node_and_two_that_are_taken_back_change_nothing(tmp_path, monkeypatch):

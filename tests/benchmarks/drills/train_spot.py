@@ -25,8 +25,8 @@ def main() -> None:
     """Train undisturbed, then with losses, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--back", type=float, default=20.0, help="seconds until another node comes, at most")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--back", type=float, default=10.0, help="seconds until another node comes, at most")
     parser.add_argument("--notice", type=float, default=20.0, help="seconds of notice")
     parser.add_argument("--save-every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
