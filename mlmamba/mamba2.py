@@ -62,6 +62,8 @@ class Mamba2Mixer(SelectiveScan):
         zxBCdt = scaled(self.in_proj(x), self.sizes, self.factors)
         if state is mask is None and self.fusible and ops.fuses(zxBCdt, self.conv_dim, self.conv1d.kernel_size[0]):
             return self._fused(zxBCdt, seq_idx, keep_state)
+        if seq_idx is None and self.between is not None and self.between.compiled and not torch.is_grad_enabled():
+            return self._read(zxBCdt, state, mask, keep_state)
         z, xBC, dt = zxBCdt.split([self.inner, self.conv_dim, self.heads], dim=-1)
         y, state = self.scan(xBC, dt, state, mask, seq_idx, keep_state)
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
@@ -83,6 +85,19 @@ class Mamba2Mixer(SelectiveScan):
             return y[:, 0], state
         y = self.between(scaled(self.in_proj(x), self.sizes, self.factors), state.conv, state.ssm, slots)
         return times(self.out_proj(y), self.out_factor), state
+
+    def _read(self, zxBCdt: Tensor, state: LayerState | None, mask: Tensor | None, keep_state: bool):
+        """`forward` after in_proj, on a CPU for which the step is compiled: a state in the nearest cache takes the
+        tokens one by one in less time than in chunks."""
+        if state is None:
+            rows, between = len(zxBCdt), self.between
+            conv = zxBCdt.new_zeros(rows, len(between.taps) - 1, self.conv_dim)
+            ssm = zxBCdt.new_zeros(rows, self.heads, self.inner // self.heads, self.state_size, dtype=torch.float32)
+        else:
+            conv, ssm = (t.clone(memory_format=torch.contiguous_format) for t in (state.conv, state.ssm))
+            conv = conv.to(zxBCdt.dtype)
+        y = self.between.read(zxBCdt, conv, ssm, mask)
+        return times(self.out_proj(y), self.out_factor), LayerState(conv, ssm) if keep_state else None
 
     def _fused(self, zxBCdt: Tensor, seq_idx: Tensor | None, keep_state: bool):
         """`forward` after in_proj, from the start of sequences without padding: how a GPU trains and reads prompts."""

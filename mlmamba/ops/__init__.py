@@ -230,7 +230,7 @@ def between(mixer, make: bool) -> tuple[Between, str]:
     if own.taps.dtype not in compiled.DTYPES:
         return own, f"torch: nothing is compiled for {str(own.taps.dtype).removeprefix('torch.')}"
     try:
-        own.compiled = compiled.operators(make).between
+        own.compiled = compiled.operators(make).block
     except compiled.NotCompiled as problem:
         return own, f"torch: {problem}"
     return own, "compiled"

@@ -24,6 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 """Of the tensors that the operators take."""
 
 
+_failed: dict[Path, str] = {}
+"""Why a file could not be made; it is not tried again by this process."""
+
+
 class NotCompiled(Exception):
     """Why there is no compiled code, in one line."""
 
@@ -35,7 +39,7 @@ def folder() -> Path:
 
 
 def operators(make: bool):
-    """The operators `between`, `add_norm` and `int8_linear`.
+    """The operators `block`, `add_norm` and `int8_linear`.
 
     Args:
         make: compile them where they are not there yet; else they are only looked for.
@@ -45,9 +49,15 @@ def operators(make: bool):
     """
     path = library()
     if not path.exists():
+        if path in _failed:  # every layer asks
+            raise NotCompiled(_failed[path])
         if not make:
             raise NotCompiled(f"nothing was compiled for this processor yet (in {folder()})")
-        _compile(path)
+        try:
+            _compile(path)
+        except NotCompiled as error:
+            _failed[path] = str(error)
+            raise
     return _loaded(path)
 
 

@@ -1,5 +1,5 @@
-// What a CPU does to one token of each sequence, beside products in float32 and bfloat16, which oneDNN makes:
-// the part of a Mamba-2 block between its projections, sum and norm, and products with int8 weights.
+// What a CPU does to tokens, beside products in float32 and bfloat16, which oneDNN makes: the part of a Mamba-2 block
+// between its projections, sum and norm, and products with int8 weights.
 //
 // compiled.py builds this for the processor that it runs on; step.py and packed.py have the same in plain torch, which
 // the tests compare it with. All arithmetic is float32 whatever the tensors are kept in. Shapes as in step.py:
@@ -60,23 +60,22 @@ struct Sizes {
   int64_t inner, channels, heads, head_dim, state, groups, taps;
 };
 
-// Convolution and SiLU of one row: new inputs x (d) and the last ones (w-1, d), which move up by one.
+// Convolution and SiLU of one token in some of the channels: new inputs x and the last ones (w-1), which move up by one.
+// From one tap to the next it is `stride` numbers, in the taps and in the last inputs.
 template <typename T>
-void convolve(const T* x, T* past, const float* taps, const float* bias, float* out, int64_t channels, int64_t width) {
+void convolve(const T* x, T* past, const float* taps, const float* bias, float* out, int64_t channels, int64_t width,
+              int64_t stride) {
   float buffer[W];
   for (int64_t c = 0; c < channels; c += W) {
     const int64_t count = std::min(W, channels - c);
     Vec sum = load(bias + c, count);
     for (int64_t j = 0; j < width; ++j) {
-      const T* input = j + 1 < width ? past + j * channels + c : x + c;
+      const T* input = j + 1 < width ? past + j * stride + c : x + c;
       widen(input, buffer, count);
-      sum = at::vec::fmadd(load(buffer, count), load(taps + j * channels + c, count), sum);
+      sum = at::vec::fmadd(load(buffer, count), load(taps + j * stride + c, count), sum);
+      if (j > 0) std::copy(input, input + count, past + (j - 1) * stride + c);
     }
     store(silu(sum), out + c, count);
-  }
-  if (width > 1) {
-    std::copy(past + channels, past + (width - 1) * channels, past);
-    std::copy(x, x + channels, past + (width - 2) * channels);
   }
 }
 
@@ -97,37 +96,46 @@ void scan(float* state, const float* x, const float* B, const float* C, float de
   }
 }
 
+// Tokens (b, l, width) of which the first lengths[r] of each row count, all where there are no lengths.
 template <typename T>
-void between_rows(const Tensor& zxBCdt, Tensor& conv, Tensor& ssm, const float* taps, const float* bias,
-                  const float* A, const float* dt_bias, const float* D, const float* weight, double eps,
-                  int64_t norm_groups, double low, double high, const Sizes& s, Tensor& out) {
-  const int64_t b = zxBCdt.size(0), width = zxBCdt.size(1), parts = s.inner / norm_groups;
+void block_rows(const Tensor& zxBCdt, Tensor& conv, Tensor& ssm, const int64_t* lengths, const float* taps,
+                const float* bias, const float* A, const float* dt_bias, const float* D, const float* weight,
+                double eps, int64_t norm_groups, double low, double high, const Sizes& s, Tensor& out) {
+  const int64_t b = zxBCdt.size(0), l = zxBCdt.size(1), width = zxBCdt.size(2), parts = s.inner / norm_groups;
   const T* given = zxBCdt.const_data_ptr<T>();
   T *past = conv.mutable_data_ptr<T>(), *result = out.mutable_data_ptr<T>();
   float* states = ssm.mutable_data_ptr<float>();
-  std::vector<float> mixed(b * s.channels), y(b * s.inner);
-  at::parallel_for(0, b, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      convolve(given + r * width + s.inner, past + r * (s.taps - 1) * s.channels, taps, bias,
-               mixed.data() + r * s.channels, s.channels, s.taps);
+  const auto length = [&](int64_t r) { return lengths == nullptr ? l : std::min(l, lengths[r]); };
+  std::vector<float> mixed(b * l * s.channels), y(b * l * s.inner, 0.f);
+  constexpr int64_t CHANNELS = 256;  // of one piece of work
+  const int64_t pieces = (s.channels + CHANNELS - 1) / CHANNELS;
+  at::parallel_for(0, b * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / pieces, c = i % pieces * CHANNELS, count = std::min(CHANNELS, s.channels - c);
+      for (int64_t t = 0; t < length(r); ++t)
+        convolve(given + (r * l + t) * width + s.inner + c, past + r * (s.taps - 1) * s.channels + c, taps + c,
+                 bias + c, mixed.data() + (r * l + t) * s.channels + c, count, s.taps, s.channels);
+    }
   });
   at::parallel_for(0, b * s.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t r = i / s.heads, h = i % s.heads, shared = h / (s.heads / s.groups) * s.state;
-      const float raw = static_cast<float>(given[r * width + s.inner + s.channels + h]) + dt_bias[h];
-      float dt = raw > 20.f ? raw : std::log1p(std::exp(raw));
-      dt = std::min(std::max(dt, static_cast<float>(low)), static_cast<float>(high));
-      const float *x = mixed.data() + r * s.channels, *B = x + s.inner + shared, *C = B + s.groups * s.state;
-      scan(states + i * s.head_dim * s.state, x + h * s.head_dim, B, C, std::exp(dt * A[h]), dt, D[h],
-           y.data() + i * s.head_dim, s);
+      for (int64_t t = r * l; t < r * l + length(r); ++t) {
+        const float raw = static_cast<float>(given[t * width + s.inner + s.channels + h]) + dt_bias[h];
+        float dt = raw > 20.f ? raw : std::log1p(std::exp(raw));
+        dt = std::min(std::max(dt, static_cast<float>(low)), static_cast<float>(high));
+        const float *x = mixed.data() + t * s.channels, *B = x + s.inner + shared, *C = B + s.groups * s.state;
+        scan(states + i * s.head_dim * s.state, x + h * s.head_dim, B, C, std::exp(dt * A[h]), dt, D[h],
+             y.data() + t * s.inner + h * s.head_dim, s);
+      }
     }
   });
-  at::parallel_for(0, b * norm_groups, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, b * l * norm_groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> z(parts);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i / norm_groups, first = i % norm_groups * parts;
+      const int64_t t = i / norm_groups, first = i % norm_groups * parts;
       float* gated = y.data() + i * parts;
-      widen(given + r * width + first, z.data(), parts);
+      widen(given + t * width + first, z.data(), parts);
       for (int64_t k = 0; k < parts; k += W)
         store(load(gated + k, parts - k) * silu(load(z.data() + k, parts - k)), gated + k, parts - k);
       const Vec scale(inverse_rms(gated, parts, eps));
@@ -138,25 +146,30 @@ void between_rows(const Tensor& zxBCdt, Tensor& conv, Tensor& ssm, const float* 
   });
 }
 
-// As `Between` of step.py, on the first b of the states, which are written over. Constants are float32.
-Tensor between(const Tensor& zxBCdt, Tensor conv, Tensor ssm, const Tensor& taps, const Tensor& bias, const Tensor& A,
-               const Tensor& dt_bias, const Tensor& D, const Tensor& weight, double eps, int64_t groups,
-               int64_t norm_groups, double low, double high) {
+// What `Between` of step.py does to a token, for l tokens of each row one after the other, of which the first
+// `lengths` (b,) count: (b, l, e + d + h) -> (b, l, e). The first b of the states are written over. Constants are
+// float32. A row's result has the same bits whatever stands beside it and however its tokens are cut into calls.
+Tensor block(const Tensor& zxBCdt, Tensor conv, Tensor ssm, const std::optional<Tensor>& lengths, const Tensor& taps,
+             const Tensor& bias, const Tensor& A, const Tensor& dt_bias, const Tensor& D, const Tensor& weight,
+             double eps, int64_t groups, int64_t norm_groups, double low, double high) {
   const Sizes s{weight.size(0), bias.size(0), A.size(0), ssm.size(2), ssm.size(3), groups, taps.size(0)};
   const int64_t b = zxBCdt.size(0);
   TORCH_CHECK(zxBCdt.scalar_type() == conv.scalar_type() && is_known(zxBCdt) && ssm.scalar_type() == at::kFloat,
-              "between takes float32 or bfloat16 inputs of one kind, and float32 states");
-  TORCH_CHECK(zxBCdt.is_contiguous() && conv.is_contiguous() && ssm.is_contiguous(), "between takes contiguous tensors");
-  TORCH_CHECK(zxBCdt.size(1) == s.inner + s.channels + s.heads && s.inner == s.heads * s.head_dim &&
-                  s.channels == s.inner + 2 * groups * s.state && conv.size(0) >= b && conv.size(1) == s.taps - 1 &&
-                  conv.size(2) == s.channels && ssm.size(0) >= b && ssm.size(1) == s.heads,
-              "between: sizes do not go together");
-  Tensor out = at::empty({zxBCdt.size(0), s.inner}, zxBCdt.options());
+              "block takes float32 or bfloat16 inputs of one kind, and float32 states");
+  TORCH_CHECK(zxBCdt.is_contiguous() && conv.is_contiguous() && ssm.is_contiguous(), "block takes contiguous tensors");
+  TORCH_CHECK(zxBCdt.dim() == 3 && zxBCdt.size(2) == s.inner + s.channels + s.heads &&
+                  s.inner == s.heads * s.head_dim && s.channels == s.inner + 2 * groups * s.state &&
+                  conv.size(0) >= b && conv.size(1) == s.taps - 1 && conv.size(2) == s.channels && ssm.size(0) >= b &&
+                  ssm.size(1) == s.heads,
+              "block: sizes do not go together");
+  TORCH_CHECK(!lengths || (lengths->scalar_type() == at::kLong && lengths->is_contiguous() && lengths->size(0) == b),
+              "block: lengths are one int64 a row");
+  Tensor out = at::empty({b, zxBCdt.size(1), s.inner}, zxBCdt.options());
   const auto run = [&](auto* kind) {
-    between_rows<std::remove_pointer_t<decltype(kind)>>(
-        zxBCdt, conv, ssm, taps.const_data_ptr<float>(), bias.const_data_ptr<float>(), A.const_data_ptr<float>(),
-        dt_bias.const_data_ptr<float>(), D.const_data_ptr<float>(), weight.const_data_ptr<float>(), eps, norm_groups,
-        low, high, s, out);
+    block_rows<std::remove_pointer_t<decltype(kind)>>(
+        zxBCdt, conv, ssm, lengths ? lengths->const_data_ptr<int64_t>() : nullptr, taps.const_data_ptr<float>(),
+        bias.const_data_ptr<float>(), A.const_data_ptr<float>(), dt_bias.const_data_ptr<float>(),
+        D.const_data_ptr<float>(), weight.const_data_ptr<float>(), eps, norm_groups, low, high, s, out);
   };
   zxBCdt.scalar_type() == at::kFloat ? run(static_cast<float*>(nullptr)) : run(static_cast<at::BFloat16*>(nullptr));
   return out;
@@ -293,7 +306,7 @@ float product(const int8_t* weight, int64_t k, const int16_t* x) {
 }
 
 // Rows of weights (outs <= 16, k) with all of inputs (m, padded): (m, 16).
-void block(const int8_t* weight, int64_t outs, int64_t k, const int16_t* x, int64_t m, int64_t padded, float* sums) {
+void tile(const int8_t* weight, int64_t outs, int64_t k, const int16_t* x, int64_t m, int64_t padded, float* sums) {
   int64_t r = 0;
 #ifdef MLMAMBA_VNNI
   if (outs == BLOCK) {
@@ -342,7 +355,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale) {
       std::vector<float> sums(m * BLOCK);
       for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, o); first += BLOCK) {
         const int64_t outs = std::min(BLOCK, o - first);
-        block(weights + first * k, outs, k, whole.data(), m, padded, sums.data());
+        tile(weights + first * k, outs, k, whole.data(), m, padded, sums.data());
         for (int64_t r = 0; r < m; ++r)
           for (int64_t q = 0; q < outs; ++q)
             result[r * o + first + q] = static_cast<T>(sums[r * BLOCK + q] * unit[r] * scales[first + q]);
@@ -357,14 +370,15 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale) {
 
 TORCH_LIBRARY(mlmamba, m) {
   m.def(
-      "between(Tensor zxBCdt, Tensor(a!) conv, Tensor(b!) ssm, Tensor taps, Tensor bias, Tensor A, Tensor dt_bias, "
-      "Tensor D, Tensor weight, float eps, int groups, int norm_groups, float low, float high) -> Tensor");
+      "block(Tensor zxBCdt, Tensor(a!) conv, Tensor(b!) ssm, Tensor? lengths, Tensor taps, Tensor bias, Tensor A, "
+      "Tensor dt_bias, Tensor D, Tensor weight, float eps, int groups, int norm_groups, float low, float high) -> "
+      "Tensor");
   m.def("add_norm(Tensor y, Tensor? residual, Tensor weight, float eps, bool wide) -> (Tensor, Tensor)");
   m.def("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mlmamba, CPU, m) {
-  m.impl("between", between);
+  m.impl("block", block);
   m.impl("add_norm", add_norm);
   m.impl("int8_linear", int8_linear);
 }

@@ -40,7 +40,7 @@ class Between:
     state_size: int
     dt_limit: tuple[float, float]
     compiled: Callable[..., Tensor] | None = None
-    """`between` of `compiled.operators`, where they are there."""
+    """`block` of `compiled.operators`, where they are there."""
     kernels: Callable[..., Tensor] | None = None
     """`cuda.between`, where the kernels import."""
     sizes: tuple[int, int, int] = field(init=False)
@@ -101,8 +101,18 @@ class Between:
             ssm.index_copy_(0, slots.long(), rows[1])
             return y
         if self.compiled is not None and self._fits(zxBCdt, conv, ssm):
-            return self.compiled(zxBCdt, conv, ssm, *self.constants)
+            return self.compiled(zxBCdt[:, None], conv, ssm, None, *self.constants)[:, 0]
         return self._plain(zxBCdt, conv, ssm)
+
+    def read(self, zxBCdt: Tensor, conv: Tensor, ssm: Tensor, mask: Tensor | None) -> Tensor:
+        """Several tokens of each row, one after the other, by the compiled code: (b, l, e + d + h) -> (b, l, e).
+
+        Args:
+            conv, ssm: as above, contiguous; written over.
+            mask: (b, l) bool, True and then False at padding, or None.
+        """
+        lengths = None if mask is None else mask.sum(1)
+        return self.compiled(zxBCdt.contiguous(), conv, ssm, lengths, *self.constants)
 
     def _fits(self, zxBCdt: Tensor, conv: Tensor, ssm: Tensor) -> bool:
         """Whether the tensors are of the kind that the compiled code takes, which refuses others."""

@@ -183,7 +183,7 @@ def test_the_compiled_step_is_the_step(dtype, heads, head_dim, state_size, group
     kept = [t.to(dtype) if i in (0, 1, 5) else t for i, t in enumerate(made)]
     own = step.Between(*kept, *rest)
     truth = step.Between(*(t.float() for t in kept), *rest)
-    own.compiled = compiled.operators(make=False).between
+    own.compiled = compiled.operators(make=False).block
     given = torch.randn(rows, inner + channels + heads).to(dtype)
     conv, ssm = torch.randn(rows + 2, taps - 1, channels).to(dtype), torch.randn(rows + 2, heads, head_dim, state_size)
     wide = conv[:rows].float().clone(), ssm[:rows].clone()
@@ -196,6 +196,32 @@ def test_the_compiled_step_is_the_step(dtype, heads, head_dim, state_size, group
     assert torch.equal(conv[:rows].float(), wide[0])
     assert torch.equal(conv[rows:], spare[0])
     assert torch.equal(ssm[rows:], spare[1])
+
+
+@torch.inference_mode()
+def test_a_prompt_read_by_the_compiled_step_has_the_same_state_and_bits_however_it_is_cut(larger, cache, monkeypatch):
+    plain = copy.deepcopy(larger)
+    monkeypatch.setenv("MLMAMBA_CACHE", str(cache))
+    assert prepare(larger).decoding == "compiled"
+    ids = torch.cat([prompt(30, seed=i) for i in range(3)])
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    mask[2, 20:] = 0
+    found, truth = (model(ids, attention_mask=mask, use_cache=True) for model in (larger, plain))
+    assert_close(found.logits[mask.bool()], truth.logits[mask.bool()], 1e-5)
+    mixer = larger.language_model.backbone.layers[1].mixer
+    given = torch.randn(3, 30, mixer.in_proj.out_features)
+    whole, state = (
+        mixer.between.read,
+        [t[:1].repeat(3, *[1] * (t.ndim - 1)) for t in found.cache_params.layers[1].parts],
+    )
+    once = [t.clone() for t in state]
+    y = whole(given, *once, mask.bool().sort(1, descending=True).values)
+    for row in range(3):
+        length, own = int(mask[row].sum()), [t[row : row + 1].clone() for t in state]
+        pieces = [whole(piece, *own, None) for piece in given[row : row + 1, :length].split(7, 1)]
+        assert torch.equal(torch.cat(pieces, 1), y[row : row + 1, :length])
+        assert all(torch.equal(t, one[row : row + 1]) for t, one in zip(own, once, strict=True))
 
 
 def test_compiled_sums_norms_and_int8_products_take_any_shape_and_refuse_what_does_not_fit(cache, monkeypatch):
@@ -232,9 +258,9 @@ def test_compiled_sums_norms_and_int8_products_take_any_shape_and_refuse_what_do
         own.int8_linear(torch.randn(1, 4), weight, scale.float())
     with pytest.raises(RuntimeError, match="of one kind"):
         own.add_norm(torch.randn(1, 4).half(), None, torch.ones(4).half(), 1e-5, True)
-    tensors = torch.ones(1, 7), torch.ones(1, 1, 3), torch.ones(1, 1, 1, 1), torch.ones(2, 3), *[torch.ones(3)] * 5
-    with pytest.raises(RuntimeError, match="between: sizes do not go together"):
-        own.between(*tensors, 1e-5, 1, 1, 0.0, 1.0)
+    tensors = torch.ones(1, 1, 7), torch.ones(1, 1, 3), torch.ones(1, 1, 1, 1), None, torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="block: sizes do not go together"):
+        own.block(*tensors, *[torch.ones(3)] * 5, 1e-5, 1, 1, 0.0, 1.0)
 
 
 def test_without_a_compiler_decoding_runs_in_torch_and_says_why(larger, tmp_path, monkeypatch):
