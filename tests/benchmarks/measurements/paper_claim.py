@@ -11,6 +11,9 @@ after the other (measured once), and the new tokens, by the time of one in the m
 answer, after a prompt of made-up keys and values or a state; `--rounds` of these give the median, and the
 lowest and highest ratio. CPU seconds. Where the Transformer's keys and values would take over `--memory` bytes nothing
 is measured. The encoder, which is the same for both, is left out.
+
+Mind that torch's attention of one query reads keys and values at a fraction of the memory's rate on a CPU, most of all
+in bfloat16: what this prints for long prompts and large batches says as much of that as of Transformers.
 """
 
 import argparse
