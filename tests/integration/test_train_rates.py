@@ -13,7 +13,10 @@ pytestmark = pytest.mark.slow
 
 def test_a_ramp_suggests_a_rate_and_trains_nothing(tmp_path):
     write_corpus(tmp_path)
-    file = write_recipe(tmp_path / "tiny.yaml", recipe(tmp_path))
+    content = recipe(tmp_path)
+    # The connector alone, before a language model that knows nothing, learns at no rate; so the stage that trains both.
+    alone = content | {"train": content["train"] | {"stages": content["train"]["stages"][-1:]}}
+    file = write_recipe(tmp_path / "tiny.yaml", alone)
     storage = tmp_path / "storage"
     done = mlmamba("train", file, "--find-lr", "--storage", storage, "--json")
     assert done.returncode == 0, done.stderr
@@ -24,7 +27,8 @@ def test_a_ramp_suggests_a_rate_and_trains_nothing(tmp_path):
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     assert [one.path.startswith("find-lr/") for one in client.list_artifacts(found["run_id"], "find-lr")] == [True]
     assert not list(storage.rglob("stage.json"))
-    names = [stage["name"] for stage in recipe(tmp_path)["train"]["stages"]]
-    later = mlmamba("train", file, "--find-lr", "--stage", names[-1], "--storage", storage)
+    names = [stage["name"] for stage in content["train"]["stages"]]
+    whole = write_recipe(tmp_path / "whole.yaml", content)
+    later = mlmamba("train", whole, "--find-lr", "--stage", names[-1], "--storage", storage)
     assert later.returncode != 0
     assert f"stage {names[-1]} starts from stage {names[-2]}, which is not trained yet" in later.stderr
