@@ -75,7 +75,8 @@ def connect_ray(verbose: bool = False, say: Callable[[str], None] = lambda text:
         logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-_KEPT_FREE = 64 * 2**20
+_KEPT_FREE = 32 * 2**20
+_LOOK = 2.0  # seconds
 
 
 class FreedMemory:
@@ -83,21 +84,20 @@ class FreedMemory:
     process would stay as large as its largest request made it."""
 
     def __init__(self):
-        self._least, self._coming = _resident(), False
+        self._started_with, self._coming = _resident(), False
 
     def give_back_soon(self) -> None:
-        """Look a second from now, in a thread, whether the process has grown by 64 MiB, and give back what is free.
-        Called on an event loop, after a request."""
+        """Two seconds from now, in a thread, give back what is free where the process has grown by 32 MiB or more: some
+        5 ms each time. Called on an event loop, after a request."""
         if not self._coming:
             self._coming = True
             loop = asyncio.get_running_loop()
-            loop.call_later(1, loop.run_in_executor, None, self._give_back)
+            loop.call_later(_LOOK, loop.run_in_executor, None, self._give_back)
 
     def _give_back(self) -> None:
         self._coming = False
-        if _resident() - self._least >= _KEPT_FREE:
+        if _resident() - self._started_with >= _KEPT_FREE:
             release_freed()
-            self._least = _resident()
 
 
 def release_freed() -> None:

@@ -19,7 +19,10 @@ from workflows.serve.options import ROOT_PATH, Limits
 from workflows.serve.swap import SwapOptions
 
 _BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_ALWAYS_ROOM = 32  # calls beyond batch, queue and arriving bodies that reach the replica: health checks, and refusals
+_ALWAYS_ROOM = 2048
+"""Calls beyond batch, queue and arriving bodies that reach the replica: health checks, refusals, and bodies that are
+given up as soon as newer ones arrive. A call that finds no room waits in Ray Serve's router, which looks for some ever
+less often: with room for 32, five hundred half-sent bodies kept a health check waiting for 20 s."""
 
 
 class Autoscaling(StrictModel):
