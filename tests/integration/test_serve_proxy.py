@@ -111,3 +111,17 @@ def test_a_body_over_the_limit_is_refused_by_the_proxy(proxied):
     connection.endheaders()
     assert connection.getresponse().status == 413
     connection.close()
+
+
+def test_a_flood_from_one_address_is_refused_by_the_proxy(proxied):
+    base, trusting, _ = proxied
+    host, path = base.removeprefix("https://").split("/", 1)
+    connection, seen = http.client.HTTPSConnection(host, context=trusting, timeout=60), []
+    for _ in range(400):
+        connection.request("GET", f"/{path}/healthz")
+        reply = connection.getresponse()
+        reply.read()
+        seen.append(reply.status)
+    connection.close()
+    assert set(seen) == {200, 429}
+    assert seen.count(200) >= 50
