@@ -277,7 +277,10 @@ class Mamba2Backbone(nn.Module):
             else:
                 x, layer_state = layer(x, before, mask, seq_idx, keep_state)
             after += layer.as_list(layer_state)
-        x = self._last_norm(*x)[0] if isinstance(x, tuple) else self.norm_f(x)
+        if isinstance(x, tuple):  # the last norm is called as a module: it may be on another GPU than the last block
+            y, stream = x
+            x = stream + y
+        x = self.norm_f(x)
         x = times(x.to(self.embeddings.weight.dtype), 1 / self.scale_out)
         x = x if mask is None else _reorder(x, torch.argsort(order, dim=1))
         return x, MambaState(after) if keep_state else None
@@ -303,11 +306,9 @@ class Mamba2Backbone(nn.Module):
         for layer in self.layers:
             y, stream, state = layer.step(y, stream, layer.own_state(left), slots)
             after += layer.as_list(state)
-        return times(self._last_norm(y, stream)[0], 1 / self.scale_out), after
-
-    def _last_norm(self, y: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         last = self.layers[-1]
-        return last.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, last.residual_in_fp32)
+        x, _ = last.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, last.residual_in_fp32)
+        return times(x, 1 / self.scale_out), after
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
