@@ -31,3 +31,13 @@ def neox():
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(NEOX), eos_token=end, pad_token=end, unk_token=end)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    """A process group of one."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -33,9 +33,17 @@ class NotCompiled(Exception):
 
 
 def folder() -> Path:
-    """Where compiled code is kept: MLMAMBA_CACHE, or mlmamba in the user's cache folder."""
-    own = os.environ.get("MLMAMBA_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlmamba"
+    """Where compiled code is kept: MLMAMBA_CACHE, or mlmamba in the user's cache folder.
+
+    Raises:
+        NotCompiled: the user has no home, as in containers that run under any number.
+    """
+    if own := os.environ.get("MLMAMBA_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlmamba"
+    except RuntimeError as error:
+        raise NotCompiled("the user has no home folder to keep compiled code in; set MLMAMBA_CACHE") from error
 
 
 def operators(make: bool):

@@ -188,7 +188,7 @@ class Worker:
         meter = Meter(self.stage.batch_rows * self.dataset.manifest.max_tokens)
         self.engine.train()
         order = step_indices(self.dataset, self.job.seed, self.stage.batch_rows, 0, 1, self.done)
-        stream = prefetch(self._read, zip(count(self.done + 1), order), self.job.threads)
+        stream = prefetch(self.read, zip(count(self.done + 1), order), self.job.threads)
         try:
             for step, micro_batches in zip(range(self.done + 1, self.steps + 1), stream, strict=False):
                 if self.best and self.best.waited:  # also where the checkpoint was of the last step before
@@ -206,7 +206,7 @@ class Worker:
         self.saver.settle()  # a checkpoint that could not be written matters no more
         return self._export()
 
-    def _read(self, item: tuple[int, np.ndarray]) -> list[MicroBatch]:
+    def read(self, item: tuple[int, np.ndarray]) -> list[MicroBatch]:
         """This worker's micro batches of a step, of its number and all its rows."""
         step, rows = item
         own, counts = share_of(rows, self.rank, self.world, self.stage)

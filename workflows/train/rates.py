@@ -100,7 +100,7 @@ class RateSearch:
             group["lr"] / max(g["lr"] for g in engine.optimizer.param_groups) for group in engine.optimizer.param_groups
         ]
         order = step_indices(worker.dataset, self.job.seed, stage.batch_rows, 0, 1)
-        stream = prefetch(worker._read, zip(count(1), order, strict=False), self.job.threads)
+        stream = prefetch(worker.read, zip(count(1), order, strict=False), self.job.threads)
         engine.train()
         try:
             for step, micro_batches in zip(range(1, STEPS + 1), stream, strict=False):

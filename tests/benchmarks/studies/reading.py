@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from mlmamba.presets import preset
+from tests.benchmarks.studies.recall import train
 
 IMAGE, DIGITS, PLATES, FIRST, PLATE, CELL = 1, 10, 2, 2, 16, 32
 SIDES = (96, 160, 320, 640)
@@ -104,22 +105,12 @@ def logits_of_answers(model, images: dict, ids: torch.Tensor) -> torch.Tensor:
     return out[:, ::2, FIRST : FIRST + DIGITS]
 
 
-def train(model, pages: Pages, steps: int, batch: int, rate: float, say) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        side = pages.any_side(step / steps)
-        count = max(2, round(batch * min(1, (2 * SIDES[0] / side) ** 2)))  # large pages are fewer in a step
-        images, ids, answers = pages.batch(count, side, model.image_layout)
-        loss = F.cross_entropy(logits_of_answers(model, images, ids).flatten(0, 1), answers.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 50 == 49:
-            say(step + 1, loss.item())
+def loss_of(model, pages: Pages, share: float, batch: int) -> torch.Tensor:
+    """Of one batch, `share` of the training being over; large pages are fewer in it."""
+    side = pages.any_side(share)
+    count = max(2, round(batch * min(1, (2 * SIDES[0] / side) ** 2)))
+    images, ids, answers = pages.batch(count, side, model.image_layout)
+    return F.cross_entropy(logits_of_answers(model, images, ids).flatten(0, 1), answers.flatten())
 
 
 @torch.no_grad()
@@ -148,14 +139,7 @@ def main() -> None:
             model = build(way)
             begun = time.process_time()
             pages = Pages(a.step, seed)
-            train(
-                model,
-                pages,
-                a.steps,
-                a.batch,
-                a.rate,
-                lambda step, loss: print(f"  {step} {loss:.3f}", flush=True),
-            )
+            train(model, lambda step, m=model, of=pages: loss_of(m, of, step / a.steps, a.batch), a.steps, a.rate)
             right = {side: score(model, Pages(a.step, 10_000 + seed), side) for side in SIDES}
             told = "  ".join(
                 f"{side} px ({model.image_layout.count(side, side)} tokens) {share:.1%}"

@@ -10,6 +10,7 @@ python -m tests.benchmarks.studies.recall [--seeds 3] [--steps 500] [--side 4] [
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -82,23 +83,26 @@ def logits_of_answers(model, pixels: torch.Tensor, ids: torch.Tensor) -> torch.T
     return out[:, ::2, 2 : 2 + COLOURS]
 
 
-def train(model, samples: Samples, steps: int, batch: int, rate: float, say) -> None:
-    model.train()
-    model.vision.requires_grad_(False)
+def train(model, loss_of: Callable[[int], torch.Tensor], steps: int, rate: float) -> None:
+    """AdamW and one cycle of its rate over what trains of a model; `loss_of` a step's number. Prints losses."""
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        pixels, ids, answers = samples.draw(batch, whole=False)
-        loss = F.cross_entropy(logits_of_answers(model, pixels, ids).flatten(0, 1), answers.flatten())
+        loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 50 == 49:
-            say(step + 1, loss.item())
+            print(f"  {step + 1} {loss.item():.3f}", flush=True)
+
+
+def loss_of(model, samples: Samples, batch: int) -> torch.Tensor:
+    pixels, ids, answers = samples.draw(batch, whole=False)
+    return F.cross_entropy(logits_of_answers(model, pixels, ids).flatten(0, 1), answers.flatten())
 
 
 @torch.no_grad()
@@ -131,14 +135,9 @@ def main() -> None:
             count = sum(p.numel() for p in model.language_model.parameters())
             begun = time.process_time()
             size = f"{name:8} {count:>8,} parameters"
-            train(
-                model,
-                Samples(a.side, a.filler, seed),
-                a.steps,
-                a.batch,
-                a.rate,
-                lambda step, loss: print(f"  {step} {loss:.3f}", flush=True),
-            )
+            model.vision.requires_grad_(False)
+            samples = Samples(a.side, a.filler, seed)
+            train(model, lambda step, m=model, of=samples: loss_of(m, of, a.batch), a.steps, a.rate)
             right = score(model, Samples(a.side, a.filler, 10_000 + seed))
             print(
                 f"seed {seed}  {size}  {right:6.1%}  {time.process_time() - begun:.0f} CPU seconds",

@@ -287,6 +287,18 @@ def test_a_cache_that_cannot_be_written_or_is_damaged_is_no_error(larger, tmp_pa
     assert not compiled.library().exists()
 
 
+def test_a_user_without_a_home_decodes_in_torch(larger, monkeypatch):
+    """As in containers that run under any number."""
+
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MLMAMBA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    assert prepare(copy.deepcopy(larger)).decoding.endswith("set MLMAMBA_CACHE")
+
+
 def test_a_pool_that_moves_nothing_keeps_each_state_where_it_is():
     def state(*values: float) -> MambaState:
         shape = (len(values), 1, 2, 2)

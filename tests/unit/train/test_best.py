@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
@@ -12,13 +11,7 @@ from workflows.train.best import BestStep
 from workflows.train.checkpoint import Checkpoint, CheckpointStore
 from workflows.train.validation import Measured, count_right
 
-
-@pytest.fixture(autouse=True, scope="module")
-def alone():
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Engine:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 
 from mlmamba.images import load_pixels
@@ -17,13 +16,7 @@ from workflows.train import features
 from workflows.train.features import INDEX, Pays, keep_features
 from workflows.train.job import StageError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def alone():
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Images:
