@@ -103,7 +103,7 @@ def test_the_score_is_that_of_answering_greedily(toy, workers, tmp_path):
     dataset, (model, _) = PackedDataset(str(toy.data), "validation"), load_model(outcome.folder / "model")
     right = answers = 0
     for index in range(len(dataset)):
-        batch = collate(dataset.rows([index]), dataset.manifest.max_tokens, 0, model.config.vision_config.image_size)
+        batch = collate(dataset.rows([index]), dataset.manifest.max_tokens, 0, model.image_layout)
         ids, labels, seq_idx = batch["input_ids"][0], batch["labels"][0], batch["seq_idx"][0]
         shown = 0
         for sample in range(int(seq_idx[-1])):
