@@ -26,6 +26,7 @@ QUIET = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_USAGE_DISABLED": "1",  # else an actor, and its start, for statistics that nobody is sent
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives a Ray, as Ray Data's may, must not start another one
     "RAY_worker_niceness": "0",  # Ray's 15 lets anything else on the machine starve training
 }
 

@@ -4,6 +4,8 @@ import os
 import sys
 
 import pytest
+
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # read by the import: threads of an ended Ray start no other one
 import ray
 
 from tests.helpers.toy_training import Workers, make_toy
