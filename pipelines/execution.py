@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 
 import pyarrow as pa
 import ray
@@ -18,7 +18,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 _MOST_PER_BLOCK = 8
 _AT_ONCE, _AT_ONCE_PER_CPU = 1024, 64  # descriptions that the driver holds, at least
-_BLOCKS_PER_CPU = 8  # at least, or a CPU could be left without work at the end
+_OF_THE_REST = 2  # a read task gets a CPU's share of what is left, divided by this
 
 
 def ensure_ray(verbose: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
@@ -112,9 +112,9 @@ def run_tasks(function: Callable[[dict], dict], tasks: Iterable[dict], name: str
 
     Descriptions and results cross as JSON text: they are small and nested, which Arrow columns would make awkward.
     Ray Data takes some 5 ms of the driver for a read task, and a CPU waits twice for its next look, ten times a second,
-    before it gets the next one. So one holds up to `_MOST_PER_BLOCK` descriptions where there are many. Of these,
-    `_AT_ONCE` are taken from `tasks` at a time, more where there are many CPUs: the driver's memory does not grow with
-    their number.
+    before it gets the next one. So one holds up to `_MOST_PER_BLOCK` descriptions, fewer towards the end (`_blocks`).
+    Of the descriptions, `_AT_ONCE` are taken from `tasks` at a time, more where there are many CPUs: the driver's
+    memory does not grow with their number.
 
     Args:
         function: a module-level function; it must be safe to run twice (Ray reruns tasks of lost machines).
@@ -129,10 +129,8 @@ def run_tasks(function: Callable[[dict], dict], tasks: Iterable[dict], name: str
     name = name or function.__name__.title().replace("_", "")
     cpus = int(ray.cluster_resources().get("CPU", 1))
     while some := list(islice(waiting, max(_AT_ONCE, _AT_ONCE_PER_CPU * cpus))):
-        count = max(math.ceil(len(some) / _MOST_PER_BLOCK), min(len(some), _BLOCKS_PER_CPU * cpus))
-        ends = [len(some) * i // count for i in range(count + 1)]
-        blocks = [some[start:end] for start, end in pairwise(ends)]
-        dataset = ray.data.read_datasource(Tasks(name, function, blocks), override_num_blocks=count)
+        blocks = list(_blocks(some, cpus))
+        dataset = ray.data.read_datasource(Tasks(name, function, blocks), override_num_blocks=len(blocks))
         for row in dataset.iter_rows():
             result = json.loads(row["result"])
             if "failed" in result:
@@ -140,6 +138,17 @@ def run_tasks(function: Callable[[dict], dict], tasks: Iterable[dict], name: str
             if "wrong" in result:
                 raise ValueError(result["wrong"])
             yield result["done"]
+
+
+def _blocks(tasks: list[dict], cpus: int) -> Iterator[list[dict]]:
+    """The tasks in blocks, the largest first and single ones last, so that no CPU has much to do when the others end
+    (guided self-scheduling: Polychronopoulos and Kuck 1987)."""
+    start = 0
+    while start < len(tasks):
+        share = math.ceil((len(tasks) - start) / (_OF_THE_REST * cpus))
+        end = start + min(_MOST_PER_BLOCK, share)
+        yield tasks[start:end]
+        start = end
 
 
 def _results(function: Callable[[dict], dict], block: str) -> Iterator[pa.Table]:

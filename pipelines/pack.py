@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -97,13 +98,19 @@ def _gather(work: str, split: str, places: np.ndarray) -> dict[tuple[int, int], 
     """The samples of a shard, copied out of the token files.
 
     Each file that has one of them is opened once, so at most as many as there are samples, however large the corpus.
-    From an object store `_FILES_AT_ONCE` are read at a time, because reading is mostly waiting there.
+    From an object store `_FILES_AT_ONCE` are read at a time, because reading is mostly waiting there. Local ones are
+    read without a thread: its memory would go back to the system after each shard, and to get it anew took as much time
+    as all else in this pass.
     """
     places = np.unique(places, axis=0)
     parts = np.split(places, np.flatnonzero(np.diff(places[:, 0])) + 1)
-    with ThreadPoolExecutor(1 if storage.is_local(work) else _FILES_AT_ONCE) as pool:
-        found = pool.map(lambda part: _read_samples(work, split, part), parts)
-        return {place: sample for samples in found for place, sample in samples.items()}
+    read = partial(_read_samples, work, split)
+    if storage.is_local(work):
+        found = [read(part) for part in parts]
+    else:
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            found = list(pool.map(read, parts))
+    return {place: sample for samples in found for place, sample in samples.items()}
 
 
 def _read_samples(work: str, split: str, places: np.ndarray) -> dict[tuple[int, int], dict]:

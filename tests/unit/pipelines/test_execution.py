@@ -7,7 +7,7 @@ import socket
 import pytest
 import ray
 
-from pipelines.execution import _attempt, ensure_ray
+from pipelines.execution import _MOST_PER_BLOCK, _attempt, _blocks, ensure_ray
 
 
 @pytest.mark.parametrize("address", ["", "local"])
@@ -54,3 +54,18 @@ def test_what_is_wrong_with_a_source_crosses_as_its_own_line():
         raise json.JSONDecodeError("Expecting value", "x", 0)
 
     assert _attempt(broken, {}) == {"wrong": "Expecting value: line 1 column 1 (char 0)"}
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 64])
+@pytest.mark.parametrize("count", [0, 1, 7, 40, 1024])
+def test_blocks_hold_every_task_once_and_get_smaller_towards_the_end(count, cpus):
+    tasks = [{"number": number} for number in range(count)]
+    blocks = list(_blocks(tasks, cpus))
+    assert [task for block in blocks for task in block] == tasks
+    sizes = [len(block) for block in blocks]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes, default=0) <= _MOST_PER_BLOCK
+    for number, size in enumerate(sizes):  # one block is never so long that the others' CPUs could be done before it
+        assert (size - 1) * cpus < sum(sizes[number:])
+    if count >= cpus > 1:
+        assert sizes[-cpus:] == [1] * min(cpus, count)
