@@ -1,14 +1,25 @@
-"""The prompt format of mlmamba/conversation.py as a Jinja template, for `processor.apply_chat_template`.
+"""The prompt formats of mlmamba/conversation.py as Jinja templates, for `processor.apply_chat_template`.
 
 It renders a chat as `render` renders its turns, so that training and every server see the same tokens
 (tests/unit/mlmamba/test_chat_template.py). What the format has no place for is an error, as in `check_turns`: roles out
-of order, empty questions, images of the assistant, tools. As in the HTTP server, system messages become the first
-paragraphs of the first question, and a message of several texts has one line for each.
+of order, empty questions, images of the assistant, tools. As in the HTTP server, system messages are one, or become the
+first paragraphs of the first question where the format has none, and a message of several texts has one line for each.
 
 The template marks answers as `generation`, so `return_assistant_tokens_mask=True` gives the positions that have labels.
 """
 
-CHAT_TEMPLATE = r"""
+from mlmamba.conversation import ML_MAMBA, ChatFormat
+
+
+def template_of(chat: ChatFormat) -> str:
+    """The Jinja template of a format."""
+    text = _TEMPLATE
+    for name, mark in (("SYSTEM", chat.system), ("USER", chat.user), ("ASSISTANT", chat.assistant)):
+        text = text.replace(name, "none" if mark is None else "'" + mark.replace("\n", "\\n") + "'")
+    return text
+
+
+_TEMPLATE = r"""
 {%- macro clean(text) -%}
   {%- set rest = namespace(text=text) -%}
   {%- for _ in range(100) if '<image>' in rest.text -%}
@@ -66,10 +77,14 @@ CHAT_TEMPLATE = r"""
     {%- if role == 'user' -%}
       {{- '\n' if chat.turn else '' -}}
       {{- '<image>' * content.images -}}
-      {{- '<|user|>\n' ~ clean(chat.preface ~ content.text) ~ eos_token ~ '\n' -}}
+      {%- if SYSTEM and clean(chat.preface) -%}
+        {{- SYSTEM ~ clean(chat.preface) ~ eos_token ~ '\n' -}}
+        {%- set chat.preface = '' -%}
+      {%- endif -%}
+      {{- USER ~ clean(chat.preface ~ content.text) ~ eos_token ~ '\n' -}}
       {%- set chat.preface = '' -%}
     {%- else -%}
-      {{- '<|assistant|>\n' -}}
+      {{- ASSISTANT -}}
       {%- generation -%}
         {{- clean(content.text) ~ eos_token -}}
       {%- endgeneration -%}
@@ -85,6 +100,8 @@ CHAT_TEMPLATE = r"""
   {%- if chat.turn % 2 == 0 -%}
     {{- raise_exception("the last turn is the assistant's; a prompt ends with a user turn") -}}
   {%- endif -%}
-  {{- '<|assistant|>\n' -}}
+  {{- ASSISTANT -}}
 {%- endif -%}
 """.strip()
+
+CHAT_TEMPLATE = template_of(ML_MAMBA)

@@ -1,12 +1,18 @@
-"""Conversations to token ids: the prompt format of the released ML-Mamba, for training and for inference alike.
+"""Conversations to token ids: the prompt format, for training and for inference alike.
 
-One turn of the user followed by one of the assistant reads
+One turn of the user followed by one of the assistant reads, in the format of the released ML-Mamba,
 
     {images}<|user|>\\n{message}<|endoftext|>\\n<|assistant|>\\n{answer}<|endoftext|>
 
-and every later user turn starts with one more newline. There is no system prompt and no BOS. The images of a turn
-stand before its text: a recurrent model has to see the context before the question (reference: Cobra table 7, where
-context after the question costs 15 points). The first turn's images therefore open the sequence, as in the paper.
+and every later user turn starts with one more newline. There is no system prompt and no BOS. Granite 4.0's own format
+(its documentation, "Chat template design") has other marks, each one token of its tokenizer, and a system's message:
+
+    {images}<|start_of_role|>user<|end_of_role|>{message}<|end_of_text|>\\n
+    <|start_of_role|>assistant<|end_of_role|>{answer}<|end_of_text|>
+
+The images of a turn stand before its text: a recurrent model has to see the context before the question (reference:
+Cobra table 7, where context after the question costs 15 points). The first turn's images therefore open the sequence,
+as in the paper. A tokenizer carries the name of its format with it (`format_of`).
 
 Inference tokenizes the rendered string as one. Training tokenizes turn by turn (`encode`), which gives the same ids
 where every user segment ends in special text and messages are stripped (tests/unit/mlmamba/test_conversation.py, on the
@@ -15,12 +21,82 @@ training tokenizes the rendered string as well (`encode_whole`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 IMAGE_TOKEN = "<image>"
-USER, ASSISTANT = "<|user|>", "<|assistant|>"
 IGNORE_INDEX = -100
+CHAT_FORMAT = "chat_format"
+"""Under which tokenizer_config.json has the name of a tokenizer's format."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What stands around the messages of a conversation, besides the tokenizer's end token."""
+
+    name: str
+    user: str
+    """Opens a message of the user."""
+    assistant: str
+    """Opens an answer."""
+    marks: tuple[str, ...]
+    """What no message of a user may hold."""
+    system: str | None = None
+    """Opens the system's message. Without, that is the first paragraphs of the first question."""
+    reserved: bool = False
+    """Whether each mark has to be one special token."""
+
+    def opening(self, instructions: str) -> str:
+        """How a conversation begins behind its images that has instructions of the system."""
+        return f"{self.user if self.system is None else self.system}{instructions}"
+
+
+ML_MAMBA = ChatFormat("ml-mamba", "<|user|>\n", "<|assistant|>\n", ("<|user|>", "<|assistant|>"))
+GRANITE = ChatFormat(
+    "granite",
+    *(f"<|start_of_role|>{role}<|end_of_role|>" for role in ("user", "assistant")),
+    marks=("<|start_of_role|>", "<|end_of_role|>"),
+    system="<|start_of_role|>system<|end_of_role|>",
+    reserved=True,
+)
+FORMATS = {one.name: one for one in (ML_MAMBA, GRANITE)}
+
+
+def format_of(tokenizer) -> ChatFormat:
+    """The format that a tokenizer was prepared for; ML-Mamba's where it says nothing.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    return format_named(tokenizer.init_kwargs.get(CHAT_FORMAT, ML_MAMBA.name))
+
+
+def format_named(name: str) -> ChatFormat:
+    """The format of a name, or a ValueError."""
+    if name not in FORMATS:
+        raise ValueError(f"the tokenizer is for the chat format {name!r}; known are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def missing_marks(tokenizer, chat: ChatFormat) -> list[str]:
+    """Marks of a format that a transformers tokenizer would have to have as special tokens, and has not."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return [mark for mark in chat.marks if mark not in special] if chat.reserved else []
+
+
+def set_format(tokenizer, chat: ChatFormat) -> None:
+    """Have a transformers tokenizer carry the name of a format, also when it is saved and loaded again.
+
+    Raises:
+        ValueError: it lacks the format's marks as special tokens.
+    """
+    if lacking := missing_marks(tokenizer, chat):
+        raise ValueError(
+            f"the chat format {chat.name!r} needs {' and '.join(chat.marks)} as special tokens, and the tokenizer "
+            f"lacks {' and '.join(lacking)}; choose another tokenizer or the format {ML_MAMBA.name!r}"
+        )
+    if chat is not ML_MAMBA:
+        tokenizer.init_kwargs[CHAT_FORMAT] = chat.name
 
 
 @dataclass(frozen=True)
@@ -70,18 +146,21 @@ def clean(text: str) -> str:
     return "".join(kept).strip()
 
 
-def render_turn(turn: Turn, first: bool, eos: str, tokens_per_image: int = 1) -> str:
+def render_turn(turn: Turn, first: bool, eos: str, tokens_per_image: int = 1, chat: ChatFormat = ML_MAMBA) -> str:
     """Text of one turn, each image as `tokens_per_image` placeholders."""
-    text = clean(turn.text)
-    if turn.role == "user":
-        images = IMAGE_TOKEN * (tokens_per_image * turn.images)
-        return f"{'' if first else chr(10)}{images}{USER}\n{text}{eos}\n{ASSISTANT}\n"
-    return f"{text}{eos}"
+    if turn.role != "user":
+        return f"{clean(turn.text)}{eos}"
+    begin, text = "" if first else "\n", turn.text
+    begin += IMAGE_TOKEN * (tokens_per_image * turn.images)
+    if chat.system is not None and (instructions := clean(text[: turn.instructions])):
+        begin += f"{chat.opening(instructions)}{eos}\n"
+        text = text[turn.instructions :]
+    return f"{begin}{chat.user}{clean(text)}{eos}\n{chat.assistant}"
 
 
-def render(turns: Sequence[Turn], eos: str, tokens_per_image: int = 1) -> str:
+def render(turns: Sequence[Turn], eos: str, tokens_per_image: int = 1, chat: ChatFormat = ML_MAMBA) -> str:
     """The whole conversation as text. It ends ready for an answer when the last turn is the user's."""
-    return "".join(render_turn(turn, i == 0, eos, tokens_per_image) for i, turn in enumerate(turns))
+    return "".join(render_turn(turn, i == 0, eos, tokens_per_image, chat) for i, turn in enumerate(turns))
 
 
 def check_turns(turns: Sequence[Turn], asking: bool = False) -> None:
@@ -116,7 +195,7 @@ def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int | Sequence[in
     """Tokenize a conversation for training.
 
     Args:
-        tokenizer: a transformers tokenizer with an `eos_token` and a single id for IMAGE_TOKEN.
+        tokenizer: a transformers tokenizer with an `eos_token` and a single id for IMAGE_TOKEN. Its format is used.
         turns: alternating user and assistant turns.
         tokens_per_image: length of one image's placeholder run, or of each image's.
 
@@ -125,9 +204,9 @@ def encode(tokenizer, turns: Sequence[Turn], tokens_per_image: int | Sequence[in
     """
     check_turns(turns)
     image_id, each = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), _each(turns, tokens_per_image)
-    ids, labels, positions, ends = [], [], [], []
+    ids, labels, positions, ends, chat = [], [], [], [], format_of(tokenizer)
     for i, turn in enumerate(turns):
-        text = render_turn(Turn(turn.role, turn.text), i == 0, tokenizer.eos_token)
+        text = render_turn(replace(turn, images=0), i == 0, tokenizer.eos_token, chat=chat)
         if turn.images and i:  # the newline that opens a later user turn stands before its images
             text = text[1:]
             ids += tokenizer("\n", add_special_tokens=False)["input_ids"]
@@ -158,7 +237,8 @@ def encode_whole(tokenizer, turns: Sequence[Turn], tokens_per_image: int | Seque
     """
     check_turns(turns)
     image_id, each = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), _each(turns, tokens_per_image)
-    pieces = [render_turn(turn, i == 0, tokenizer.eos_token) for i, turn in enumerate(turns)]
+    chat = format_of(tokenizer)
+    pieces = [render_turn(turn, i == 0, tokenizer.eos_token, chat=chat) for i, turn in enumerate(turns)]
     stops = list(accumulate(map(len, pieces)))  # where each turn's text ends
     ids, labels, positions, ends, turn = [], [], [], [], 0
     for token, start in tokenizer.with_offsets("".join(pieces)):

@@ -6,8 +6,8 @@ import torch
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from mlmamba.chat_template import CHAT_TEMPLATE
-from mlmamba.conversation import IMAGE_TOKEN, Turn, check_turns, render
+from mlmamba.chat_template import template_of
+from mlmamba.conversation import IMAGE_TOKEN, Turn, check_turns, format_of, render
 from mlmamba.image_layout import ImageLayout, TokensPerImage
 from mlmamba.image_processing import MLMambaImageProcessor
 
@@ -27,10 +27,11 @@ class MLMambaProcessor(ProcessorMixin):
         image_size: side in pixels of the encoder's input.
         tokens_per_image: placeholders that one image takes; or what decides them, as `ImageLayout.of` takes it.
         max_length: longest prompt in tokens; longer ones are an error, never cut.
-        chat_template: Jinja template of a chat; mlmamba/chat_template.py by default.
+        chat_template: Jinja template of a chat; that of the tokenizer's format (mlmamba/chat_template.py) by default.
 
     Raises:
-        ValueError: the tokenizer has no `<image>`, or `tokens_per_image` stands for nothing.
+        ValueError: the tokenizer has no `<image>`, or is for a chat format that is not known, or `tokens_per_image`
+            stands for nothing.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class MLMambaProcessor(ProcessorMixin):
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"the tokenizer has no id for {IMAGE_TOKEN}; add it as a special token")
         ImageLayout.of(tokens_per_image, image_size)  # raises
-        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        super().__init__(tokenizer, chat_template=chat_template or template_of(format_of(tokenizer)))
 
     @property
     def layout(self) -> ImageLayout:
@@ -68,7 +69,7 @@ class MLMambaProcessor(ProcessorMixin):
         check_turns(turns, asking=True)
         if turns[-1].role != "user":
             raise ValueError("the last turn is the assistant's; a prompt ends with a user turn")
-        return render(turns, self.tokenizer.eos_token)
+        return render(turns, self.tokenizer.eos_token, chat=format_of(self.tokenizer))
 
     def __call__(
         self,

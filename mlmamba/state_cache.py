@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
+from mlmamba.conversation import IMAGE_TOKEN, Turn, clean, format_of
 from mlmamba.state import MambaState
 
 _TENSOR_BYTES, _ENTRY_BYTES = 512, 2048  # what Python and torch hold for a tensor and for an entry, about
@@ -183,7 +183,8 @@ class Places:
     def __init__(self, processor):
         tokenizer = self._tokenizer = processor.tokenizer
         self._image_id, self._end_id = processor.image_token_id, tokenizer.eos_token_id
-        ids = tokenizer(f"{tokenizer.eos_token}\n{ASSISTANT}\n", add_special_tokens=False)["input_ids"]
+        self._chat = format_of(tokenizer)
+        ids = tokenizer(f"{tokenizer.eos_token}\n{self._chat.assistant}", add_special_tokens=False)["input_ids"]
         self._opening = ids[ids.index(self._end_id) + 1 :] if self._end_id in ids else []
 
     def of(
@@ -205,11 +206,11 @@ class Places:
         if first is not None and first.instructions:
             cuts |= self._after_instructions(ids, first)
         found = set(cuts)
-        for number, end in enumerate(i for i, token in enumerate(ids) if token == self._end_id):
-            if number % 2:  # of an answer, whose last token its state has read or not
-                found |= {end - 1, end, end + 1}
-            elif list(ids[end + 1 : (begin := end + 1 + len(self._opening))]) == self._opening:
+        for end in (i for i, token in enumerate(ids) if token == self._end_id):
+            if list(ids[end + 1 : (begin := end + 1 + len(self._opening))]) == self._opening:
                 found.add(begin)
+            else:  # of an answer, whose last token its state has read or not
+                found |= {end - 1, end, end + 1}
         lengths = sorted(found - {0})
         both = zip(lengths, digests(ids, lengths, images, self._image_id, image_tokens), strict=True)
         return tuple(Place(length, digest, length in cuts) for length, digest in both)
@@ -217,7 +218,7 @@ class Places:
     def _after_instructions(self, ids: Sequence[int], first: Turn) -> set[int]:
         """Where the instructions end, up to the first token that what follows changes; none where they are short."""
         shown = sum(token == self._image_id for token in ids[: ids.index(self._end_id)]) if first.images else 0
-        opening = f"{IMAGE_TOKEN * shown}{USER}\n{clean(first.text[: first.instructions])}"
+        opening = f"{IMAGE_TOKEN * shown}{self._chat.opening(clean(first.text[: first.instructions]))}"
         own = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
         same = next((i for i, (one, other) in enumerate(zip(own, ids, strict=False)) if one != other), len(own))
         return {same} if same - shown >= _LONG else set()

@@ -28,12 +28,19 @@ class TokenizerConfig(StrictModel):
     train_vocab_size: int | None = Field(default=None, ge=260, le=1_000_000)
     """Entries of a byte-level BPE trained on the train split's text (256 bytes and 4 special tokens are the least).
     A small corpus may run out of pairs to merge and give fewer: read the size from the tokenizer."""
+    chat: Annotated[Literal["ml-mamba", "granite"], Decides.WHEN_SET] = "ml-mamba"
+    """How conversations are written: as the released ML-Mamba has them, or as Granite 4.0 does, for its tokenizers,
+    which have its marks as special tokens. Models that are trained on the data set are asked in the same way."""
 
     @model_validator(mode="after")
     def _exactly_one(self):
         if (self.name is None) == (self.train_vocab_size is None):
             raise ValueError(
                 f"give exactly one of name (now {self.name!r}) and train_vocab_size (now {self.train_vocab_size!r})"
+            )
+        if self.name is None and self.chat != "ml-mamba":
+            raise ValueError(
+                f"chat is {self.chat!r}, and a tokenizer that is trained here has no such marks: give name"
             )
         return self
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from tokenizers import Tokenizer
 
-from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, USER
+from mlmamba.conversation import FORMATS, IGNORE_INDEX
 from mlmamba.image_files import format_of
 from mlmamba.image_layout import ImageLayout
 from mlmamba.images import WIDEST, ImageError, image_size, open_image, to_pixels
@@ -35,7 +35,8 @@ _STYLES = {
     IMAGE: Style("#0b3d91", "#d6e6ff"),
     WRONG: Style("#ffffff", "#d0103a"),
 }
-_MARK = re.compile("(" + "|".join(re.escape(mark) for mark in (USER, ASSISTANT)) + r"|<\|endoftext\|>|\n)")
+_MARKS = [mark.strip() for chat in FORMATS.values() for mark in (chat.user, chat.assistant, chat.system) if mark]
+_MARK = re.compile("(" + "|".join(map(re.escape, _MARKS)) + r"|<\|end_?of_?text\|>|\n)")
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,8 @@ def _make_tokenizer(
     chosen = tokenizer.load_or_train(config.tokenizer, texts)
     folder = storage.join(out, "tokenizer")
     digest = tokenizer.save(chosen, folder)
-    worker = tokenizer.WorkerTokenizer(storage.read_bytes(storage.join(folder, TOKENIZER_FILE)), chosen.eos_token)
+    data, chat = storage.read_bytes(storage.join(folder, TOKENIZER_FILE)), config.tokenizer.chat
+    worker = tokenizer.WorkerTokenizer(data, chosen.eos_token, chat)
     usable = (record.turns for record in list_records(config.train) if check_record(record) is None)
     named = config.tokenizer.name
     sample = islice(usable, CONVERSATIONS) if named else ()
@@ -159,6 +160,7 @@ def _make_tokenizer(
         limits,
         whole,
         worker.special_tokens,
+        chat,
         looks=config.compares_looks,
     )
 

@@ -22,7 +22,7 @@ from PIL.Image import Image
 from pydantic import TypeAdapter
 
 from mlmamba import __version__
-from mlmamba.conversation import EncodedConversation, encode, encode_whole
+from mlmamba.conversation import ML_MAMBA, EncodedConversation, encode, encode_whole
 from mlmamba.image_layout import ImageLayout, TokensPerImage
 from mlmamba.images import LIMITS, WIDEST, ImageLimits, image_size
 from pipelines import storage
@@ -59,6 +59,8 @@ class TokenizeSettings:
     """Whether a conversation is tokenized as one text (pipelines/tokenizer_check.py)."""
     special_tokens: Sequence[str] = ()
     """The tokenizer's, which must not stand in a message."""
+    chat: str = ML_MAMBA.name
+    """Name of the chat format (mlmamba/conversation.py)."""
     looks: bool = False
     """Whether the outcomes get what each image looks like: its key, and of a validation image all keys (looks.py)."""
 
@@ -78,7 +80,7 @@ class TokenizeSettings:
             self.tokens_per_image,
         ]
         parts += [self.too_long, self.whole_text, *([] if self.images == LIMITS else [self.images])]
-        parts += ["looks"] if self.looks else []
+        parts += [*(["looks"] if self.looks else []), *([] if self.chat == ML_MAMBA.name else [self.chat])]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -226,7 +228,7 @@ def _finished(task: dict, partition: Partition) -> pa.Table | None:
 
 def _tokenize_partition(task: dict, partition: Partition) -> pa.Table:
     settings, source = TokenizeSettings(**task["settings"]), worker_source(task["source"])
-    tokenizer = _worker_tokenizer(settings.tokenizer, settings.tokenizer_digest, settings.eos_token)
+    tokenizer = _worker_tokenizer(settings.tokenizer, settings.tokenizer_digest, settings.eos_token, settings.chat)
     metadata = {_DIGEST_KEY: partition.digest}
     tokens_schema = TOKENS.with_metadata(metadata)
     outcomes_schema = OUTCOMES.append(LOOKS) if settings.looks else OUTCOMES
@@ -286,8 +288,8 @@ def _digests(record: Record, ids: np.ndarray, images: list[bytes]) -> dict:
 # Kept for the life of a worker process, which does many partitions. The digest is in the key because a folder's
 # tokenizer may be replaced between two runs that share workers.
 @lru_cache(maxsize=4)
-def _worker_tokenizer(uri: str, digest: str, eos_token: str) -> WorkerTokenizer:
-    return WorkerTokenizer(storage.read_bytes(storage.join(uri, TOKENIZER_FILE)), eos_token)
+def _worker_tokenizer(uri: str, digest: str, eos_token: str, chat: str) -> WorkerTokenizer:
+    return WorkerTokenizer(storage.read_bytes(storage.join(uri, TOKENIZER_FILE)), eos_token, chat)
 
 
 @lru_cache(maxsize=64)

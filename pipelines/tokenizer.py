@@ -6,6 +6,8 @@ checkpoints pad their embedding to 50,288 rows, so it fits without resizing.
 """
 
 import hashlib
+import json
+import logging
 import tempfile
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,7 +16,17 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER
+from mlmamba.chat_template import template_of
+from mlmamba.conversation import (
+    CHAT_FORMAT,
+    FORMATS,
+    IMAGE_TOKEN,
+    ML_MAMBA,
+    ChatFormat,
+    format_named,
+    missing_marks,
+    set_format,
+)
 from pipelines import storage
 from pipelines.config import TokenizerConfig
 
@@ -22,7 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_TOKEN = "<|endoftext|>"
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+_log = logging.getLogger("mlmamba")
 
 
 def load_or_train(config: TokenizerConfig, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
@@ -37,9 +50,27 @@ def load_or_train(config: TokenizerConfig, texts: Iterable[str]) -> "PreTrainedT
         and `<image>` at 1 to 3. The same texts give the same tokenizer, to the byte.
 
     Raises:
-        ValueError: the named tokenizer cannot be loaded, or has no end token to use.
+        ValueError: the named tokenizer cannot be loaded, or has no end token to use, or lacks the marks of the chat
+            format.
     """
-    return _load(config.name) if config.name else _train(config.train_vocab_size, texts)
+    if not config.name:
+        return _train(config.train_vocab_size, texts)
+    tokenizer, chat = _load(config.name), FORMATS[config.chat]
+    set_format(tokenizer, chat)
+    tokenizer.chat_template = template_of(chat)  # its own would not be how conversations are written here
+    fits = [one.name for one in FORMATS.values() if one.reserved and not missing_marks(tokenizer, one)]
+    if fits and chat.name not in fits:
+        _log.warning(
+            "the tokenizer %s has the marks of the chat format %s; data.tokenizer.chat: %s would use them, it is %s",
+            *(config.name, fits[0], fits[0], chat.name),
+        )
+    return tokenizer
+
+
+def chat_format(uri: str) -> ChatFormat:
+    """The chat format that a tokenizer in a folder was prepared for. Raises ValueError where it is not known."""
+    content = json.loads(storage.read_bytes(storage.join(uri, CONFIG_FILE)))
+    return format_named(content.get(CHAT_FORMAT, ML_MAMBA.name))
 
 
 def save(tokenizer: "PreTrainedTokenizerFast", uri: str) -> str:
@@ -63,12 +94,12 @@ class WorkerTokenizer:
     import of transformers (tests/unit/pipelines/test_tokenizer.py compares the two).
     """
 
-    def __init__(self, data: bytes, eos_token: str):
-        """Take the bytes of a tokenizer.json."""
+    def __init__(self, data: bytes, eos_token: str, chat: str = ML_MAMBA.name):
+        """Take the bytes of a tokenizer.json, and what its tokenizer_config.json says."""
         self._tokenizer = Tokenizer.from_buffer(data)
         self._tokenizer.no_truncation()  # a saved tokenizer may carry both as settings
         self._tokenizer.no_padding()
-        self.eos_token = eos_token
+        self.eos_token, self.init_kwargs = eos_token, {CHAT_FORMAT: chat}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """`{"input_ids": [...]}` of one text."""
@@ -93,7 +124,7 @@ class WorkerTokenizer:
 def _train(vocab_size: int, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast  # not at the top: workers do without it
 
-    special = [END_TOKEN, USER, ASSISTANT, IMAGE_TOKEN]
+    special = [END_TOKEN, *ML_MAMBA.marks, IMAGE_TOKEN]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

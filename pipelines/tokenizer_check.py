@@ -5,8 +5,9 @@ must begin with those of each of its prompts, and training must learn from exact
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
-from mlmamba.conversation import IMAGE_TOKEN, Turn, encode, encode_whole, render
+from mlmamba.conversation import IMAGE_TOKEN, Turn, encode, encode_whole, format_of, render
 
 CONVERSATIONS = 100  # of the corpus that are tried
 _PER_IMAGE = 2
@@ -28,16 +29,16 @@ def needs_whole_text(tokenizer, conversations: Iterable[Sequence[Turn]], name: s
     Raises:
         ValueError: neither way gives the ids of inference.
     """
-    whole = False
+    whole, written = False, partial(render, eos=tokenizer.eos_token, chat=format_of(tokenizer))
     tried = [*_ALWAYS, *conversations]
     for turns in tried:
-        ids = _ids(tokenizer, render(turns, tokenizer.eos_token, _PER_IMAGE))
+        ids = _ids(tokenizer, written(turns, tokens_per_image=_PER_IMAGE))
         if ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != _PER_IMAGE * sum(turn.images for turn in turns):
             raise ValueError(f"the tokenizer {name!r} does not keep {IMAGE_TOKEN} as one token; use another one")
         for answer in range(1, len(turns), 2):
-            prompt = _ids(tokenizer, render(turns[:answer], tokenizer.eos_token, _PER_IMAGE))
+            prompt = _ids(tokenizer, written(turns[:answer], tokens_per_image=_PER_IMAGE))
             if ids[: len(prompt)] != prompt:
-                text = render(turns[: answer + 1], tokenizer.eos_token)[-80:]
+                text = written(turns[: answer + 1])[-80:]
                 raise ValueError(
                     f"the tokenizer {name!r} joins the end of a prompt with the answer that follows ({text!r}): the "
                     "model would learn to go on from other tokens than it gets at inference; use another tokenizer"
@@ -45,8 +46,8 @@ def needs_whole_text(tokenizer, conversations: Iterable[Sequence[Turn]], name: s
         whole = whole or encode(tokenizer, turns, _PER_IMAGE).input_ids != ids
     for turns in tried if whole else ():
         encoded = encode_whole(tokenizer, turns, _PER_IMAGE)
-        ids = _ids(tokenizer, render(turns, tokenizer.eos_token, _PER_IMAGE))
-        prompts = [render(turns[:i], tokenizer.eos_token, _PER_IMAGE) for i in range(1, len(turns), 2)]
+        ids = _ids(tokenizer, written(turns, tokens_per_image=_PER_IMAGE))
+        prompts = [written(turns[:i], tokens_per_image=_PER_IMAGE) for i in range(1, len(turns), 2)]
         starts = [i for i in range(1, len(ids)) if encoded.labels[i] >= 0 > encoded.labels[i - 1]]
         if encoded.input_ids != ids or starts != [len(_ids(tokenizer, prompt)) for prompt in prompts]:
             raise ValueError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from PIL.Image import Image
 
-from mlmamba.conversation import ASSISTANT, USER, check_turns, clean
+from mlmamba.conversation import ML_MAMBA, check_turns, clean
 from mlmamba.images import LIMITS, ImageError, ImageLimits, open_image
 from pipelines.sources.source import ImageMissing, Problem, Record, Source, shown_location
 from pipelines.storage import NotReadable, TooLarge
@@ -67,7 +67,7 @@ def check_record(
     if len(record.turns) < 2:
         return Problem("role_order", "there is a question and no answer")
     for i, turn in enumerate(record.turns):
-        for mark in (end_token, USER, ASSISTANT, *special_tokens):
+        for mark in (end_token, *ML_MAMBA.marks, *special_tokens):
             if mark in turn.text:
                 return Problem("control_text", f"turn {i} ({turn.role}) holds {mark}")
     return None

@@ -87,7 +87,8 @@ def with_system(turns: list[Turn], text: str) -> list[Turn]:
     """The turns with a system text before the first question, as the chat template and the server put it."""
     if not text or not turns or turns[0].role != "user":
         return turns
-    return [replace(turns[0], text=f"{text}\n\n{turns[0].text.strip()}"), *turns[1:]]
+    first = replace(turns[0], text=f"{text}\n\n{turns[0].text.strip()}", instructions=len(text))
+    return [first, *turns[1:]]
 
 
 def check_shown(turns: list[Turn], images: int, rules: Rules) -> list[Turn]:

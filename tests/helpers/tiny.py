@@ -82,6 +82,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
+def granite_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte behind special tokens that Granite 4.0's have, with an end that does not pad; no <image>."""
+    special = ["<|end_of_text|>", "<|pad|>", "<|start_of_role|>", "<|end_of_role|>"]
+    core = Tokenizer(
+        models.BPE(
+            vocab={c: i for i, c in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, merges=[]
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[0], pad_token=special[1])
+    tokenizer.chat_template = "{{ 'their own' }}"
+    return tokenizer
+
+
 def prompt(length: int, images: int = 0, seed: int = 0) -> torch.Tensor:
     """(1, length) random ids that open with the placeholders of some images."""
     ids = torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import torch
 from PIL import Image
 
-from mlmamba.conversation import ASSISTANT, IMAGE_TOKEN, USER, Turn, clean
+from mlmamba.conversation import IMAGE_TOKEN, Turn, clean, format_of
 from mlmamba.decoding import prepare
 from mlmamba.processing import PromptTooLong
 from mlmamba.state_cache import Places, image_digest
@@ -267,8 +267,8 @@ class Engine:
     def _refuse_marks(self, turns: list[Turn]) -> None:
         special = [name for name in self._text.special.values() if name != IMAGE_TOKEN]
         for turn in turns:
-            # A model may have written USER or ASSISTANT itself, and its answers come back as history.
-            marks = special if turn.role == "assistant" else [*special, USER, ASSISTANT]
+            # A model may have written marks that are no special tokens, and its answers come back as history.
+            marks = special if turn.role == "assistant" else [*special, *format_of(self.tokenizer).marks]
             text = clean(turn.text)  # a mark may appear when a placeholder is taken out
             for mark in marks:
                 if mark in text:

@@ -12,13 +12,14 @@ from typing import get_args
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlmamba.conversation import ASSISTANT, IGNORE_INDEX, IMAGE_TOKEN, USER, clean
+from mlmamba.conversation import IGNORE_INDEX, IMAGE_TOKEN, clean
 from pipelines import storage
 from pipelines.identity import digest
 from pipelines.manifest import TOKENIZER_PATH, Manifest
 from pipelines.packed import PackedDataset, PackedRow
 from pipelines.source_config import LlavaSource, SourceConfig
 from pipelines.sources import open_source
+from pipelines.tokenizer import chat_format
 from workflows.errors import UsageError, WorkflowError
 from workflows.evaluate.benchmarks.base import Benchmark, ImageFolder, Item, Score, absolute, normalise
 from workflows.evaluate.questions import Image, load_questions, majority_answer
@@ -136,6 +137,7 @@ class Shards(OwnData):
             manifest = Manifest.load(data)
             rows = PackedDataset(data, self.split)
             self._tokenizer = Tokenizer.from_buffer(storage.read_bytes(storage.join(data, TOKENIZER_PATH)))
+            self._chat = chat_format(storage.join(data, "tokenizer"))
         except (ValueError, OSError) as error:
             raise UsageError(f"{self.name}: {error}") from error
         self._image = self._tokenizer.token_to_id(IMAGE_TOKEN)
@@ -167,8 +169,10 @@ class Shards(OwnData):
         ]
         for (_, asked), (_, said) in zip(runs[::2], runs[1::2], strict=False):
             end = self._text(said[-1:])
-            question = self._text(asked).lstrip("\n").removeprefix(f"{USER}\n").removesuffix(f"{end}\n{ASSISTANT}\n")
-            yield question, self._text(said[:-1])
+            question = self._text(asked).lstrip("\n").removesuffix(f"{end}\n{self._chat.assistant}")
+            if self._chat.system is not None and question.startswith(self._chat.system):
+                question = question.removeprefix(self._chat.system).replace(f"{end}\n{self._chat.user}", "\n\n", 1)
+            yield question.removeprefix(self._chat.user), self._text(said[:-1])
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
