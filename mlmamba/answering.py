@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mlmamba.conversation import Turn
+from mlmamba.conversation import IMAGE_TOKEN, Turn
 from mlmamba.decoding import prepare
 from mlmamba.image_layout import CutImage
+from mlmamba.images import WIDEST, image_size
 from mlmamba.loading import load_model
+from mlmamba.processing import PromptTooLong
 from mlmamba.state import MambaState
 
 
@@ -77,8 +79,16 @@ class Answerer:
 
     @torch.inference_mode()
     def reply(self, asked: list[Asked]) -> list[list[Reply]]:
-        """The same, with what the answers took."""
+        """The same, with what the answers took.
+
+        Raises:
+            ImageError: an image cannot be used.
+            ValueError: a question is empty.
+            PromptTooLong: a question and its image are too long for a prompt; then no image has been decoded.
+        """
         start = time.perf_counter()
+        for item in asked:
+            self._check_lengths(item)
         shown = [self.processor.layout.load(item.image) for item in asked if item.image is not None]
         read = self._read_images(shown)
         reading = (time.perf_counter() - start) / max(sum(len(item.questions) for item in asked), 1)
@@ -99,11 +109,35 @@ class Answerer:
 
         Raises:
             ImageError: the image cannot be used.
-            ValueError: a question is empty or too long for a prompt.
+            ValueError: a question is empty.
+            PromptTooLong: a question and its image are too long for a prompt.
         """
+        self._check_lengths(asked)
         if asked.image is not None:
             self.processor.layout.load(asked.image)
-        self.processor.tokenize([self.processor.prompt([Turn("user", question)]) for question in asked.questions])
+
+    def too_long(self, asked: Asked) -> dict[int, PromptTooLong]:
+        """Questions that are too long for a prompt with the image, by number; of the image, the size is read alone.
+
+        Raises:
+            ImageError: its size cannot be read.
+            ValueError: a question is empty.
+        """
+        found = {}
+        size = None if asked.image is None else [image_size(asked.image, WIDEST)]
+        for number, question in enumerate(asked.questions):
+            prompt = self.processor.prompt([Turn("user", question)])
+            if size is not None:
+                prompt = IMAGE_TOKEN + prompt
+            try:
+                self.processor.check_lengths([prompt], size)
+            except PromptTooLong as error:
+                found[number] = error
+        return found
+
+    def _check_lengths(self, asked: Asked) -> None:
+        for error in self.too_long(asked).values():
+            raise error
 
     def _read_images(self, images: list[CutImage]) -> MambaState | None:
         """The state after each image, from which all its questions go on: a prompt begins with its image."""

@@ -8,12 +8,33 @@ from transformers.processing_utils import ProcessorMixin
 
 from mlmamba.chat_template import template_of
 from mlmamba.conversation import IMAGE_TOKEN, Turn, check_turns, format_of, render
-from mlmamba.image_layout import ImageLayout, TokensPerImage
+from mlmamba.image_layout import CutImage, ImageLayout, TokensPerImage
 from mlmamba.image_processing import MLMambaImageProcessor
+from mlmamba.images import as_image
+
+_NAMED = 8  # images in an error
+Sizes = Sequence[tuple[int, int]]
+"""Width and height in pixels of images, in reading order over all prompts."""
 
 
 class PromptTooLong(ValueError):
-    """A prompt is over the processor's `max_length`."""
+    """A prompt is longer than it may be, with its images' placeholders.
+
+    Args:
+        length: its tokens.
+        limit: as many as it may have.
+        images: tokens of each of its images.
+        sizes: width and height of each, where these decide its tokens.
+    """
+
+    def __init__(self, length: int, limit: int, images: Sequence[int] = (), sizes: Sequence[tuple[int, int]] = ()):
+        told, advice = "", "shorten it"
+        if images:
+            each = [f"{w} x {h} takes {n}" for (w, h), n in zip(sizes, images, strict=False)]
+            named = f" ({', '.join(each[:_NAMED])}{', ...' if len(each) > _NAMED else ''})" if each else ""
+            told = f", of which its {'image takes' if len(images) == 1 else f'{len(images)} images take'} {sum(images)}"
+            told, advice = told + named, f"send fewer {'or smaller ' if each else ''}images, or a shorter text"
+        super().__init__(f"a prompt is {length} tokens long{told}, over the limit of {limit}; {advice}")
 
 
 class MLMambaProcessor(ProcessorMixin):
@@ -113,16 +134,12 @@ class MLMambaProcessor(ProcessorMixin):
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             self._check_counts(texts, groups, grouped)
-        cut, layout = None, self.layout
-        if layout.fixed is None:  # their sizes decide the text
-            cut = self.image_processor.cut(flat)
-            counts = [image.tokens for image in cut]
-        else:
-            counts = [layout.fixed] * len(flat)
+        layout, sizes = self.layout, [] if self.layout.fixed is None else None
+        cut = [] if sizes is None else [_cut(layout, image, sizes) for image in flat]  # their sizes decide the text
         if text is not None:
-            batch = self.tokenize(texts, padding_side, padding=bool(padding), image_tokens=counts, **offsets)
+            batch = self.tokenize(texts, padding_side, padding=bool(padding), image_sizes=sizes, **offsets)
         if flat:
-            batch.update(layout.batch(cut if cut is not None else self.image_processor.cut(flat)))
+            batch.update(layout.batch(cut or self.image_processor.cut(flat)))
         return batch
 
     def tokenize(
@@ -132,20 +149,25 @@ class MLMambaProcessor(ProcessorMixin):
         padding: bool = True,
         return_offsets_mapping: bool = False,
         return_text_replacement_offsets: bool = False,
-        image_tokens: Sequence[int] | None = None,
+        image_sizes: Sizes | None = None,
+        max_length: int | None = None,
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` (b, l) of prompts, each `<image>` expanded to its run of placeholders.
 
         Args:
-            image_tokens: placeholders of each image, over all prompts; not needed where every image has as many.
+            image_sizes: of the images, which need not have been decoded; not needed where each has as many tokens.
+            max_length: the longest prompt; the processor's own by default.
 
         Raises:
-            ValueError: a prompt is empty, or there is none, or `image_tokens` is not of as many images.
-            PromptTooLong: one is over `max_length`.
+            ValueError: a prompt is empty, or there is none, or `image_sizes` is not of as many images.
+            PromptTooLong: one is over the limit.
         """
         if not texts:
             raise ValueError("no prompt was given")
-        runs = self._runs(texts, image_tokens)
+        counts = self._counts(texts, image_sizes)
+        if sum(counts) > (max_length or self.max_length):
+            self.check_lengths(texts, image_sizes, max_length)  # without writing all the placeholders
+        runs = [IMAGE_TOKEN * tokens for tokens in counts]
         expanded = expand(texts, runs)
         encoded = self.tokenizer(expanded, add_special_tokens=False, return_offsets_mapping=return_offsets_mapping)
         ids = encoded["input_ids"]
@@ -153,8 +175,7 @@ class MLMambaProcessor(ProcessorMixin):
         longest = max(lengths)
         if not min(lengths):
             raise ValueError(f"prompt {lengths.index(0)} is empty")
-        if longest > self.max_length:
-            raise PromptTooLong(f"a prompt is {longest} tokens long, over the limit of {self.max_length}; shorten it")
+        self._refuse_long(texts, lengths, counts, image_sizes, max_length)
         if not padding and min(lengths) != longest:
             raise ValueError(
                 f"prompts of {min(lengths)} to {longest} tokens do not fit one tensor without padding=True"
@@ -176,20 +197,45 @@ class MLMambaProcessor(ProcessorMixin):
             batch["text_replacement_offsets"] = self.get_text_with_replacements(list(texts), runs)[1]
         return batch
 
-    def ids(self, texts: list[str], image_tokens: Sequence[int] | None = None) -> list[list[int]]:
+    def lengths(self, texts: Sequence[str], image_sizes: Sizes | None = None) -> list[int]:
+        """Tokens of prompts with their images' placeholders, as `tokenize` takes both, however many."""
+        left = iter(self._counts(texts, image_sizes))
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [
+            len(row) + sum(next(left) - 1 for _ in range(text.count(IMAGE_TOKEN)))
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+    def check_lengths(
+        self, texts: Sequence[str], image_sizes: Sizes | None = None, max_length: int | None = None
+    ) -> None:
+        """Raise PromptTooLong where `tokenize` would, from the sizes of images alone."""
+        lengths, counts = self.lengths(texts, image_sizes), self._counts(texts, image_sizes)
+        self._refuse_long(texts, lengths, counts, image_sizes, max_length)
+
+    def _refuse_long(self, texts, lengths, counts, image_sizes, max_length) -> None:
+        limit, first = max_length or self.max_length, 0
+        shown = image_sizes if image_sizes and self.layout.fixed is None else ()
+        for text, length in zip(texts, lengths, strict=True):
+            own = slice(first, first + text.count(IMAGE_TOKEN))
+            if length > limit:
+                raise PromptTooLong(length, limit, counts[own], shown[own])
+            first = own.stop
+
+    def ids(self, texts: list[str], image_sizes: Sizes | None = None) -> list[list[int]]:
         """Token ids of prompts, however many; otherwise as `tokenize`."""
-        expanded = expand(texts, self._runs(texts, image_tokens))
+        expanded = expand(texts, [IMAGE_TOKEN * tokens for tokens in self._counts(texts, image_sizes)])
         return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
 
-    def _runs(self, texts: list[str], image_tokens: Sequence[int] | None) -> list[str]:
-        """The placeholders of each image of the prompts."""
-        count, fixed = sum(text.count(IMAGE_TOKEN) for text in texts), self.layout.fixed
-        if image_tokens is None and (fixed is not None or not count):
-            image_tokens = [fixed] * count
-        if image_tokens is None or len(image_tokens) != count:
-            given = "none" if image_tokens is None else len(image_tokens)
-            raise ValueError(f"the prompts show {count} images, and the tokens of {given} were given")
-        return [IMAGE_TOKEN * tokens for tokens in image_tokens]
+    def _counts(self, texts: Sequence[str], image_sizes: Sizes | None) -> list[int]:
+        """Placeholders of each image of the prompts."""
+        count, layout = sum(text.count(IMAGE_TOKEN) for text in texts), self.layout
+        if image_sizes is None and (layout.fixed is not None or not count):
+            return [layout.most] * count
+        if image_sizes is None or len(image_sizes) != count:
+            given = "none" if image_sizes is None else len(image_sizes)
+            raise ValueError(f"the prompts show {count} images, and the sizes of {given} were given")
+        return [layout.count(height, width) for width, height in image_sizes]
 
     def _refuse_options(self, padding, padding_side, return_tensors, others: dict) -> None:
         if padding not in (True, False, None, "longest"):
@@ -239,6 +285,13 @@ def _group(images) -> tuple[list[list], bool]:
     if images and all(isinstance(group, (list, tuple)) for group in images):
         return [list(group) for group in images], True
     return [list(images)], False
+
+
+def _cut(layout: ImageLayout, image, sizes: list[tuple[int, int]]) -> CutImage:
+    """An image as the encoder reads it, and its size added to those before. Raises ImageError."""
+    whole = as_image(image)
+    sizes.append(whole.size)
+    return layout.cut(whole)
 
 
 def _unstacked(images):

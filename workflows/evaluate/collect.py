@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from mlmamba.conversation import Turn, clean
 from mlmamba.images import WIDEST, ImageError, open_image
-from mlmamba.processing import MLMambaProcessor
+from mlmamba.processing import MLMambaProcessor, PromptTooLong
 from pipelines.execution import ensure_ray, quiet_ray_data
 from pipelines.storage import write_atomic
 from workflows.errors import WorkflowError
@@ -282,8 +282,8 @@ class _Worker:
         loaded = [(one, data) for one in task["images"] if (data := self._load(one, lines)) is not _BAD]
         try:
             groups = self._reply(loaded)
-        except ImageError:  # rare, so images are decoded once more only to find which
-            loaded = [(one, data) for one, data in loaded if _is_image(one, data, lines)]
+        except (ImageError, PromptTooLong):  # rare, so images are read once more only to find which
+            loaded = [(fits, data) for one, data in loaded if (fits := self._askable(one, data, lines))]
             groups = self._reply(loaded)
         for (one, _), group in zip(loaded, groups, strict=True):
             lines += [_line(one, key, **asdict(reply)) for key, reply in zip(one["ids"], group, strict=True)]
@@ -298,6 +298,21 @@ class _Worker:
         except (OSError, ValueError) as error:
             lines += _unread(one, error)
             return _BAD
+
+    def _askable(self, one: dict, data: bytes | None, lines: list[dict]) -> dict | None:
+        """What can be asked about an image, None where that is nothing; why the rest cannot goes to `lines`."""
+        from mlmamba.answering import Asked
+
+        try:
+            bad = self._answerer.too_long(Asked(data, one["prompts"]))
+            if data is not None:
+                open_image(data, WIDEST)
+        except ImageError as error:
+            lines += _unread(one, error)
+            return None
+        lines += [_line(one, one["ids"][number], error=str(error)) for number, error in bad.items()]
+        fits = [number for number in range(len(one["ids"])) if number not in bad]
+        return one | {name: [one[name][number] for number in fits] for name in ("ids", "prompts")} if fits else None
 
     def _reply(self, loaded: list[tuple[dict, bytes | None]]) -> list:
         from mlmamba.answering import Asked
@@ -319,17 +334,6 @@ def _open_worker(setup: str) -> _Worker:
 _BAD = b"cannot be read"
 
 
-def _is_image(one: dict, data: bytes | None, lines: list[dict]) -> bool:
-    """Whether the data decode; if not, that goes to `lines`."""
-    try:
-        if data is not None:
-            open_image(data, WIDEST)
-    except ImageError as error:
-        lines += _unread(one, error)
-        return False
-    return True
-
-
 def _unread(one: dict, error: Exception) -> list[dict]:
     return [_line(one, key, error=f"image {one['image']}: {error}") for key in one["ids"]]
 
@@ -342,7 +346,8 @@ _AT_ONCE = 1000
 
 
 def bad_prompts(processor: MLMambaProcessor, items: Sequence[Item]) -> dict[str, str]:
-    """Why items cannot be asked, by id: the prompt is empty, or longer than the model takes."""
+    """Why items cannot be asked, by id: the prompt is empty, or longer than the model takes even with the smallest
+    image. Whoever asks has the image, and looks at its size (`Answerer.too_long`)."""
     bad = {item.id: "the question is empty" for item in items if not clean(item.question)}
     fine = [item for item in items if item.id not in bad]
     for first in range(0, len(fine), _AT_ONCE):

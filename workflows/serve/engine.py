@@ -14,7 +14,6 @@ from PIL import Image
 
 from mlmamba.conversation import IMAGE_TOKEN, Turn, clean, format_of
 from mlmamba.decoding import prepare
-from mlmamba.processing import PromptTooLong
 from mlmamba.state_cache import Places, image_digest
 from workflows.serve.batch import Batch
 from workflows.serve.detokenize import TokenText
@@ -147,8 +146,6 @@ class Engine:
             ValueError: the turns break the rules of a conversation, or the prompt is too long.
         """
         ids, images = self._tokenize(turns, images)
-        if len(ids) > self.max_length:
-            raise PromptTooLong(f"a prompt is {len(ids)} tokens long, over the limit of {self.max_length}; shorten it")
         shown = tuple(self._processor.layout.cut(image) for image in images)
         _check_count(turns, len(shown))
         digests = tuple(image_digest(image.pixels, image.grid) for image in shown)
@@ -167,23 +164,16 @@ class Engine:
         self, turns: list[Turn], images: Iterable[Image.Image], cut: bool = True
     ) -> tuple[list[int], Iterable[Image.Image]]:
         self._refuse_marks(turns)
-        prompt, layout = self._processor.prompt(turns), self._processor.layout
-        counts = None
-        if layout.fixed is None:
+        prompt, sizes = self._processor.prompt(turns), None
+        if self._processor.layout.fixed is None:
             if not hasattr(images, "sizes"):
                 images = list(images)
-            sizes = images.sizes if hasattr(images, "sizes") else [(image.width, image.height) for image in images]
+            sizes = images.sizes if hasattr(images, "sizes") else [image.size for image in images]
             _check_count(turns, len(sizes))
-            counts = [layout.count(height, width) for width, height in sizes]
-            if cut and sum(counts) >= self.max_length:
-                each = ", ".join(f"{w} x {h} takes {n}" for (w, h), n in zip(sizes, counts, strict=True))
-                raise PromptTooLong(
-                    f"the images take {sum(counts)} tokens ({each}), a prompt has room for {self.max_length}; send "
-                    "fewer or smaller ones"
-                )
         if cut:
-            return self._processor.tokenize([prompt], image_tokens=counts)["input_ids"][0].tolist(), images
-        return self._processor.ids([prompt], counts)[0], images
+            batch = self._processor.tokenize([prompt], image_sizes=sizes, max_length=self.max_length)
+            return batch["input_ids"][0].tolist(), images
+        return self._processor.ids([prompt], sizes)[0], images
 
     @property
     def tokenizer(self):

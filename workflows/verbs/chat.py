@@ -4,14 +4,15 @@ The engine of the service answers, for this one client: a later turn reads only 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
 from mlmamba.conversation import Turn
 from mlmamba.decoding import prepare
-from mlmamba.images import ImageError, open_image
+from mlmamba.images import ImageError, image_size, open_image
 from mlmamba.loading import load_model
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry import resolve_model
@@ -27,14 +28,14 @@ def answer_once(
     reference: str, storage: Path, image: str | None, question: str, max_new_tokens: int, precision: str = "auto"
 ) -> str:
     """The model's greedy answer to one question about one image (or none)."""
-    images = _open(image)
+    images = _Shown(image)
     engine = _load(resolve_model(reference, storage).folder, precision)
     return _answer(engine, [Turn("user", question, len(images))], images, max_new_tokens)
 
 
 def talk(reference: str, storage: Path, image: str | None, precision: str = "auto") -> None:
     """Read questions until an empty line or the end of input, streaming each answer."""
-    images = _open(image)
+    images = _Shown(image)
     resolved = resolve_model(reference, storage)
     engine = _load(resolved.folder, precision)
     print(f"{resolved.label}. Ask about {image or 'anything'}; an empty line ends.", file=sys.stderr)
@@ -66,21 +67,39 @@ def _ask() -> str:
         return ""
 
 
-def _open(image: str | None) -> list[Image.Image]:
-    if image is None:
-        return []
-    try:
-        return [open_image(Path(image).read_bytes())]
-    except OSError as error:
-        raise UsageError(f"--image {image}: {error.strerror}") from error
-    except ImageError as error:
-        raise UsageError(f"--image {image}: {error}") from error
+class _Shown:
+    """The image of a chat, or none, decoded when it is asked for: what is too long for a prompt never is."""
+
+    def __init__(self, path: str | None):
+        self._path, self._data, self._decoded, self.sizes = path, b"", [], []
+        if path is not None:
+            with self._named():
+                self._data = Path(path).read_bytes()
+                self.sizes = [image_size(self._data)]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        if self.sizes and not self._decoded:
+            with self._named():
+                self._decoded = [open_image(self._data)]
+        return iter(self._decoded)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(f"--image {self._path}: {error.strerror}") from error
+        except ImageError as error:
+            raise UsageError(f"--image {self._path}: {error}") from error
 
 
 def _answer(
     engine: Engine,
     turns: list[Turn],
-    images: list[Image.Image],
+    images: _Shown,
     max_new_tokens: int,
     on_delta: Callable[[Delta], None] | None = None,
 ) -> str:

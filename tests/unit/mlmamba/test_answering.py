@@ -1,16 +1,19 @@
 """Answers of a model, asked in batches, beside the model run on one prompt at a time."""
 
+import json
+
 import pytest
 import torch
 
 from mlmamba.answering import Answerer, Asked, answer_length, first_tokens
 from mlmamba.conversation import Turn
-from mlmamba.images import load_pixels
-from mlmamba.processing import MLMambaProcessor
+from mlmamba.images import ImageError, load_pixels
+from mlmamba.processing import MLMambaProcessor, PromptTooLong
 from tests.helpers.images import encoded
-from tests.helpers.tiny import PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import NATIVE, PER_IMAGE, SIDE, tiny_model, tiny_tokenizer
 from workflows.evaluate.benchmarks.base import Item
-from workflows.evaluate.collect import bad_prompts
+from workflows.evaluate.collect import SEEING, _Worker, bad_prompts, read_parts
+from workflows.train.initial import save
 
 TOKENS = 3
 IMAGES = [encoded(i, "PNG", (20, 12)) for i in range(3)]
@@ -111,3 +114,46 @@ def test_prompts_that_cannot_be_asked_are_named(answerer):
 def test_an_image_that_cannot_be_decoded_is_an_error(answerer):
     with pytest.raises(ValueError, match="not an image"):
         answerer.reply([Asked(b"no image", ["What is it?"])])
+
+
+@pytest.fixture(scope="module")
+def own_size(tmp_path_factory):
+    path = tmp_path_factory.mktemp("native") / "model"
+    save(tiny_model(vision_config=NATIVE | {"max_tokens": 40}, max_position_embeddings=80), tiny_tokenizer(), path)
+    return Answerer(path, TOKENS)
+
+
+def test_what_does_not_fit_with_its_image_is_refused_by_its_size(own_size):
+    """The files end behind their headers: whoever decoded them would say so."""
+    small, large = (encoded(0, "PNG", size)[:100] for size in ((40, 30), (400, 300)))
+    frame = len(own_size.processor.prompt([Turn("user", "x")])) - 1 - len("<|endoftext|>") + 1
+    questions = ["x" * (40 - frame), "x" * (41 - frame)]
+    assert own_size.too_long(Asked(small, questions)) == {}
+    (found,) = own_size.too_long(Asked(large, questions)).items()
+    assert (found[0], "81 tokens long, of which its image takes 40 (400 x 300 takes 40)" in str(found[1])) == (1, True)
+    for refuse in (own_size.check, lambda asked: own_size.reply([ASKED[0], asked])):
+        with pytest.raises(PromptTooLong, match="400 x 300 takes 40"):
+            refuse(Asked(large, questions))
+        with pytest.raises(ImageError, match="the image ends before its data does"):
+            refuse(Asked(large, questions[:1]))
+
+
+def test_evaluation_asks_what_fits_and_says_of_the_rest_why(own_size, tmp_path, folder):
+    """What is too long is known from the image that is shown: the same question fits with another one."""
+    own_size.model.save_pretrained(tmp_path / "model")
+    own_size.processor.save_pretrained(tmp_path / "model")
+    images = {"small.png": encoded(0, "PNG", (40, 30)), "large.png": encoded(1, "PNG", (400, 300)), "bad.png": b"no"}
+    for name, data in images.items():
+        (tmp_path / name).write_bytes(data)
+    frame = len(own_size.processor.prompt([Turn("user", "x")])) - 1 - len("<|endoftext|>") + 1
+    prompts = ["x" * (40 - frame), "x" * (41 - frame)]
+    setup = {"model": str(tmp_path / "model"), "stores": [{"kind": "folder", "uri": str(tmp_path)}]}
+    setup |= {"max_new_tokens": TOKENS, "threads": 1, "choices": None, "batch_questions": None, "precision": "auto"}
+    shown = [{"source": 0, "image": name, "ids": [f"{name}{i}" for i in (0, 1)], "prompts": prompts} for name in images]
+    task = {"mode": SEEING, "file": str(tmp_path / "parts" / "seeing-0.jsonl"), "images": shown}
+    _Worker(json.dumps(setup))({"task": json.dumps(task)})
+    replies = {key[1]: reply for key, reply in read_parts(tmp_path).items()}
+    assert set(replies) == {f"{name}{i}" for name in images for i in (0, 1)}
+    assert {key for key, reply in replies.items() if "text" in reply} == {"small.png0", "small.png1", "large.png0"}
+    assert "81 tokens long, of which its image takes 40" in replies["large.png1"]["error"]
+    assert "not an image" in replies["bad.png0"]["error"]

@@ -1,5 +1,7 @@
 """The processor: prompts and images in, model inputs out; what does not fit is an error and never cut."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlmamba.conversation import Turn
 from mlmamba.images import to_pixels
-from mlmamba.processing import MLMambaProcessor
+from mlmamba.processing import MLMambaProcessor, PromptTooLong
 from tests.helpers.images import image
 from tests.helpers.tiny import IMAGE_ID, PER_IMAGE, SIDE
 
@@ -158,12 +160,34 @@ def test_an_image_at_its_own_size_has_as_many_placeholders_as_tokens(own_size, t
 
 
 def test_text_without_sizes_cannot_be_expanded(own_size):
-    with pytest.raises(ValueError, match="the prompts show 1 images, and the tokens of none were given"):
+    with pytest.raises(ValueError, match="the prompts show 1 images, and the sizes of none were given"):
         own_size.tokenize(["<image>a"])
-    with pytest.raises(ValueError, match="the prompts show 1 images, and the tokens of 2 were given"):
-        own_size.tokenize(["<image>a"], image_tokens=[2, 3])
+    with pytest.raises(ValueError, match="the prompts show 1 images, and the sizes of 2 were given"):
+        own_size.tokenize(["<image>a"], image_sizes=[(16, 32), (16, 48)])
     with pytest.raises(ValueError, match="at least 9 tokens"):
         MLMambaProcessor(own_size.tokenizer, tokens_per_image={"patch": 16, "min_tokens": 9, "max_tokens": 8})
+
+
+def test_a_prompt_that_is_too_long_says_what_its_images_take(own_size, processor):
+    sizes = [(32, 32), (5000, 4)]
+    texts = ["<image>" + "a" * 56, "<image>" + "a" * 48]
+    assert own_size.lengths(texts, sizes) == [len(row) for row in own_size.ids(texts, sizes)] == [60, 60]
+    own_size.check_lengths(texts, sizes)
+    assert own_size.tokenize(texts, image_sizes=sizes)["input_ids"].shape == (2, 60)
+    for refuse in (own_size.check_lengths, partial(own_size.tokenize, image_sizes=sizes)):
+        given = () if isinstance(refuse, partial) else (sizes,)
+        with pytest.raises(
+            PromptTooLong,
+            match=r"^a prompt is 61 tokens long, of which its image takes 12 \(5000 x 4 takes 12\), over the limit of "
+            "60; send fewer or smaller images, or a shorter text$",
+        ):
+            refuse([texts[0], texts[1] + "a"], *given)
+    with pytest.raises(PromptTooLong, match=r"of which its 6 images take 72 \(9 x 999 takes 12, .* takes 12\), over"):
+        own_size.tokenize(["<image>" * 6], image_sizes=[(9, 999)] * 6)
+    with pytest.raises(PromptTooLong, match=r"its 70 images take 280, over the limit of \d+; send fewer images, or a"):
+        processor.tokenize(["<image>" * 70], max_length=200)  # of a square, the size does not matter
+    with pytest.raises(PromptTooLong, match=r"^a prompt is 61 tokens long, over the limit of 60; shorten it$"):
+        own_size.tokenize(["a" * 61])
 
 
 def test_a_tiled_image_has_its_thumbnail_and_its_tiles(tokenizer):

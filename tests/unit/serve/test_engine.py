@@ -586,7 +586,9 @@ def test_what_does_not_fit_by_size_is_refused_before_it_is_decoded(any_size):
     engine = Engine(*any_size, SMALL, threads=1)
     each = engine._processor.layout.most
     with pytest.raises(
-        PromptTooLong, match=rf"the images take {30 * each} tokens .4000 x 3000 takes {each}, .* for 300"
+        PromptTooLong,
+        match=rf"of which its 30 images take {30 * each} .4000 x 3000 takes {each}, .*, over the limit of 300; send "
+        "fewer or smaller images, or a shorter text$",
     ):
         engine.prepare([Turn("user", "what?", 30)], Sizes())
     assert len(engine.prompt_ids([Turn("user", "what?", 30)], Sizes())) > 30 * each

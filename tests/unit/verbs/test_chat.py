@@ -10,7 +10,7 @@ from mlmamba.conversation import Turn
 from mlmamba.loading import load_model
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from tests.helpers.images import encoded
-from tests.helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import NATIVE, VOCABULARY, tiny_model, tiny_tokenizer
 from workflows.errors import UsageError
 from workflows.train.initial import save
 from workflows.verbs import chat
@@ -56,7 +56,7 @@ def test_a_conversation_has_the_answers_of_generate_and_reads_each_turn_once(fol
     turns = []
     for question, answer in zip(QUESTIONS, said, strict=True):
         turns.append(Turn("user", question, images=int(not turns)))
-        inputs = processor(chat._open(image), processor.prompt(turns))
+        inputs = processor([image], processor.prompt(turns))
         ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)
         assert processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]) == answer
         turns.append(Turn("assistant", answer))
@@ -76,3 +76,16 @@ def test_one_question_that_cannot_be_asked_is_a_mistake_in_the_command(folder, i
     with pytest.raises(UsageError, match="a mark of the prompt format"):
         chat.answer_once(str(folder), folder, image, "<|endoftext|>", 8)
     assert chat.answer_once(str(folder), folder, image, "what?", 8).isalpha()
+
+
+def test_an_image_that_does_not_fit_is_refused_by_its_size(tmp_path, monkeypatch, capsys):
+    """The file ends behind its header: whoever decoded it would say so."""
+    folder, large = tmp_path / "model", tmp_path / "large.png"
+    save(tiny_model(vision_config=NATIVE | {"max_tokens": 40}, max_position_embeddings=68), tiny_tokenizer(), folder)
+    large.write_bytes(encoded(1, "PNG", (300, 200))[:100])
+    with pytest.raises(UsageError, match=r"70 tokens long, of which its image takes 40 \(300 x 200 takes 40\), over"):
+        chat.answer_once(str(folder), folder, str(large), "what?", 8)
+    with pytest.raises(UsageError, match=r"--image .*large.png: the image ends before its data does"):
+        chat.answer_once(str(folder), folder, str(large), "", 8)
+    with pytest.raises(UsageError, match=r"--image .*none.png: No such file"):
+        chat.answer_once(str(folder), folder, str(tmp_path / "none.png"), "what?", 8)
