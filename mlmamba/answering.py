@@ -51,7 +51,7 @@ class Answerer:
         threads: torch threads; None leaves them.
         choices: two answers whose probability as first token is wanted.
         batch_questions: most questions in one forward pass; None for all of a call.
-        precision: as `load_model` takes it; `model.prepared` says what became of it.
+        precision, exact: as `load_model` takes them; `model.prepared` says what became of them.
 
     Raises:
         ValueError: the two choices begin with the same token, so their first tokens cannot tell them apart.
@@ -65,10 +65,11 @@ class Answerer:
         choices: tuple[str, str] | None = None,
         batch_questions: int | None = None,
         precision: str = "auto",
+        exact: bool = False,
     ):
         if threads:
             torch.set_num_threads(threads)
-        self.model, self.processor = load_model(model, precision=precision)
+        self.model, self.processor = load_model(model, precision=precision, exact=exact)
         prepare(self.model)
         self.max_new_tokens, self.batch_questions = max_new_tokens, batch_questions
         self._choices = None if choices is None else first_tokens(self.processor.tokenizer, choices)

@@ -9,6 +9,7 @@ handed to the model.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mlmamba import choosing
 from mlmamba.ops import compiled
 from mlmamba.ops.linear import Linear
-from mlmamba.ops.packed import PackedLinear, packs
+from mlmamba.ops.packed import PackedLinear, has_tiles, packs
 from mlmamba.state import MambaState
 from mlmamba.state_pool import StatePool
 
@@ -37,9 +38,13 @@ class Prepared:
     """"kernels", "compiled", or "torch: " and why it is not one of these."""
     packed: str
     """"packed", or why the weights are not."""
+    exact: str = ""
+    """"exact" where answers have the same bits in any company; "not exact: " and why, where that was wanted and cannot
+    be had; else ""."""
 
     def __str__(self) -> str:
-        return f"{self.precision}, decoding {self.decoding}, weights {self.packed}"
+        exact = self.exact and f", {self.exact}"
+        return f"{self.precision}, decoding {self.decoding}, weights {self.packed}{exact}"
 
 
 def prepare(model, make: bool = True) -> Prepared:
@@ -54,40 +59,63 @@ def prepare(model, make: bool = True) -> Prepared:
     """
     if (done := getattr(model, "prepared", None)) is not None:
         return done
-    language = model.language_model
+    language, wanted = model.language_model, getattr(model, "exact", False)
     dtype = language.backbone.embeddings.weight.dtype
     whole = not any(isinstance(module, PackedLinear) for module in language.modules())  # else it was loaded as int8
-    problem = _packing_problem(model, dtype)
-    if whole and not problem:
-        pack(language, _FORMS[dtype])
     if hasattr(model, "hf_device_map"):
         way = "torch: the model is on several devices"
     else:
-        way = language.backbone.prepare_decoding(make)
-    if way == "compiled" and isinstance(head := language.lm_head, PackedLinear):
-        head.use(compiled.operators(make=False).int8_linear)
+        way = language.backbone.prepare_decoding(make, wanted)
+    own = compiled.operators(make=False) if way == "compiled" else None
+    trouble = wanted and _why_not_exact(model, way)
+    model.exact = exact = bool(wanted and not trouble)
+    problem = _packing_problem(model, dtype, own)
+    if whole and not problem:
+        fitting = own if exact or dtype == torch.float32 or not has_tiles() else None
+        pack(language, _FORMS[dtype], fitting, 0 if exact else WORTH_PACKING)
+    elif own is not None:
+        for module in language.modules():
+            if isinstance(module, PackedLinear):
+                module.use(own, always=exact)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    model.prepared = Prepared(names[dtype] if whole else "int8", way, "packed" if not whole else problem or "packed")
-    level = logging.WARNING if make and "compiler" in way.lower() else logging.INFO
+    packed = "packed" if not whole else problem or "packed"
+    told = "" if not wanted else "exact" if exact else f"not exact: {trouble}"
+    model.prepared = Prepared(names[dtype] if whole else "int8", way, packed, told)
+    level = logging.WARNING if trouble or (make and "compiler" in way.lower()) else logging.INFO
     logger.log(level, "the model computes in %s", model.prepared)
     return model.prepared
 
 
-def pack(model: nn.Module, form: str) -> None:
-    """Put packed layers in the place of a model's linear ones; small ones only change for int8."""
-    least = 0 if form == "int8" else WORTH_PACKING
+def pack(model: nn.Module, form: str, own: Any = None, least: int = WORTH_PACKING) -> None:
+    """Put packed layers in the place of a model's linear ones.
+
+    Args:
+        form, own: as of `PackedLinear`.
+        least: weights from which a layer is worth it, but for int8, which all become.
+    """
     for module in [*model.modules()]:
         for name, child in [*module.named_children()]:
-            if type(child) in (Linear, nn.Linear) and child.weight.numel() >= least:
-                setattr(module, name, PackedLinear(child, form))
+            if type(child) in (Linear, nn.Linear) and (form == "int8" or child.weight.numel() >= least):
+                setattr(module, name, PackedLinear(child, form, own))
 
 
-def _packing_problem(model, dtype: torch.dtype) -> str:
+def _packing_problem(model, dtype: torch.dtype, own: Any) -> str:
     if hasattr(model, "hf_device_map"):
         return "not packed: accelerate places them"
     if model.device.type != "cpu":
         return f"as they are on {model.device.type}"
-    return "not packed: their precision has no form for it" if dtype not in _FORMS else packs()
+    if dtype not in _FORMS:
+        return "not packed: their precision has no form for it"
+    return "" if own is not None else packs()
+
+
+def _why_not_exact(model, way: str) -> str:
+    """Why a model's answers would not have the same bits in any company, or ""."""
+    if model.device.type != "cpu":
+        return f"on {model.device.type} sums depend on the batch, serve and evaluate on a CPU"
+    if any(layer.kind != "mamba2" for layer in model.language_model.backbone.layers):
+        return "attention and MLP blocks round by the batch"
+    return "" if way == "compiled" else way.removeprefix("torch: ")
 
 
 class Tokens:

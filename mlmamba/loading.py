@@ -17,7 +17,7 @@ saved: float32 after a training. `int8` is for a CPU: the language model's weigh
 each output channel; images, norms, the scan and its state stay as they were."""
 
 
-def load_model(folder: str | Path, device: str | None = None, precision: str = "auto"):
+def load_model(folder: str | Path, device: str | None = None, precision: str = "auto", exact: bool = False):
     """Model in evaluation mode and its processor, from a folder or a hub name.
 
     Args:
@@ -25,6 +25,9 @@ def load_model(folder: str | Path, device: str | None = None, precision: str = "
         precision: one of PRECISIONS. In all of them A_log, D, dt_bias, the recurrent state and the logits stay float32.
             What the device lacks is logged with what is taken in its place: int8 on a GPU is bf16, bf16 where nothing
             computes in it float32. A model in int8 is for answers alone; it cannot be trained.
+        exact: when it is prepared for answers (`decoding.prepare`), it gives them the same bits whatever is in a batch
+            with them, in whatever pieces prompts are read and whether from kept states: a pure Mamba-2 on a CPU with
+            compiled code. `model.prepared` says whether that could be had.
 
     Raises:
         FileNotFoundError: there is no model there.
@@ -38,6 +41,7 @@ def load_model(folder: str | Path, device: str | None = None, precision: str = "
     model = MLMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
     if precision == "int8":
         pack(model.language_model, "int8")
+    model.exact = exact
     return model, MLMambaProcessor.from_pretrained(folder)
 
 

@@ -24,7 +24,6 @@ from mlmamba.blocks import KINDS
 from mlmamba.configuration import as_text_config
 from mlmamba.ops import compiled
 from mlmamba.ops.linear import Linear
-from mlmamba.ops.packed import PackedLinear
 from mlmamba.selective_scan import RMSNorm, SelectiveScan
 from mlmamba.state import KeyValueState, LayerState, MambaState
 
@@ -69,11 +68,11 @@ class Mamba2Mixer(SelectiveScan):
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return times(self.out_proj(y), self.out_factor), state
 
-    def prepare_step(self, make: bool) -> str:
+    def prepare_step(self, make: bool, always: bool = False) -> str:
         """Get ready for `step`, and say how it runs: see `Mamba2Backbone.prepare_decoding`."""
         if not self.gated:
             return "torch: the mixer's norm is of another kind"
-        self.between, way = ops.between(self, make)
+        self.between, way = ops.between(self, make, always)
         return way
 
     def step(self, x: Tensor, state: LayerState, slots: Tensor | None = None) -> tuple[Tensor, LayerState]:
@@ -204,22 +203,23 @@ class Mamba2Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.scale_in, self.scale_out = config.embedding_multiplier, config.logits_scaling
         self.gradient_checkpointing = False
-        self.prepared = False
+        self.prepared = self.compiled = False
         nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
         for name, weight in self.layers.named_parameters():
             if name.endswith("out_proj.weight"):  # GPT-2's scheme, as state-spaces does it: one residual branch a block
                 weight.data.div_(math.sqrt(config.num_hidden_layers))
 
-    def prepare_decoding(self, make: bool) -> str:
+    def prepare_decoding(self, make: bool, always: bool = False) -> str:
         """From now on a step of one token takes the fast way, on states that may be written over. Weights must stay.
 
         Args:
             make: compile code for this processor where there is none yet (mlmamba/ops/compiled.py).
+            always: take compiled code also where states are so small that it is no faster.
 
         Returns:
             How steps run: "kernels", "compiled", or "torch" with the reason.
         """
-        ways = [layer.mixer.prepare_step(make) for layer in self.layers if layer.kind == "mamba2"]
+        ways = [layer.mixer.prepare_step(make, always) for layer in self.layers if layer.kind == "mamba2"]
         self.prepared = True
         way = next((way for way in ways if way.startswith("torch")), ways[0] if ways else "torch")
         if way == "compiled":
@@ -227,12 +227,9 @@ class Mamba2Backbone(nn.Module):
         return way
 
     def _use_compiled(self) -> None:
-        own = compiled.operators(make=False)
-        for module in self.modules():
-            if isinstance(module, PackedLinear):
-                module.use(own.int8_linear)
-            elif isinstance(module, Mamba2Block):
-                module.add_norm = own.add_norm
+        self.compiled = True
+        for layer in self.layers:
+            layer.add_norm = compiled.operators(make=False).add_norm
 
     def forward(
         self,
@@ -268,7 +265,8 @@ class Mamba2Backbone(nn.Module):
             return x[:, None], MambaState(after)
         states = iter(state.layers if known else ())
         checkpointed = self.gradient_checkpointing and self.training
-        if ops.fuses_norm(x) and not checkpointed:  # a checkpoint would have to keep two tensors of each block
+        ours = self.compiled and not torch.is_grad_enabled()  # then a prompt has the bits of its tokens one by one
+        if ours or (ops.fuses_norm(x) and not checkpointed):  # a checkpoint would keep two tensors of each block
             x = (x, None)
         for layer in self.layers:
             before = layer.own_state(states) if known else None
@@ -277,10 +275,13 @@ class Mamba2Backbone(nn.Module):
             else:
                 x, layer_state = layer(x, before, mask, seq_idx, keep_state)
             after += layer.as_list(layer_state)
-        if isinstance(x, tuple):  # the last norm is called as a module: it may be on another GPU than the last block
+        if ours:
+            x = self._last_norm(*x)
+        elif isinstance(x, tuple):  # called as a module, the norm may be on another GPU than the last block
             y, stream = x
-            x = stream + y
-        x = self.norm_f(x)
+            x = self.norm_f(stream + y)
+        else:
+            x = self.norm_f(x)
         x = times(x.to(self.embeddings.weight.dtype), 1 / self.scale_out)
         x = x if mask is None else _reorder(x, torch.argsort(order, dim=1))
         return x, MambaState(after) if keep_state else None
@@ -306,9 +307,11 @@ class Mamba2Backbone(nn.Module):
         for layer in self.layers:
             y, stream, state = layer.step(y, stream, layer.own_state(left), slots)
             after += layer.as_list(state)
+        return times(self._last_norm(y, stream), 1 / self.scale_out), after
+
+    def _last_norm(self, y: Tensor, stream: Tensor) -> Tensor:
         last = self.layers[-1]
-        x, _ = last.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, last.residual_in_fp32)
-        return times(x, 1 / self.scale_out), after
+        return last.add_norm(y, stream, self.norm_f.weight, self.norm_f.eps, last.residual_in_fp32)[0]
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

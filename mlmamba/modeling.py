@@ -62,6 +62,8 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    exact = False
+    """Whether answers shall have, and once it is prepared have, the same bits in any company (mlmamba/decoding.py)."""
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # noqa: RUF012 - the form that transformers reads
 
     def __init__(self, config: MLMambaConfig):
@@ -180,6 +182,18 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
             else:
                 blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
             return self.get_image_features(blank, shapes)[:0]
+        if self.exact:
+            return self._one_by_one(pixel_values, spatial_shapes)
+        return self._image_features(pixel_values, spatial_shapes)
+
+    def _one_by_one(self, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:
+        """Each image alone: torch's sums go in an order that depends on how many there are."""
+        if spatial_shapes is None:
+            return torch.cat([self._image_features(one, None) for one in pixel_values.split(1)])
+        parts = pixel_values.split(spatial_shapes.prod(1).tolist())
+        return torch.cat([self._image_features(*one) for one in zip(parts, spatial_shapes.split(1), strict=True)])
+
+    def _image_features(self, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features = self.vision(pixel_values, spatial_shapes)

@@ -33,6 +33,18 @@ def neox():
     return tokenizer
 
 
+@pytest.fixture(scope="session")
+def compiled_cache(tmp_path_factory):
+    """A folder in which the operators are compiled, which takes half a minute. Tests set MLMAMBA_CACHE to it."""
+    from mlmamba.ops import compiled
+
+    place = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLMAMBA_CACHE", str(place))
+        compiled.operators(make=True)
+    return place
+
+
 @pytest.fixture(scope="module")
 def process_group():
     """A process group of one."""

@@ -205,12 +205,13 @@ def block(
     return kernels.block(zxBCdt, weight, bias, dt_bias, A, D, norm_weight, *rest)
 
 
-def between(mixer, make: bool) -> tuple[Between, str]:
+def between(mixer, make: bool, always: bool = False) -> tuple[Between, str]:
     """The part of a decoding step between a `Mamba2Mixer`'s projections, made ready, and how it runs.
 
     Args:
         mixer: on its device; its weights must not change from now on.
         make: compile code for the processor where there is none yet; False to use only what is there.
+        always: also for states that are small.
 
     Returns:
         `Between`, and "kernels", "compiled", or "torch" with the reason.
@@ -224,7 +225,7 @@ def between(mixer, make: bool) -> tuple[Between, str]:
         return own, f"torch: {problem}" if problem else "kernels"
     if mixer.A_log.device.type != "cpu":
         return own, "torch: no kernels for this device"
-    if own.bytes < WORTH_COMPILING:
+    if own.bytes < WORTH_COMPILING and not always:
         return own, "torch: the states are small"
     compiled = import_module("mlmamba.ops.compiled")
     if own.taps.dtype not in compiled.DTYPES:

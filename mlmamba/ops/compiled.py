@@ -1,4 +1,4 @@
-"""Our C++ for a step of decoding (decoding.cpp), compiled for the processor that it runs on, and kept.
+"""Our C++ for models that answer (decoding.cpp with its headers), compiled for the processor that it runs on, and kept.
 
 Compiling takes some ten seconds and a C++ compiler, once for a machine and a build of torch, whatever the model;
 loading what was compiled takes milliseconds and no compiler. So it is done by a process of its own, which holds up
@@ -47,7 +47,7 @@ def folder() -> Path:
 
 
 def operators(make: bool):
-    """The operators `block`, `add_norm` and `int8_linear`.
+    """The operators `block`, `add_norm`, `linear` and `int8_linear`.
 
     Args:
         make: compile them where they are not there yet; else they are only looked for.
@@ -112,7 +112,8 @@ def _first_line(error: BaseException) -> str:
 
 def _digest() -> str:
     """Of all that decides the code: source, flags, torch and the processor's instructions."""
-    parts = [SOURCE.read_text(), Path(__file__).read_text(), torch.__version__, _processor()]
+    sources = (SOURCE, *sorted(SOURCE.parent.glob("*.h")), Path(__file__))
+    parts = [*(source.read_text() for source in sources), torch.__version__, _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 

@@ -1,48 +1,14 @@
-// What a CPU does to tokens, beside products in float32 and bfloat16, which oneDNN makes: the part of a Mamba-2 block
-// between its projections, sum and norm, and products with int8 weights.
+// What a CPU does to tokens between products (products.h): the part of a Mamba-2 block between its projections, and
+// sum with norm.
 //
-// compiled.py builds this for the processor that it runs on; step.py and packed.py have the same in plain torch, which
-// the tests compare it with. All arithmetic is float32 whatever the tensors are kept in. Shapes as in step.py:
+// compiled.py builds this for the processor that it runs on; step.py has the same in plain torch, which the tests
+// compare it with. All arithmetic is float32 whatever the tensors are kept in. Shapes as in step.py:
 // b rows, d = e + 2gn channels, e inner width (h heads of p), g groups, n state size, w taps.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-#define MLMAMBA_VNNI
-#endif
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <vector>
+#include "products.h"
+#include "vectors.h"
 
 namespace {
-
-using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t W = Vec::size();
-
-// The same number of floats, or fewer at the end of a row; what is missing is 0.
-inline Vec load(const float* p, int64_t count) { return count >= W ? Vec::loadu(p) : Vec::loadu(p, count); }
-inline void store(Vec v, float* p, int64_t count) { count >= W ? v.store(p) : v.store(p, count); }
-inline float total(Vec v) { return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, v); }
-inline Vec silu(Vec v) { return v / (Vec(1.f) + v.neg().exp()); }
-
-template <typename T>
-void widen(const T* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-template <typename T>
-void narrow(const float* from, T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-}
 
 // 1 / sqrt of the mean square of a row, plus eps.
 float inverse_rms(const float* x, int64_t count, double eps) {
@@ -53,8 +19,6 @@ float inverse_rms(const float* x, int64_t count, double eps) {
   }
   return 1.f / std::sqrt(total(sum) / count + static_cast<float>(eps));
 }
-
-inline bool is_known(const Tensor& t) { return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16; }
 
 struct Sizes {
   int64_t inner, channels, heads, head_dim, state, groups, taps;
@@ -178,7 +142,7 @@ Tensor block(const Tensor& zxBCdt, Tensor conv, Tensor ssm, const std::optional<
 template <typename T, typename S>
 void add_norm_rows(const Tensor& y, const S* residual, const T* weight, double eps, Tensor& normed, float* wide,
                    T* same) {
-  const int64_t b = y.size(0), d = y.size(1);
+  const int64_t d = y.size(-1), b = y.numel() / std::max<int64_t>(d, 1);
   const T* given = y.const_data_ptr<T>();
   T* out = normed.mutable_data_ptr<T>();
   at::parallel_for(0, b, 1, [&](int64_t begin, int64_t end) {
@@ -201,14 +165,14 @@ void add_norm_rows(const Tensor& y, const S* residual, const T* weight, double e
   });
 }
 
-// As `add_norm` of step.py.
+// As `add_norm` of step.py, for tensors of any shape (..., d).
 std::tuple<Tensor, Tensor> add_norm(const Tensor& given, const std::optional<Tensor>& before, const Tensor& weight,
                                     double eps, bool wide) {
   const Tensor y = given.contiguous();
   const std::optional<Tensor> residual = before ? std::optional<Tensor>(before->contiguous()) : std::nullopt;
   TORCH_CHECK(is_known(y) && weight.scalar_type() == y.scalar_type() && weight.is_contiguous(),
               "add_norm takes float32 or bfloat16 tensors of one kind");
-  TORCH_CHECK(weight.size(0) == y.size(1) && (!residual || (is_known(*residual) && residual->sizes() == y.sizes())),
+  TORCH_CHECK(y.dim() > 0 && weight.size(0) == y.size(-1) && (!residual || (is_known(*residual) && residual->sizes() == y.sizes())),
               "add_norm: sizes do not go together");
   Tensor normed = at::empty_like(y);
   Tensor stream = at::empty(y.sizes(), wide ? y.options().dtype(at::kFloat) : y.options());
@@ -227,145 +191,6 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& given, const std::optional<Ten
   return {normed, stream};
 }
 
-constexpr int64_t STEP = 32;   // weights that an instruction takes; inputs are padded with zeros to a multiple of it
-constexpr int64_t BLOCK = 16;  // rows of weights that all inputs meet while they are in the nearest cache
-
-#ifdef MLMAMBA_VNNI
-inline __m512i weights_at(const int8_t* weight, int64_t left) {
-  const __mmask32 there = left >= STEP ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
-  return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, weight));
-}
-
-// Sums of 16 vectors, one in each place.
-inline __m512 sums_of(const __m512i* parts) {
-  __m512 a[16], b[8], c[4];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_cvtepi32_ps(parts[i]);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]),
-                                                   _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)  // each lane of four has the sums of four vectors now
-    c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44),
-                         _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
-  const __m512 d = _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x44), _mm512_shuffle_f32x4(c[0], c[1], 0xee));
-  const __m512 e = _mm512_add_ps(_mm512_shuffle_f32x4(c[2], c[3], 0x44), _mm512_shuffle_f32x4(c[2], c[3], 0xee));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(d, e, 0x88), _mm512_shuffle_f32x4(d, e, 0xdd));
-}
-
-// 16 rows of weights (16, k) with one of inputs: (16,).
-void products_of_one(const int8_t* weight, int64_t k, const int16_t* x, float* sums) {
-  __m512i rows[16];
-  for (int r = 0; r < 16; ++r, weight += k) {
-    __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
-    int64_t i = 0;
-    for (; i + 4 * STEP <= k; i += 4 * STEP) {
-      a = _mm512_dpwssd_epi32(a, weights_at(weight + i, STEP), _mm512_loadu_si512(x + i));
-      b = _mm512_dpwssd_epi32(b, weights_at(weight + i + STEP, STEP), _mm512_loadu_si512(x + i + STEP));
-      c = _mm512_dpwssd_epi32(c, weights_at(weight + i + 2 * STEP, STEP), _mm512_loadu_si512(x + i + 2 * STEP));
-      d = _mm512_dpwssd_epi32(d, weights_at(weight + i + 3 * STEP, STEP), _mm512_loadu_si512(x + i + 3 * STEP));
-    }
-    for (; i < k; i += STEP) a = _mm512_dpwssd_epi32(a, weights_at(weight + i, k - i), _mm512_loadu_si512(x + i));
-    rows[r] = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
-  }
-  _mm512_storeu_ps(sums, sums_of(rows));
-}
-
-// 4 rows of weights (4, k) with 4 of inputs: (4 of weights, 4 of inputs). `ahead`: the weights of the next block are
-// asked for meanwhile, which the processor does not foresee by itself where four rows are read in turns.
-template <bool ahead>
-void products_of_four(const int8_t* weight, int64_t k, const int16_t* x, int64_t padded, float* sums) {
-  __m512i acc[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
-  for (int64_t i = 0; i < k; i += STEP) {
-    __m512i inputs[4];
-#pragma GCC unroll 4
-    for (int m = 0; m < 4; ++m) inputs[m] = _mm512_loadu_si512(x + m * padded + i);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      if (ahead) _mm_prefetch(reinterpret_cast<const char*>(weight) + (BLOCK + r) * k + i, _MM_HINT_T1);
-      const __m512i w = weights_at(weight + r * k + i, k - i);
-#pragma GCC unroll 4
-      for (int m = 0; m < 4; ++m) acc[4 * r + m] = _mm512_dpwssd_epi32(acc[4 * r + m], w, inputs[m]);
-    }
-  }
-  _mm512_storeu_ps(sums, sums_of(acc));
-}
-#endif
-
-// One row of weights with one of inputs, on any processor.
-float product(const int8_t* weight, int64_t k, const int16_t* x) {
-  float sum = 0.f;
-  for (int64_t i = 0; i < k; i += 512) {  // so many products of 2^7 and 2^15 are within 32 bits
-    int32_t part = 0;
-    for (int64_t j = i; j < std::min(k, i + 512); ++j) part += int32_t(weight[j]) * x[j];
-    sum += static_cast<float>(part);
-  }
-  return sum;
-}
-
-// Rows of weights (outs <= 16, k) with all of inputs (m, padded): (m, 16).
-void tile(const int8_t* weight, int64_t outs, int64_t k, const int16_t* x, int64_t m, int64_t padded, float* sums) {
-  int64_t r = 0;
-#ifdef MLMAMBA_VNNI
-  if (outs == BLOCK) {
-    float four[16];
-    for (; r + 4 <= m; r += 4)
-      for (int64_t q = 0; q < BLOCK; q += 4) {
-        (r == 0 ? products_of_four<true> : products_of_four<false>)(weight + q * k, k, x + r * padded, padded, four);
-        for (int i = 0; i < 16; ++i) sums[(r + i % 4) * BLOCK + q + i / 4] = four[i];
-      }
-    for (; r < m; ++r) products_of_one(weight, k, x + r * padded, sums + r * BLOCK);
-  }
-#endif
-  for (; r < m; ++r)
-    for (int64_t q = 0; q < outs; ++q) sums[r * BLOCK + q] = product(weight + q * k, k, x + r * padded);
-}
-
-// x (m, k) times the transposed of weight (o, k) in int8 with a scale for each of its rows: (m, o).
-// Inputs are rounded to 16 bits by row, which is finer than bfloat16 where they are largest.
-Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale) {
-  const int64_t m = x.size(0), k = x.size(1), o = weight.size(0), padded = (k + STEP - 1) / STEP * STEP;
-  TORCH_CHECK(is_known(x) && weight.scalar_type() == at::kChar && scale.scalar_type() == at::kFloat,
-              "int8_linear takes float32 or bfloat16 inputs, int8 weights and float32 scales");
-  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && scale.is_contiguous() && weight.size(1) == k &&
-                  scale.size(0) == o,
-              "int8_linear: sizes do not go together");
-  Tensor out = at::empty({m, o}, x.options());
-  std::vector<int16_t> whole(m * padded, 0);
-  std::vector<float> unit(m);
-  // Each of 16 places sums two products an instruction, which must stay within 32 bits.
-  const float most = std::min(32767.f, 2147483392.f / (127.f * 2.f * (padded / STEP)));
-  const auto run = [&](auto* kind) {
-    using T = std::remove_pointer_t<decltype(kind)>;
-    const T* given = x.const_data_ptr<T>();
-    T* result = out.mutable_data_ptr<T>();
-    for (int64_t r = 0; r < m; ++r) {
-      float largest = 0.f;
-      for (int64_t i = 0; i < k; ++i) largest = std::max(largest, std::abs(static_cast<float>(given[r * k + i])));
-      unit[r] = largest / most;
-      const float inverse = largest > 0.f ? most / largest : 0.f;
-      for (int64_t i = 0; i < k; ++i)
-        whole[r * padded + i] = static_cast<int16_t>(std::nearbyint(static_cast<float>(given[r * k + i]) * inverse));
-    }
-    const int8_t* weights = weight.const_data_ptr<int8_t>();
-    const float* scales = scale.const_data_ptr<float>();
-    at::parallel_for(0, (o + BLOCK - 1) / BLOCK, 4, [&](int64_t begin, int64_t end) {
-      std::vector<float> sums(m * BLOCK);
-      for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, o); first += BLOCK) {
-        const int64_t outs = std::min(BLOCK, o - first);
-        tile(weights + first * k, outs, k, whole.data(), m, padded, sums.data());
-        for (int64_t r = 0; r < m; ++r)
-          for (int64_t q = 0; q < outs; ++q)
-            result[r * o + first + q] = static_cast<T>(sums[r * BLOCK + q] * unit[r] * scales[first + q]);
-      }
-    });
-  };
-  x.scalar_type() == at::kFloat ? run(static_cast<float*>(nullptr)) : run(static_cast<at::BFloat16*>(nullptr));
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY(mlmamba, m) {
@@ -374,11 +199,13 @@ TORCH_LIBRARY(mlmamba, m) {
       "Tensor dt_bias, Tensor D, Tensor weight, float eps, int groups, int norm_groups, float low, float high) -> "
       "Tensor");
   m.def("add_norm(Tensor y, Tensor? residual, Tensor weight, float eps, bool wide) -> (Tensor, Tensor)");
+  m.def("linear(Tensor x, Tensor panels, int outs) -> Tensor");
   m.def("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mlmamba, CPU, m) {
   m.impl("block", block);
   m.impl("add_norm", add_norm);
+  m.impl("linear", linear);
   m.impl("int8_linear", int8_linear);
 }

@@ -1,13 +1,18 @@
 """Linear layers of a model that only answers, on a CPU: weights in the form that is read fastest.
 
-float32 and bfloat16 weights are packed once into the blocks that oneDNN computes with, which torch's own product would
-do anew for each call or, in float32, not at all: 1.6 to 2.6 times the speed, from one row to a whole prompt. In int8
-each output channel has a scale: for few rows our kernel (decoding.cpp, where it is compiled) or torch's, whose
+float32 and bfloat16 weights are packed once: into panels that our kernel (products.h, where it is compiled) reads
+from one end to the other, or into the blocks that oneDNN computes with, which torch's own product would make anew for
+each call or, in float32, not at all. In int8 each output channel has a scale: for few rows our kernel or torch's, whose
 activations are bfloat16, unpacks weights as it reads them, and for prompts the weights of a layer are unpacked first
 (tests/benchmarks/measurements/linear_rows.py has rates).
+
+Our kernel gives a row the same bits whatever rows stand beside it; oneDNN and torch choose an order of sums by their
+number.
 """
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +23,7 @@ PACKED = ("fp32", "bf16", "int8")
 _INT8_ROWS, _OUR_ROWS = 32, 64
 # What torch's int8 kernel takes of inputs at once. It reads beyond the end of rows that are no multiple of it.
 _INT8_STEP = 64
+_PANEL = 64  # outputs that lie side by side; products.h has the same number
 
 
 def packs() -> str:
@@ -32,18 +38,24 @@ def has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX), which oneDNN uses and our kernel does not."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 class PackedLinear(nn.Module):
     """What `torch.nn.Linear` computes, without gradients, from packed weights: it has no parameters.
 
     Args:
         linear: the layer, on the CPU. Its weights are copied.
         form: one of PACKED.
+        own: `compiled.operators`, for which float32 and bfloat16 weights are then laid out; None for oneDNN.
 
     Raises:
         ValueError: the form is none of PACKED.
     """
 
-    def __init__(self, linear: nn.Linear, form: str):
+    def __init__(self, linear: nn.Linear, form: str, own: Any = None):
         super().__init__()
         if form not in PACKED:
             raise ValueError(f"weights cannot be packed as {form!r}; expected one of {', '.join(PACKED)}")
@@ -52,39 +64,58 @@ class PackedLinear(nn.Module):
         self.form, self.computes_in = form, weight.dtype if form == "int8" else _dtype(form)
         self._bias = None if linear.bias is None else linear.bias.detach().to(self.computes_in)
         self._scale: Tensor | None = None
-        self._compiled: tuple[Callable[..., Tensor], Tensor] | None = None
+        self._product: Callable[..., Tensor] | None = None
+        self._most = _OUR_ROWS
         if form == "int8":
             self._weight, self._scale = quantized(weight)
+            if own is not None:
+                self.use(own)
+        elif own is not None:
+            self._weight, self._product = panels(weight.to(self.computes_in)), own.linear
         else:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.computes_in))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) -> (..., o), in x's dtype."""
         if self._scale is None:
-            y = torch.ops.mkldnn._linear_pointwise(x.to(self.computes_in), self._weight, self._bias, "none", [], "")
-            return y.to(x.dtype)
+            return self._whole(x)
         rows = x.reshape(-1, self.in_features)
-        if self._compiled is not None and 0 < len(rows) <= _OUR_ROWS:
-            compute, scale = self._compiled
-            y = compute(rows.contiguous(), self._weight, scale)
+        if self._product is not None and 0 < len(rows) <= self._most:
+            y = self._product(rows.contiguous(), self._weight, self._scale)
         elif 0 < len(rows) <= _INT8_ROWS and self.in_features % _INT8_STEP == 0:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self._weight, self._scale)
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self._weight, self._scale.bfloat16())
         else:  # whole numbers up to 127 are exact in bfloat16
             wide = torch.bfloat16 if has_bf16() else torch.float32
             y = F.linear(rows.to(wide), self._weight.to(wide)) * self._scale
         y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return y if self._bias is None else y + self._bias
 
-    def use(self, int8_linear: Callable[..., Tensor]) -> None:
-        """From now on int8 weights meet few rows in this operator of `compiled.operators`."""
+    def _whole(self, x: Tensor) -> Tensor:
+        """`forward` with weights in float32 or bfloat16."""
+        given = x.to(self.computes_in)
+        if self._product is None:
+            return torch.ops.mkldnn._linear_pointwise(given, self._weight, self._bias, "none", [], "").to(x.dtype)
+        rows = given.reshape(-1, self.in_features)
+        if spare := self._weight.shape[1] * self._weight.shape[3] - self.in_features:
+            rows = F.pad(rows, (0, spare))
+        y = self._product(rows.contiguous(), self._weight, self.out_features)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return (y if self._bias is None else y + self._bias).to(x.dtype)
+
+    def use(self, own: Any, always: bool = False) -> None:
+        """From now on int8 weights meet few rows, or all, in the product of `compiled.operators`."""
         if self._scale is not None:
-            self._compiled = int8_linear, self._scale.float()
+            self._product, self._scale = own.int8_linear, self._scale.float()
+            self._most = sys.maxsize if always else _OUR_ROWS
 
     def dense(self) -> Tensor:
         """The weights (o, i), unpacked."""
-        if self._scale is None:
+        if self._scale is not None:
+            return (self._weight.float() * self._scale.float()[:, None]).to(self.computes_in)
+        if self._product is None:
             return self._weight.to_dense()
-        return (self._weight.float() * self._scale.float()[:, None]).to(self.computes_in)
+        whole = self._weight.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+        return whole[: self.out_features, : self.in_features].contiguous()
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +142,14 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     steps = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127)
     return steps.to(torch.int8).contiguous(), scale
+
+
+def panels(weight: Tensor) -> Tensor:
+    """Weights (o, i) as our kernel reads them: (panels, i / s, 64, s), s inputs at once, then zeros."""
+    step = 2 if weight.dtype == torch.bfloat16 else 1
+    outs, ins = weight.shape
+    whole = F.pad(weight, (0, -ins % step, 0, -outs % _PANEL))
+    return whole.unflatten(0, (-1, _PANEL)).unflatten(2, (-1, step)).transpose(1, 2).contiguous()
 
 
 def _dtype(form: str) -> torch.dtype:

@@ -32,7 +32,7 @@ def main() -> None:
         packed = {form: [PackedLinear(layer, form) for layer in layers] for form in PACKED}
         packed["our int8"] = [PackedLinear(layer, "int8") for layer in layers]
         for layer in packed["our int8"]:
-            layer.use(compiled.operators(make=True).int8_linear)
+            layer.use(compiled.operators(make=True))
         print(f"{'rows':>4} {'torch':>10} {'unpacked':>15} " + " ".join(f"{form:>15}" for form in packed))
         for rows in (1, 2, 3, 4, 8, 16, 32, 128, 512):
             x = torch.randn(rows, 768)

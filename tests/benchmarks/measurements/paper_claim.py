@@ -27,7 +27,6 @@ from mlmamba.configuration import Mamba2TextConfig
 from mlmamba.decoding import pack, prepare
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.ops import compiled
-from mlmamba.ops.packed import PackedLinear
 from mlmamba.presets import preset
 from mlmamba.state import KeyValueState, LayerState, MambaState
 
@@ -46,12 +45,9 @@ def transformer_of(config) -> Mamba2TextConfig:
 def made(config, form: str) -> Mamba2LanguageModel:
     language = Mamba2LanguageModel(config).eval()
     language = language.bfloat16() if form == "bf16" else language
-    if form == "int8":
-        pack(language, "int8")
+    # A Transformer has no step that is compiled, but the same products.
+    pack(language, form, compiled.operators(make=True))
     prepare(SimpleNamespace(language_model=language, device=torch.device("cpu")))
-    for module in language.modules():  # a Transformer has no step that is compiled, but the same products
-        if isinstance(module, PackedLinear):
-            module.use(compiled.operators(make=True).int8_linear)
     return language
 
 

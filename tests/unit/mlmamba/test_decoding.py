@@ -128,14 +128,9 @@ def test_a_form_that_there_is_not_is_refused():
         PackedLinear(torch.nn.Linear(2, 2), "int4")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """A folder in which the operators are compiled, which takes ten seconds."""
-    place = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLMAMBA_CACHE", str(place))
-        compiled.operators(make=True)
-    return place
+@pytest.fixture
+def cache(compiled_cache) -> Path:
+    return compiled_cache
 
 
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int8"])
