@@ -32,7 +32,7 @@ SEEING, BLIND = "seeing", "blind"
 
 @dataclass(frozen=True)
 class Workers:
-    """How questions are spread, which changes speed only, and in which precision they are answered."""
+    """How questions are spread, which changes speed only, and how they are answered."""
 
     workers: int = 1
     """Processes, each with a copy of the model."""
@@ -46,13 +46,20 @@ class Workers:
     """Most questions in one forward pass."""
     precision: str = "auto"
     """As `load_model` takes it (mlmamba/loading.py)."""
+    exact: bool = False
+    """The same bits whatever the batches, as `load_model` takes it."""
 
     @property
-    def computes_in(self) -> str:
+    def taken_precision(self) -> str:
         """The precision of the answers: `auto` is bf16 where the workers have GPUs."""
         if self.precision == "auto" or (self.precision == "int8" and self.gpus_per_worker):
             return "bf16" if self.gpus_per_worker else "fp32"
         return self.precision
+
+    @property
+    def computes_in(self) -> str:
+        """What decides the bits of answers: their precision, and whether they are exact."""
+        return f"{self.taken_precision}, exact" if self.exact else self.taken_precision
 
 
 def collect(
@@ -113,7 +120,8 @@ def _run(
             "threads": how.cpus_per_worker,
             "choices": benchmark.choices,
             "batch_questions": how.batch_questions,
-            "precision": how.computes_in,
+            "precision": how.taken_precision,
+            "exact": how.exact,
         }
     )
     try:
@@ -273,6 +281,7 @@ class _Worker:
             content["choices"] and tuple(content["choices"]),
             content["batch_questions"],
             content["precision"],
+            content["exact"],
         )
 
     def __call__(self, row: dict) -> dict:

@@ -82,6 +82,9 @@ class EvaluateRecipe(StrictModel):
     precision: Annotated[Literal["auto", "bf16", "fp32", "int8"], Decides.WHEN_SET] = "auto"
     """What the answering model computes in: bf16, fp32 or, on a CPU, int8; `auto` is bf16 where `gpus_per_worker` gives
     it a GPU."""
+    exact: Annotated[bool, Decides.WHEN_SET] = False
+    """Answers have the same bits whatever the batches, and as those of a service that is exact: a pure Mamba-2 model on
+    CPUs with a C++ compiler; elsewhere the log says that they are not."""
     max_new_tokens: int = Field(8, gt=0)
     """Longest answer to the test sources in tokens; benchmarks have their own."""
     benchmarks: list[BenchmarkRecipe] = Field(default=[])

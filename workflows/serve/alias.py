@@ -41,7 +41,7 @@ class Follower:
         storage: the storage folder.
         service: gets the model; it has one when this returns.
         replica: name of the replica, for tags and reports.
-        precision: as `load_model` takes it.
+        precision, exact: as `load_model` takes them.
 
     Raises:
         WorkflowError: there is no model that can be served.
@@ -57,9 +57,11 @@ class Follower:
         threads: int | None,
         replica: str = "replica",
         precision: str = "auto",
+        exact: bool = False,
     ):
         self._service, self._options, self._storage = service, options, storage
-        self._limits, self._threads, self._precision = limits, threads, precision
+        self._limits, self._threads = limits, threads
+        self._precision, self._exact = precision, exact
         self._who = f"{replica} on {socket.gethostname()}"
         self.watcher: AliasWatcher | None = None
         wanted = parse_reference(reference) if reference.startswith(PREFIX) else None
@@ -110,7 +112,8 @@ class Follower:
             self._note_served(self._service.served)
 
     def _load(self, source: ResolvedModel, quiet: bool = False) -> Served:
-        return load(source, self._limits, self._threads, self._options.same_answer, quiet, self._precision)
+        same = self._options.same_answer
+        return load(source, self._limits, self._threads, same, quiet, self._precision, self._exact)
 
     def _look(self) -> str | None:
         return holder(self._client, self._wanted.name, self._wanted.alias)

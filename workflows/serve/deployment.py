@@ -66,6 +66,10 @@ class ServeOptions(StrictModel):
     """GPU of one replica; 0.5 puts two on one. While a new version is loaded, a replica holds two models."""
     precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
     """What the model computes in: bf16, fp32 or, on a CPU, int8; `auto` is bf16 on a GPU that has it."""
+    exact: bool = False
+    """Answers have the same bits whatever shares their batch, in whatever pieces prompts are read, and with kept states
+    or without: a pure Mamba-2 model on a CPU with a C++ compiler. Elsewhere the log and `computes_in` of /v1/models
+    say why they do not."""
     limits: Limits = Limits()
     """Limits of one replica."""
     access: Access = Access()
@@ -114,6 +118,7 @@ class ModelDeployment:
             chosen.threads,
             serve.get_replica_context().replica_id.unique_id,
             chosen.precision,
+            chosen.exact,
         )
 
     def __serve_build_asgi_app__(self):

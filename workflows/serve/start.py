@@ -67,6 +67,7 @@ def serve_model(
     swap: SwapOptions | None = None,
     limits: Limits | None = None,
     precision: str = "auto",
+    exact: bool = False,
     routing: str = "load",
     served_names: tuple[str, ...] = (),
     root_path: str = "",
@@ -88,7 +89,7 @@ def serve_model(
         no_api_keys: let everyone ask who reaches an address other than this machine's own.
         swap: how an alias is followed.
         limits: of one replica.
-        precision: what the model computes in, as `load_model` takes it.
+        precision, exact: how the model computes, as `load_model` takes them.
         routing: which replica answers, as in `ServeOptions`.
         served_names: names under which clients ask for the model, in place of the registered one.
         root_path: path under which a proxy offers the service.
@@ -123,6 +124,7 @@ def serve_model(
                 "swap": swap or SwapOptions(),
                 "limits": limits or Limits(),
                 "precision": precision,
+                "exact": exact,
                 "routing": routing,
                 "served_names": served_names,
                 "root_path": root_path,

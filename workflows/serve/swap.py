@@ -211,6 +211,7 @@ def load(
     same_answer: bool = False,
     quiet: bool = False,
     precision: str = "auto",
+    exact: bool = False,
 ) -> Served:
     """Load a model, give it an engine and run its smoke test.
 
@@ -221,7 +222,7 @@ def load(
         same_answer: refuse a model whose answer to its stored example differs from the stored one, instead of logging
             the difference.
         quiet: load in one thread, to leave the cores to the model that answers in this process meanwhile.
-        precision: as `load_model` takes it.
+        precision, exact: as `load_model` takes them.
 
     Raises:
         Refused: it cannot be loaded, or failed its smoke test.
@@ -232,7 +233,7 @@ def load(
     try:
         if not any(source.folder.glob("*.safetensors")):
             raise SmokeFailed(f"there are no safetensors in {source.folder}")
-        model, processor = load_model(source.folder, precision=precision)
+        model, processor = load_model(source.folder, precision=precision, exact=exact)
         smoke = Smoke(source.example)
         smoke.check_logits(model, processor)
         gap = smoke.gap(model, processor)

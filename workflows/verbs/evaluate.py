@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workflows.errors import UsageError, WorkflowError
-from workflows.verbs.verb import Renamed, Verb, open_console, precision_option, set_option, storage_option
+from workflows.verbs.verb import Renamed, Verb, exact_option, open_console, precision_option, set_option, storage_option
 
 _COUNTS = ("questions", "max_new_tokens", "workers", "cpus_per_worker", "batch_images", "batch_questions")
 _BENCHMARKS = "vqav2, gqa, vizwiz, textvqa, pope, vsr; llava or shards for data of your own"
@@ -155,6 +155,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-questions", type=int, metavar="N", help="most questions in one forward pass")
     precision_option(parser)
+    exact_option(parser)
     more_arguments(parser)
     set_option(parser)
     storage_option(parser)

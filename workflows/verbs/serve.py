@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from workflows.verbs.verb import Verb, precision_option, storage_option
+from workflows.verbs.verb import Verb, exact_option, precision_option, storage_option
 
 
 def serve(a: argparse.Namespace) -> None:
@@ -46,6 +46,7 @@ def serve(a: argparse.Namespace) -> None:
         swap=swap,
         limits=limits,
         precision=a.precision or "auto",
+        exact=bool(a.exact),
         routing=a.routing,
         served_names=tuple(a.served_model_name),
         root_path=a.root_path,
@@ -109,6 +110,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--same-answer", action="store_true", help="refuse a version whose answer to its stored image has changed"
     )
     precision_option(parser)
+    exact_option(parser)
     storage_option(parser)
 
 

@@ -44,6 +44,12 @@ def precision_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), help=text)
 
 
+def exact_option(parser: argparse.ArgumentParser) -> None:
+    """--exact, None where it is not given."""
+    text = "the same bits whatever the batch, the pieces of prompts and kept states (pure Mamba-2, on a CPU)"
+    parser.add_argument("--exact", action="store_true", default=None, help=text)
+
+
 def storage_option(parser: argparse.ArgumentParser, remote: bool = False) -> None:
     """--storage, which `remote` lets be an object store."""
     kinds = "folder, or s3://bucket/folder," if remote else "folder"

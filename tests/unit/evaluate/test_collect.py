@@ -79,7 +79,7 @@ def test_the_table_says_that_a_score_is_partial_and_has_no_blind_score():
 def test_a_training_worker_that_cannot_answer_tells_why_and_one_without_a_share_loads_nothing(tmp_path):
     """An error would be a failed training to Ray Train, which would start its workers again."""
     setup = {"model": str(tmp_path / "nowhere"), "stores": [], "max_new_tokens": 1, "threads": 1, "choices": None}
-    setup = json.dumps(setup | {"batch_questions": 1, "precision": "fp32"})
+    setup = json.dumps(setup | {"batch_questions": 1, "precision": "fp32", "exact": False})
     job = AnswerJob(setup, (json.dumps({"mode": "seeing", "file": str(tmp_path / "part"), "images": []}),), workers=1)
     told = []
     assert "nowhere" in job.run(0, 2, told.append)["failed"]

@@ -89,6 +89,8 @@ def test_another_precision_is_refused(folder):
 )
 def test_what_an_evaluation_computes_in_follows_its_workers(precision, gpus, expected):
     assert Workers(gpus_per_worker=gpus, precision=precision).computes_in == expected
+    exact = Workers(gpus_per_worker=gpus, precision=precision, exact=True)  # other bits: an evaluation of its own
+    assert (exact.taken_precision, exact.computes_in) == (expected, f"{expected}, exact")
 
 
 def test_in_int8_only_the_language_model_s_products_change(folder):
