@@ -17,7 +17,8 @@ def training_text(plan: dict) -> str:
     for stage in plan["stages"]:
         lines += ["", *_stage_lines(stage, plan["zero_stage"])]
     disk = plan["disk"]
-    parts = ", ".join(f"{name} {_gib(disk[name])}" for name in ("data", "models", "checkpoints", "registered"))
+    kept = ("data", *(["features"] if disk["features"] else []), "models", "checkpoints", "registered")
+    parts = ", ".join(f"{name} {_gib(disk[name])}" for name in kept)
     lines += ["", f"storage     {_gib(disk['total'])}: {parts}", f"in all      {_hours_of_all(plan)}"]
     return "\n".join(lines)
 
@@ -67,6 +68,7 @@ def _stage_lines(stage: dict, chosen: int) -> list[str]:
         f"operations  {about}{stage['flops']:.2e}, {stage['hardware_flops']:.2e} with recomputation; "
         f"{_hours(stage['hours'])}",
         f"checkpoint  {_gib(stage['checkpoint_bytes'])}",
+        *_features_line(stage["features"]),
         "memory      GiB per worker  weights  gradients  optimizer  buffers  activations    total  sent a step",
     ]
     memory = stage["memory"]
@@ -90,6 +92,13 @@ def _stage_lines(stage: dict, chosen: int) -> list[str]:
         f"sent        by a worker in a step: {_gib(sends['gathered'])} gathered, {_gib(sends['reduced'])} reduced"
     )
     return lines
+
+
+def _features_line(features: dict | None) -> list[str]:
+    if features is None:
+        return []
+    kept = f"{_gib(features['bytes'])} at most, kept beside the data set"
+    return [f"features    {'not kept: ' + features['why_not'] if features['why_not'] else kept}"]
 
 
 def _millions(count: int) -> str:

@@ -16,6 +16,7 @@ from workflows.recipe.schema import Recipe
 from workflows.recipe.train import PARTS, StageRecipe, TrainRecipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout, layout_of
+from workflows.train.features import impossible, pays
 from workflows.train.initial import image_tokens, model_config
 from workflows.train.stage import total_steps
 
@@ -76,8 +77,10 @@ def plan_training(recipe: Recipe, storage: Folder, given: dict[str, tuple[int, i
     for stage in recipe.train.stages:
         rows = count_rows(recipe.data_of(stage), layout.data[stage.name].local, tokens, given)
         forward = forward_flops(model, rows.image_tokens or model.image_layout.most)
-        stages.append(_stage(recipe, stage, rows, sizes, forward, model, machine))
+        planned = _stage(recipe, stage, rows, sizes, forward, model, machine)
+        stages.append(planned | {"features": _features(stage, recipe.train, rows, model, layout.data[stage.name])})
     data = {layout.data[stage["stage"]]: stage["rows"]["bytes"] for stage in stages}
+    features = {layout.data[stage["stage"]]: stage["features"]["bytes"] for stage in stages if stage["features"]}
     return {
         "recipe": recipe.name,
         "parameters": {**sizes, "total": sum(sizes.values())},
@@ -87,7 +90,7 @@ def plan_training(recipe: Recipe, storage: Folder, given: dict[str, tuple[int, i
         "reckoned_with": _reckoned(recipe.train, machine),
         "zero_stage": recipe.train.zero_stage,
         "stages": stages,
-        "disk": disk_of(recipe.train, sizes, data),
+        "disk": disk_of(recipe.train, sizes, data, sum(features.values())),
         "hours": _sum(stage["hours"] for stage in stages),
     }
 
@@ -141,6 +144,18 @@ def _stage(
         "communication": _communication(train, stage, plan["accumulation"], trained, sizes, model),
     }
     return plan
+
+
+def _features(stage: StageRecipe, train: TrainRecipe, rows: Rows, model, data: Folder) -> dict | None:
+    """What the kept features of the frozen encoder take, at most, or why none are; None where none are asked for, or
+    nothing is known of the data."""
+    if stage.keep_features == "never" or rows.rows is None:
+        return None
+    if why := impossible(model, data.uri, stage):
+        return {"bytes": 0, "why_not": why}
+    found = pays(model, stage, train, rows.rows, rows.images, data.local)
+    why = found.why_not if stage.keep_features == "auto" else ""
+    return {"bytes": 0 if why else found.bytes, "why_not": why}
 
 
 def _communication(train: TrainRecipe, stage: StageRecipe, micro_batches: int, trained: int, sizes, model) -> list:
@@ -233,14 +248,16 @@ def trained_of(stage: StageRecipe, sizes: dict[str, int]) -> int:
     return sum(sizes[part] for part in stage.trains if not (stage.lora and part == "language_model"))
 
 
-def disk_of(train: TrainRecipe, sizes: dict[str, int], data: dict[Folder, int | None]) -> dict:
-    """Bytes in the storage folder: data, the model before and after each stage, checkpoints, the registered copy."""
+def disk_of(train: TrainRecipe, sizes: dict[str, int], data: dict[Folder, int | None], features: int = 0) -> dict:
+    """Bytes in the storage folder: data, kept features, the model before and after each stage, checkpoints, the
+    registered copy."""
     model = 4 * sum(sizes.values())
     largest = BYTES_OF_A_CHECKPOINT * max(trained_of(stage, sizes) for stage in train.stages)
     # The best step's weights, of which there may be one more for each checkpoint.
     kept = 4 * max((trained_of(stage, sizes) for stage in train.stages if stage.best), default=0)
     disk = {
         "data": None if None in data.values() else sum(data.values()),
+        "features": features,
         "models": model * (len(train.stages) + 1),
         "checkpoints": (largest + kept) * (train.keep_checkpoints + 1),  # a new one is whole before an old one goes
         "registered": model,

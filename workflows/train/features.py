@@ -108,11 +108,10 @@ def keep_features(
     wish, (rank, world) = stage.keep_features, group
     if wish == "never":
         return None
-    if why := _impossible(model, data, stage):
+    if why := impossible(model, data, stage):
         return _without(wish, why, say)
-    folder = Path(data) / "features"
-    each = model.vision.grid[0] * model.vision.grid[1] * model.vision.channels * (2 if train.precision == "bf16" else 4)
-    agreed = [_pays(each, datasets[0], stage, folder).why_not if wish == "auto" else ""]
+    folder, split = Path(data) / "features", datasets[0].manifest.splits["train"]
+    agreed = [pays(model, stage, train, split.rows, split.images, folder).why_not if wish == "auto" else ""]
     dist.broadcast_object_list(agreed)
     if agreed[0]:
         return _without(wish, agreed[0], say)
@@ -121,7 +120,7 @@ def keep_features(
     there = [(folder / INDEX).exists()]
     dist.broadcast_object_list(there)
     if not there[0]:
-        size = len(digests) * each / 1e6
+        size = len(digests) * _bytes_of_one(model, train) / 1e6
         say(f"computing the features of {len(digests):,} images ({size:,.0f} MB), which are kept ...")
         problem = _make(model, datasets, digests, folder, train, rank, world)
         problems = [problem] * world
@@ -140,7 +139,7 @@ def keep_features(
     return Features(folder)
 
 
-def _impossible(model, data: str, stage: StageRecipe) -> str:
+def impossible(model, data: str, stage: StageRecipe) -> str:
     """Why features cannot be kept whatever they would save; "" where they can."""
     if not storage.is_local(data):
         return "the data set is in an object store"
@@ -164,11 +163,17 @@ def _row(dataset: PackedDataset, index: int) -> list[bytes]:
     return [image_digest(image) for image in dataset[index].images]
 
 
-def _pays(each: int, dataset: PackedDataset, stage: StageRecipe, folder: Path) -> Pays:
-    """From the manifest alone, which counts an image as often as records show it; no corpus is read to decide."""
-    split = dataset.manifest.splits["train"]
-    shown = total_steps(stage, split.rows) * stage.batch_rows * split.images / max(1, split.rows)
-    return Pays(shown / max(1, split.images), split.images * each, shutil.disk_usage(folder.parent).free)
+def pays(model, stage: StageRecipe, train: TrainRecipe, rows: int, images: int, folder: Path) -> Pays:
+    """Whether features in `folder` are worth it, of so many rows and images; an image counts as often as records show
+    it. The manifest has both, and a plan estimates them: no corpus is read to decide."""
+    passes = total_steps(stage, rows) * stage.batch_rows / max(1, rows) * bool(images)
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return Pays(passes, images * _bytes_of_one(model, train), shutil.disk_usage(there).free)
+
+
+def _bytes_of_one(model, train: TrainRecipe) -> int:
+    height, width = model.vision.grid
+    return height * width * model.vision.channels * (2 if train.precision == "bf16" else 4)
 
 
 def _encoder(model, train: TrainRecipe) -> dict:

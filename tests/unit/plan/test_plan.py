@@ -156,6 +156,26 @@ def test_a_corpus_on_this_machine_is_looked_at(plan, tmp_path):
     assert 40 * (letters / 4 + 4) < rows["tokens"] < 40 * (letters + 4)  # tokens are of one to four letters
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (["keep_features=auto"], "features    28.9 MiB at most, kept beside the data set"),
+        (["keep_features=auto", "steps=1", "epochs=null"], "features    not kept: an image is shown 0."),
+        (["keep_features=auto", "augment={flip: true}"], "features    not kept: images or encoder change"),
+    ],
+)
+def test_kept_features_are_counted_or_it_says_why_there_are_none(plan, changes, line):
+    sets = [part for change in changes for part in ("--set", f"train.stages.1.{change}")]
+    content = json.loads(plan("train", "quickstart", *sets, "--json"))
+    connector, full = content["stages"]
+    kept = 3_700 * 16 * 128 * 4  # float32, 128 channels of 4 x 4 cells, of each image
+    assert connector["features"] is None
+    assert full["features"]["bytes"] == content["disk"]["features"] == (0 if "not kept" in line else kept)
+    parts = ("data", "features", "models", "checkpoints", "registered")
+    assert content["disk"]["total"] == sum(content["disk"][name] for name in parts)
+    assert line in plan("train", "quickstart", *sets)
+
+
 def test_prepared_data_is_counted_and_not_estimated(tmp_path, capsys):
     file = write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
     assert main(["prepare", str(file), "--storage", str(tmp_path), "--dry-run", "--json"]) == 0
