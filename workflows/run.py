@@ -333,6 +333,8 @@ def _watch(console: Console, tracker: "Tracker", stage: str, offset: int):
             tracker.set_tag(f"mlmamba.stage.{stage}", event["text"])
             if made_by := event["resharded_from"]:
                 console.note(f"the checkpoint of {made_by} workers is resharded for this number of them")
+        elif kind == "chosen":
+            tracker.log_params({f"chosen.{stage}.{name}": value for name, value in event["values"].items()})
         elif kind == "damaged":
             console.note(event["text"])
         elif kind == "validation":

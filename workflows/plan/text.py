@@ -61,9 +61,10 @@ def _stage_lines(stage: dict, chosen: int) -> list[str]:
         lines.append(f"            {stage['note']}")
     if stage["positions"] is None:
         return lines
+    at_once = f"{'at most ' * stage['micro_batch_rows_measured']}{stage['micro_batch_rows']}"
     lines += [
         f"steps       {about}{stage['steps']:,} of {stage['batch_rows']} rows, {about}{stage['batch_samples']:.0f} "
-        f"samples ({stage['micro_batch_rows']} x {stage['accumulation']} per worker); {about}{stage['samples']:,} "
+        f"samples ({at_once} x {stage['accumulation']} per worker); {about}{stage['samples']:,} "
         f"samples, {about}{stage['positions'] / 1e6:,.1f}M tokens with padding",
         f"operations  {about}{stage['flops']:.2e}, {stage['hardware_flops']:.2e} with recomputation; "
         f"{_hours(stage['hours'])}",

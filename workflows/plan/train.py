@@ -13,7 +13,7 @@ from workflows.plan.cost import Forward, forward_flops, halved, image_shape, sen
 from workflows.plan.data import Rows, check_labels, count_rows, vocabulary_of
 from workflows.plan.memory import STAGES, activations, model_states, saved_bytes
 from workflows.recipe.schema import Recipe
-from workflows.recipe.train import PARTS, StageRecipe, TrainRecipe
+from workflows.recipe.train import AUTO, PARTS, StageRecipe, TrainRecipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout, layout_of
 from workflows.train.features import impossible, pays
@@ -99,7 +99,7 @@ def _stage(
     recipe: Recipe, stage: StageRecipe, rows: Rows, sizes: dict, forward: Forward, model, machine: Machine
 ) -> dict:
     train, data = recipe.train, recipe.data_of(stage)
-    trained = trained_of(stage, sizes)
+    trained, at_once = trained_of(stage, sizes), train.micro_batches(stage)
     plan = {
         "stage": stage.name,
         "trains": list(stage.trains),
@@ -108,8 +108,9 @@ def _stage(
         "learning_rate": stage.learning_rate,
         "weight_decay": stage.weight_decay,
         "batch_rows": stage.batch_rows,
-        "micro_batch_rows": stage.micro_batch_rows,
-        "accumulation": stage.batch_rows // (train.most_workers * stage.micro_batch_rows),
+        "micro_batch_rows": at_once[-1],
+        "micro_batch_rows_measured": stage.micro_batch_rows == AUTO,
+        "accumulation": stage.batch_rows // (train.most_workers * at_once[-1]),
         "rows": rows.as_dict(),
         "steps": stage.steps,
         "batch_samples": None,
@@ -189,7 +190,7 @@ def _memory(
     machine: Machine,
 ) -> dict:
     """One worker's memory by ZeRO stage, and what the activations take."""
-    half, rows = train.precision == "bf16", stage.micro_batch_rows
+    half, rows = train.precision == "bf16", train.micro_batches(stage)[-1]
     images = math.ceil(rows * per_row["images"])
     kept = activations(
         model.config.text_config,

@@ -9,6 +9,10 @@ from mlmamba.image_layout import check_image_fields
 from mlmamba.presets import PRESETS, with_preset
 from pipelines.config import StrictModel
 from pipelines.identity import Decides
+from workflows.recipe.train import AUTO, Measured, Part
+
+UNMEASURED_CHUNK = 64
+"""Of a scan whose chunk is measured, until it is."""
 
 
 class TowerConfig(StrictModel):
@@ -77,8 +81,8 @@ class ConnectorRecipe(StrictModel):
     """Width of one head of the scan."""
     state_size: int = Field(128, gt=0)
     """State per channel of the scan."""
-    chunk_size: int = Field(64, gt=0)
-    """Chunk of the scan on the torch path; speed only."""
+    chunk_size: Measured = 64
+    """Chunk of the scan on the torch path; speed only. `auto`: measured when a stage starts, as micro_batch_rows."""
     init: Annotated[Literal["torch", "balanced"], Decides.WHEN_SET] = "torch"
     """First weights of the projector: as torch draws them, which is what the papers' code has, or so that what differs
     between images is not drowned, and an image's embeddings are as large as a word's (mlmamba/connectors/base.py)."""
@@ -91,7 +95,7 @@ class ConnectorRecipe(StrictModel):
 
     def sizes(self) -> dict:
         """The fields of the library's ConnectorConfig."""
-        return self.model_dump(exclude={"init"})
+        return self.model_dump(exclude={"init"}) | {"chunk_size": _before(self.chunk_size)}
 
 
 class TextRecipe(StrictModel):
@@ -132,8 +136,8 @@ class TextRecipe(StrictModel):
     """Inner width over model width."""
     n_groups: int = Field(1, gt=0)
     """Groups that share B and C."""
-    chunk_size: int = Field(256, gt=0)
-    """Chunk of the scan; speed only."""
+    chunk_size: Measured = 256
+    """Chunk of the scan; speed only. `auto`: measured when a stage starts, as micro_batch_rows."""
     vocab_multiple: int = Field(16, gt=0)
     """The embedding's rows are the tokenizer's entries rounded up to this."""
 
@@ -157,6 +161,11 @@ class TextRecipe(StrictModel):
             )
         check_blocks(self)
         return self
+
+    @property
+    def chunk(self) -> int:
+        """Chunk of the scan, before one is measured where that is to be."""
+        return _before(self.chunk_size)
 
     @property
     def heads(self) -> int:
@@ -194,3 +203,16 @@ class ModelRecipe(StrictModel):
         side, vision = self.vision.grid, self.vision
         square = vision.merge == vision.tiles == 1 and vision.max_tokens is None
         return side * side if side and square and self.connector.name != "ldpv2" else None
+
+    @property
+    def measured_chunks(self) -> tuple[Part, ...]:
+        """The parts whose scan's chunk is measured when a stage starts."""
+        parts: dict[Part, int | str] = {
+            "connector": self.connector.chunk_size,
+            "language_model": self.text.chunk_size,
+        }
+        return tuple(part for part, chunk in parts.items() if chunk == AUTO)
+
+
+def _before(chunk: int | str) -> int:
+    return UNMEASURED_CHUNK if chunk == AUTO else chunk

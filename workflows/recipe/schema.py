@@ -77,6 +77,15 @@ class Recipe(StrictModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _measured_on_cpus(self):
+        if self.model.measured_chunks and self.train.gpus_per_worker:
+            raise ValueError(
+                f"chunk_size = auto (of {' and '.join(self.model.measured_chunks)}) is for workers on CPUs: on a GPU "
+                "give a number, or leave it out"
+            )
+        return self
+
     def data_of(self, stage: StageRecipe) -> DataConfig:
         """The data set that a stage trains on."""
         return stage.data or self.data

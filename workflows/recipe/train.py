@@ -9,6 +9,19 @@ from pipelines.identity import Decides
 
 Part = Literal["vision", "connector", "language_model"]
 PARTS = ("vision", "connector", "language_model")
+AUTO = "auto"
+MOST_AT_ONCE = 8
+"""Rows of a micro batch that are tried at most where their number is measured."""
+
+
+def _number_or_auto(value: Any) -> Any:
+    if value != AUTO and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError("give a number above 0, or auto")
+    return value
+
+
+Measured = Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)]
+"""A number that only speed and rounding depend on, or `auto`."""
 
 
 class LoraRecipe(StrictModel):
@@ -83,8 +96,10 @@ class StageRecipe(StrictModel):
     """Share of the steps with linearly rising learning rate."""
     batch_rows: int = Field(gt=0)
     """Packed rows in one optimizer step, over all workers."""
-    micro_batch_rows: int = Field(1, gt=0)
-    """Packed rows that one worker runs at once; the rest is accumulated."""
+    micro_batch_rows: Measured = 1
+    """Packed rows that one worker runs at once; the rest is accumulated. `auto`: the stage's first start runs some rows
+    in each way, for some seconds, and takes the fastest; a resumed stage goes on with what was chosen. For workers on
+    CPUs: on a GPU memory decides."""
     augment: Annotated[AugmentRecipe | None, Decides.WHEN_SET] = None
     """Random changes of the images; absent: none."""
     dropout: Annotated[float, Decides.WHEN_SET] = Field(0.0, ge=0, lt=1)
@@ -210,13 +225,26 @@ class TrainRecipe(StrictModel):
                     f"stage {stage.name!r}: best chooses among measurements on the validation split, and there are "
                     "none: set train.validate_every to the steps between them, or drop best"
                 )
-            per_pass = self.most_workers * stage.micro_batch_rows
+            at_once = 1 if stage.micro_batch_rows == AUTO else stage.micro_batch_rows
+            per_pass = self.most_workers * at_once
             if stage.batch_rows % per_pass:
                 raise ValueError(
                     f"stage {stage.name!r}: batch_rows = {stage.batch_rows} does not divide into "
-                    f"workers x micro_batch_rows = {self.most_workers} x {stage.micro_batch_rows} = {per_pass}"
+                    f"workers x micro_batch_rows = {self.most_workers} x {at_once} = {per_pass}"
+                )
+            if stage.micro_batch_rows == AUTO and self.gpus_per_worker:
+                raise ValueError(
+                    f"stage {stage.name!r}: micro_batch_rows = auto is for workers on CPUs: on a GPU give as many as "
+                    "its memory holds (`mlmamba train RECIPE --dry-run` says what they take)"
                 )
         return self
+
+    def micro_batches(self, stage: StageRecipe) -> list[int]:
+        """The numbers of rows that a worker may run at once: the recipe's, or those among which is measured."""
+        if stage.micro_batch_rows != AUTO:
+            return [stage.micro_batch_rows]
+        own = stage.batch_rows // self.most_workers
+        return [rows for rows in range(1, min(own, MOST_AT_ONCE) + 1) if own % rows == 0]
 
     @property
     def least_workers(self) -> int:

@@ -180,6 +180,10 @@ class Tracker:
         """Set a tag of the run."""
         self._journal.add({"tag": name, "value": value})
 
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Log values by name, beside the recipe's; a name keeps the value that it has first."""
+        self._journal.add({"params": {metric_name(name): str(value) for name, value in params.items()}})
+
     def finish(self, status: str) -> None:
         """Send what is left and close the run as FINISHED, FAILED or KILLED."""
         if not self._journal.close(_DRAIN_SECONDS):
@@ -207,6 +211,9 @@ class Tracker:
             if tags:
                 self.client.log_batch(self.run_id, tags=tags)
             for entry in entries:
+                if "params" in entry:
+                    params = [Param(name, value) for name, value in entry["params"].items()]
+                    self.client.log_batch(self.run_id, params=params)
                 if "file" in entry and Path(entry["file"]).exists():
                     self.client.log_artifact(self.run_id, entry["file"], entry["folder"])
             if any("samples" in entry for entry in entries):

@@ -184,6 +184,17 @@ class CheckpointStore:
         finally:
             partial.unlink(missing_ok=True)
 
+    def write(self, name: str, text: str) -> None:
+        """Put a small text beside the checkpoints, whole or not at all."""
+        self._folder.write(name, text)
+
+    def read(self, name: str) -> bytes | None:
+        """What `write` put there, or None."""
+        try:
+            return self._folder.read(name)
+        except FileNotFoundError:
+            return None
+
     def has_file(self, name: str) -> bool:
         """Whether such a file is there."""
         return storage.size((self._folder / name).uri) is not None

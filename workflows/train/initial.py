@@ -116,7 +116,7 @@ def model_config(recipe: Recipe, tokenizer, start: LanguageModel | None = None) 
             **kept,
             "vocab_size": -(-len(tokenizer) // text.vocab_multiple) * text.vocab_multiple,
             "num_heads": text.heads,
-            "chunk_size": text.chunk_size,
+            "chunk_size": text.chunk,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": end,
             "eos_token_id": end,

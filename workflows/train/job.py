@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.identity import digest, identity
 from workflows.recipe.schema import Recipe
-from workflows.recipe.train import StageRecipe, TrainRecipe
+from workflows.recipe.train import Part, StageRecipe, TrainRecipe
 from workflows.storage.folder import Folder
 from workflows.storage.layout import Layout
 
@@ -34,6 +34,8 @@ class StageJob:
     """Folder of the stage's checkpoints."""
     threads: int
     """torch threads of one worker."""
+    measured_chunks: tuple[Part, ...] = ()
+    """Parts whose scan's chunk is measured."""
     mark: str = ""
     """Content of the trained model's MARK."""
     events: Any = None

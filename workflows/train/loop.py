@@ -19,8 +19,9 @@ import torch.distributed as dist
 from mlmamba.modeling import MLMambaForConditionalGeneration
 from pipelines.augment import Augmentation
 from pipelines.reader import PackedDataset, prefetch, step_indices
+from workflows.recipe.train import AUTO
 from workflows.storage.folder import Folder
-from workflows.train import restore
+from workflows.train import autotune, restore
 from workflows.train.answers import AnswerWeights, count_answers
 from workflows.train.best import BestStep
 from workflows.train.checkpoint import CheckpointStore
@@ -136,6 +137,17 @@ class Worker:
         features = keep_features(model, sets, job.data, self.stage, self.config, (rank, world), self._note)
         self.steps = total_steps(self.stage, len(self.dataset))
         self.store = CheckpointStore(Folder(job.checkpoints))
+        augment = self.stage.augment and Augmentation(**self.stage.augment.model_dump())
+        weights = None
+        if self.stage.balance_answers:
+            weights = AnswerWeights(count_answers(self.dataset), self.stage.balance_answers)
+            self._note(weights.told())
+
+        def make(rows: int, pin: bool = False) -> Callable:
+            return batch_maker(self.dataset, rows, model, pin, augment, job.seed, weights, features)
+
+        self.chosen = autotune.choose(job, model, make, self.store, rank, self._note)
+        self.stage = self.stage.model_copy(update={"micro_batch_rows": self.chosen.micro_batch_rows})
         found = restore.find(self.store, rank, world, self.config.zero_stage, self.digest, self._damaged)
         if found:
             restore.load_into_model(found, model, world)
@@ -149,15 +161,10 @@ class Worker:
         dist.broadcast_object_list(attempt)
         self.saver = Saver(self.store, attempt[0], rank, world, self.config.keep_checkpoints, self._saved)
         pin = self.engine.device.type == "cuda"
-        augment = self.stage.augment and Augmentation(**self.stage.augment.model_dump())
-        weights = None
-        if self.stage.balance_answers:
-            weights = AnswerWeights(count_answers(self.dataset), self.stage.balance_answers)
-            self._note(weights.told())
-        made = (self.stage.micro_batch_rows, model, pin)
-        self._make = batch_maker(self.dataset, *made, augment, job.seed, weights, features)
+        self._make = make(self.stage.micro_batch_rows, pin)
         if self.config.validate_every:
-            self.validation = Validation(sets[1], self.config.validate_rows, *made, features)
+            at_once = self.stage.micro_batch_rows
+            self.validation = Validation(sets[1], self.config.validate_rows, at_once, model, pin, features)
         self.best = None
         if self.stage.best:
             self.best = BestStep(self.stage.best, self.store, rank, found.best if found else None)
@@ -165,6 +172,8 @@ class Worker:
             count, tokens = self.config.samples, self.config.sample_tokens
             image, layout = model.config.image_token_id, model.image_layout
             self.samples = Samples(job.data, str(self.start_from), count, tokens, image, layout)
+        if self._measured:
+            self.tell({"event": "chosen", "values": self.chosen.flat})
         made_by = found.workers if found and restore.must_reshard(found, world) else None
         text = describe(self.stage, sizes)
         self.tell(
@@ -285,8 +294,10 @@ class Worker:
         try:
             if self.rank == 0 and self.best and self.best.step is not None:
                 instead = self.best.fetch()
-                mark = json.dumps(json.loads(mark or "{}") | {"step": self.best.step}, indent=2)
+                mark = _with(mark, step=self.best.step)
                 self.tell({"event": "best", "step": self.best.step, "text": self.best.told(self.steps)})
+            if self._measured:
+                mark = _with(mark, chosen=self.chosen.flat)
             if self.rank == 0:
                 with out.writing() as folder:
                     export_model(self.engine, self.start_from, folder, self.rank, mark, instead)
@@ -296,6 +307,11 @@ class Worker:
             problem = [f"stage {self.stage.name}: its model could not be written to {out}: {error}"]
         dist.broadcast_object_list(problem)
         return problem[0]
+
+    @property
+    def _measured(self) -> bool:
+        """Whether the recipe left something to a measurement."""
+        return self.job.stage.micro_batch_rows == AUTO or bool(self.job.measured_chunks)
 
     def _damaged(self, text: str) -> None:
         self.tell({"event": "damaged", "text": text})
@@ -323,3 +339,7 @@ class Worker:
         """Let go of the engine, whose hooks and buffers refer to each other, and with it of the memory."""
         self.engine.destroy()
         del self.engine
+
+
+def _with(mark: str, **more) -> str:
+    return json.dumps(json.loads(mark or "{}") | more, indent=2)

@@ -94,6 +94,7 @@ def stage_job(
         checkpoints=checkpoints.uri,
         mark=json.dumps({"digest": key, "stage": stage.name, "data": data_digests[stage.name]}, indent=2),
         threads=recipe.train.cpus_per_worker,
+        measured_chunks=recipe.model.measured_chunks,
     )
 
 

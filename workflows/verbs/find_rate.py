@@ -32,6 +32,7 @@ def find_rate(recipe: Recipe, storage: Folder, console: Console, name: str | Non
             raise WorkflowError(f"stage {stage.name} starts from stage {before[-1]}, which is not trained yet")
         with console.step(f"find a learning rate for {stage.name}"):
             outcome = crew.run(RateSearch(job), f"stage {stage.name}", console.training)
+            Folder(job.checkpoints).delete()
             if "stopped" in outcome:
                 raise WorkflowError(outcome["stopped"])
             ramp = Ramp(outcome["rates"], outcome["losses"])

@@ -176,6 +176,11 @@ def test_kept_features_are_counted_or_it_says_why_there_are_none(plan, changes, 
     assert line in plan("train", "quickstart", *sets)
 
 
+def test_rows_at_once_that_are_measured_are_planned_at_their_most(plan):
+    assert "(at most 2 x 1 per worker)" in plan("train", "quickstart", "--set", "train.stages.1.micro_batch_rows=auto")
+    assert "at most" not in plan("train", "quickstart")
+
+
 def test_prepared_data_is_counted_and_not_estimated(tmp_path, capsys):
     file = write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
     assert main(["prepare", str(file), "--storage", str(tmp_path), "--dry-run", "--json"]) == 0
