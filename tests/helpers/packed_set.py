@@ -38,13 +38,14 @@ def image_of(i: int) -> bytes:
     return encoded(i, size=(20, 10), blocks=(1, 1))
 
 
-def write_packed_set(out: Path, splits: dict[str, int]) -> Manifest:
+def write_packed_set(out: Path, splits: dict[str, int], tokenizer=None, turns=turns_of) -> Manifest:
     """Write a data set with so many samples by split, alternately of the sources "talk" and "captions"."""
-    tokenizer = load_or_train(TokenizerConfig(train_vocab_size=300), ["what is it? very small. line one two"] * 3)
+    if tokenizer is None:
+        tokenizer = load_or_train(TokenizerConfig(train_vocab_size=300), ["what is it? very small. line one two"] * 3)
     digest = save(tokenizer, str(out / "tokenizer"))
     infos = {}
     for split, samples in splits.items():
-        tokens = [(i, encode(tokenizer, turns_of(i), TOKENS_PER_IMAGE)) for i in range(samples)]
+        tokens = [(i, encode(tokenizer, turns(i), TOKENS_PER_IMAGE)) for i in range(samples)]
         rows = [_row(split, tokens[start : start + PER_ROW]) for start in range(0, samples, PER_ROW)]
         shards = [
             _shard(out, f"shards/{split}-{start // PER_SHARD:05d}.arrow", rows[start : start + PER_SHARD])

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config import TokenizerConfig
+from pipelines.sources.entries import with_system
+from pipelines.tokenizer import load_or_train
 from tests.helpers.packed_set import image_of, turns_of, write_packed_set
 from tests.helpers.published_benchmarks import write_gqa, write_pope
+from tests.helpers.tiny import granite_tokenizer
 from tests.helpers.toy_workflow import recipe, write_corpus
 from workflows.console import Console
 from workflows.errors import UsageError, WorkflowError
@@ -180,6 +184,20 @@ def test_a_prepared_data_set_gives_its_questions_back(tmp_path):
     assert len(open_benchmark("shards", str(tmp_path / "set"), split="train").items) == 6
     with pytest.raises(UsageError, match="shards: no manifest"):
         open_benchmark("shards", str(Path(tmp_path)))
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_so_does_one_in_granites_chat_format(tmp_path, system):
+    granite_tokenizer().save_pretrained(tmp_path / "granite")
+    tokenizer = load_or_train(TokenizerConfig(name=str(tmp_path / "granite"), chat="granite"), ())
+    talks = [with_system(turns_of(i), system) for i in range(4)]
+    write_packed_set(tmp_path / "set", {"validation": 4}, tokenizer, talks.__getitem__)
+    shards = open_benchmark("shards", str(tmp_path / "set"))
+    expected = [(q.text, a.text) for talk in talks for q, a in (talk[:2], talk[2:])]
+    assert [(item.question, item.answer) for item in shards.items] == expected
+    (tmp_path / "set" / "tokenizer" / "tokenizer_config.json").write_text('{"chat_format": "other"}')
+    with pytest.raises(UsageError, match="shards: the tokenizer is for the chat format 'other'; known are ml-mamba"):
+        open_benchmark("shards", str(tmp_path / "set"))
 
 
 def test_a_recipes_benchmark_has_a_name_that_there_is(tmp_path):
