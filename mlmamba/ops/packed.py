@@ -10,6 +10,7 @@ Our kernel gives a row the same bits whatever rows stand beside it; oneDNN and t
 number.
 """
 
+import mmap
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ PACKED = ("fp32", "bf16", "int8")
 _INT8_ROWS, _OUR_ROWS = 32, 64
 # What torch's int8 kernel takes of inputs at once. It reads beyond the end of rows that are no multiple of it.
 _INT8_STEP = 64
+_LARGE = 2**21  # bytes of a large page, where they have one size, as on x86
 _PANEL = 64  # outputs that lie side by side; products.h has the same number
 
 
@@ -68,10 +70,11 @@ class PackedLinear(nn.Module):
         self._most = _OUR_ROWS
         if form == "int8":
             self._weight, self._scale = quantized(weight)
+            self._weight = in_large_pages(self._weight)
             if own is not None:
                 self.use(own)
         elif own is not None:
-            self._weight, self._product = panels(weight.to(self.computes_in)), own.linear
+            self._weight, self._product = in_large_pages(panels(weight.to(self.computes_in))), own.linear
         else:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.computes_in))
 
@@ -150,6 +153,21 @@ def panels(weight: Tensor) -> Tensor:
     outs, ins = weight.shape
     whole = F.pad(weight, (0, -ins % step, 0, -outs % _PANEL))
     return whole.unflatten(0, (-1, _PANEL)).unflatten(2, (-1, step)).transpose(1, 2).contiguous()
+
+
+def in_large_pages(t: Tensor) -> Tensor:
+    """A copy in memory whose pages are large where the system has such: a processor that reads all weights for a token
+    else spends a quarter of the time on looking up where pages are. Small tensors, and others, as they are."""
+    if not hasattr(mmap, "MADV_HUGEPAGE") or t.nbytes < _LARGE:
+        return t
+    try:
+        room = mmap.mmap(-1, t.nbytes + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        whole = torch.frombuffer(room, dtype=torch.uint8)
+        first = -whole.data_ptr() % _LARGE
+        room.madvise(mmap.MADV_HUGEPAGE, first, t.nbytes // _LARGE * _LARGE)
+    except OSError:  # a kernel without them, or without memory for a second copy
+        return t
+    return whole[first : first + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
 
 
 def _dtype(form: str) -> torch.dtype:

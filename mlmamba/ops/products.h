@@ -22,12 +22,9 @@ constexpr int64_t COLUMNS = 4;             // vectors of them that a tile takes
 constexpr int64_t ROWS = W >= 16 ? 6 : 2;  // inputs that a tile takes: as many sums as there are registers for
 constexpr int64_t BYTES = 1 << 18;         // of a piece of a panel, which stays in the second cache
 constexpr int64_t SHARE = 16 * ROWS;       // rows of one piece of work
-constexpr int64_t AHEAD = 4096;            // bytes that are asked for before they are needed
 
-inline void ask_for(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + AHEAD); }
-
-// Adds to sums (R, PANEL) what k inputs of R rows give: weights (k, PANEL). `fresh`: they come from memory.
-template <int R, bool fresh>
+// Adds to sums (R, PANEL) what k inputs of R rows give: weights (k, PANEL).
+template <int R>
 void add_tile(const float* x, int64_t stride, const float* weight, int64_t k, float* sums) {
   for (int64_t first = 0; first < PANEL; first += COLUMNS * W) {
     Vec sum[R][COLUMNS];
@@ -39,10 +36,7 @@ void add_tile(const float* x, int64_t stride, const float* weight, int64_t k, fl
     for (int64_t i = 0; i < k; ++i, w += PANEL) {
       Vec column[COLUMNS];
 #pragma GCC unroll 4
-      for (int c = 0; c < COLUMNS; ++c) {
-        if (fresh) ask_for(w + c * W);
-        column[c] = Vec::loadu(w + c * W);
-      }
+      for (int c = 0; c < COLUMNS; ++c) column[c] = Vec::loadu(w + c * W);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vec input(x[r * stride + i]);
@@ -58,7 +52,7 @@ void add_tile(const float* x, int64_t stride, const float* weight, int64_t k, fl
 }
 
 // The same with bfloat16, two inputs at once: weights (k / 2, PANEL, 2).
-template <int R, bool fresh>
+template <int R>
 void add_tile(const at::BFloat16* x, int64_t stride, const at::BFloat16* weight, int64_t k, float* sums) {
 #if defined(__AVX512BF16__)
   __m512 sum[R][COLUMNS];
@@ -69,10 +63,7 @@ void add_tile(const at::BFloat16* x, int64_t stride, const at::BFloat16* weight,
   for (int64_t i = 0; i < k; i += 2, weight += 2 * PANEL) {
     __m512i column[COLUMNS];
 #pragma GCC unroll 4
-    for (int c = 0; c < COLUMNS; ++c) {
-      if (fresh) ask_for(weight + 2 * c * W);
-      column[c] = _mm512_loadu_si512(weight + 2 * c * W);
-    }
+    for (int c = 0; c < COLUMNS; ++c) column[c] = _mm512_loadu_si512(weight + 2 * c * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m512i pair = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x + r * stride + i));
@@ -98,15 +89,15 @@ void add_tile(const at::BFloat16* x, int64_t stride, const at::BFloat16* weight,
 #endif
 }
 
-template <typename T, bool fresh>
+template <typename T>
 void add_rows(const T* x, int64_t rows, int64_t stride, const T* weight, int64_t k, float* sums) {
   switch (rows) {
-    case 1: return add_tile<1, fresh>(x, stride, weight, k, sums);
-    case 2: return add_tile<2, fresh>(x, stride, weight, k, sums);
-    case 3: return add_tile<std::min<int>(3, ROWS), fresh>(x, stride, weight, k, sums);
-    case 4: return add_tile<std::min<int>(4, ROWS), fresh>(x, stride, weight, k, sums);
-    case 5: return add_tile<std::min<int>(5, ROWS), fresh>(x, stride, weight, k, sums);
-    default: return add_tile<ROWS, fresh>(x, stride, weight, k, sums);
+    case 1: return add_tile<1>(x, stride, weight, k, sums);
+    case 2: return add_tile<2>(x, stride, weight, k, sums);
+    case 3: return add_tile<std::min<int>(3, ROWS)>(x, stride, weight, k, sums);
+    case 4: return add_tile<std::min<int>(4, ROWS)>(x, stride, weight, k, sums);
+    case 5: return add_tile<std::min<int>(5, ROWS)>(x, stride, weight, k, sums);
+    default: return add_tile<ROWS>(x, stride, weight, k, sums);
   }
 }
 
@@ -136,10 +127,7 @@ Tensor linear(const Tensor& x, const Tensor& panels, int64_t outs) {
           const T* weight = weights + (panel * k + i) * PANEL;
           for (int64_t r = 0; r < rows; r += ROWS) {
             const T* from = given + (row + r) * k + i;
-            float* to = sums.data() + r * PANEL;
-            const int64_t count = std::min(ROWS, rows - r), inputs = std::min(piece, k - i);
-            r == 0 && row == 0 ? add_rows<T, true>(from, count, k, weight, inputs, to)
-                               : add_rows<T, false>(from, count, k, weight, inputs, to);
+            add_rows(from, std::min(ROWS, rows - r), k, weight, std::min(piece, k - i), sums.data() + r * PANEL);
           }
         }
         for (int64_t r = 0; r < rows; ++r)
