@@ -41,10 +41,13 @@ class Prepared:
     exact: str = ""
     """"exact" where answers have the same bits in any company; "not exact: " and why, where that was wanted and cannot
     be had; else ""."""
+    lacking: str = ""
+    """The precision that was asked for, where the device has it not."""
 
     def __str__(self) -> str:
         exact = self.exact and f", {self.exact}"
-        return f"{self.precision}, decoding {self.decoding}, weights {self.packed}{exact}"
+        lacking = self.lacking and f" in place of {self.lacking}, which there is not here"
+        return f"{self.precision}{lacking}, decoding {self.decoding}, weights {self.packed}{exact}"
 
 
 def prepare(model, make: bool = True) -> Prepared:
@@ -80,7 +83,7 @@ def prepare(model, make: bool = True) -> Prepared:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     packed = "packed" if not whole else problem or "packed"
     told = "" if not wanted else "exact" if exact else f"not exact: {trouble}"
-    model.prepared = Prepared(names[dtype] if whole else "int8", way, packed, told)
+    model.prepared = Prepared(names[dtype] if whole else "int8", way, packed, told, getattr(model, "lacking", ""))
     level = logging.WARNING if trouble or (make and "compiler" in way.lower()) else logging.INFO
     logger.log(level, "the model computes in %s", model.prepared)
     return model.prepared

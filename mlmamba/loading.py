@@ -36,12 +36,12 @@ def load_model(folder: str | Path, device: str | None = None, precision: str = "
     if Path(folder).exists() and not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = _possible(precision, torch.device(device))
+    asked, precision = precision, _possible(precision, torch.device(device))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, "auto")
     model = MLMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
     if precision == "int8":
         pack(model.language_model, "int8")
-    model.exact = exact
+    model.exact, model.lacking = exact, "" if asked in ("auto", precision) else asked
     return model, MLMambaProcessor.from_pretrained(folder)
 
 

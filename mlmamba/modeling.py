@@ -64,6 +64,8 @@ class MLMambaForConditionalGeneration(PreTrainedModel, MLMambaGenerationMixin):
     supports_gradient_checkpointing = True
     exact = False
     """Whether answers shall have, and once it is prepared have, the same bits in any company (mlmamba/decoding.py)."""
+    lacking = ""
+    """The precision that it was loaded for and that its device does not compute in."""
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # noqa: RUF012 - the form that transformers reads
 
     def __init__(self, config: MLMambaConfig):

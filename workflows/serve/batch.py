@@ -49,6 +49,11 @@ class Batch:
         """The states of the running answers."""
         return self._decoder.pool
 
+    @property
+    def keeping_problem(self) -> str:
+        """Why no states are kept, where some should be."""
+        return self._reader.problem
+
     def __len__(self) -> int:
         return len(self.reading) + len(self.running)
 
@@ -65,7 +70,8 @@ class Batch:
     def step(self) -> None:
         """Run one step: encode images, read prompts, give every running answer a token, drop what has ended."""
         self._free()
-        self._reader.step(list(dict.fromkeys(sequence.reading for sequence in self.reading)))
+        readings = list(dict.fromkeys(sequence.reading for sequence in self.reading))
+        self._reader.step(readings, busy=bool(self.running))
         self._begin_answers()
         self._answer()
         self._free()

@@ -113,6 +113,11 @@ class Engine:
         return self._batch.cache.limit
 
     @property
+    def keeping_problem(self) -> str:
+        """Why no states are kept, where some should be; else ""."""
+        return self._batch.keeping_problem
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of the states that are kept."""
         return self._batch.cache.nbytes

@@ -29,8 +29,11 @@ class Limits(StrictModel):
     """Requests that wait for their turn; one more is told to come back later (429)."""
     prefill_tokens: int = Field(512, gt=0)
     """Prompt tokens that are read between two steps of the running answers; a longer prompt is read in pieces."""
+    busy_prefill_tokens: int | None = Field(None, gt=0)
+    """At most so many of these while answers are running, whose next tokens wait meanwhile; absent: 128 on a CPU, and
+    on a GPU no fewer."""
     images_at_once: int = Field(4, gt=0)
-    """Images that are encoded together, between two steps of the running answers."""
+    """Images that are encoded together between two steps of the running answers; on a CPU one, while there are any."""
     state_cache_bytes: int = Field(2**30, ge=0)
     """Host memory for states that are kept after images, prompts and answers, so that what comes after them is all that
     need be read. Each key holder (without keys: each address) finds only what it asked itself. 0 keeps none."""

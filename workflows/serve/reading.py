@@ -20,6 +20,7 @@ from workflows.serve.options import Limits
 from workflows.serve.sampling import Prompt
 
 logger = logging.getLogger(__name__)
+_BUSY_TOKENS = 128  # that a CPU reads between two steps of running answers: some tenths of a second at 130m
 
 
 class Reading:
@@ -79,10 +80,22 @@ class Reader:
         self.cache = StateCache(limits.state_cache_bytes)
         self._model, self._limits = model, limits
         self._image_id = model.config.image_token_id
+        self.problem = ""
+        """Why no states are kept, where some should be."""
         self._checked, self._shortest_first = False, True
+        slow = model.device.type == "cpu"
+        tokens = limits.busy_prefill_tokens or (_BUSY_TOKENS if slow else limits.prefill_tokens)
+        self._alone = limits.prefill_tokens, limits.images_at_once
+        self._beside = min(tokens, limits.prefill_tokens), 1 if slow else limits.images_at_once
+        self._tokens, self._images = self._alone  # most of a step
 
-    def step(self, readings: list[Reading]) -> None:
-        """Encode some images and read one piece of some of the prompts, the first ones first."""
+    def step(self, readings: list[Reading], busy: bool = False) -> None:
+        """Encode some images and read one piece of some of the prompts, the first ones first.
+
+        Args:
+            busy: whether answers wait meanwhile for their next tokens.
+        """
+        self._tokens, self._images = self._beside if busy else self._alone
         readings = [reading for reading in readings if not reading.over]
         self._begin(readings)
         readings = [reading for reading in readings if reading.begun and not reading.over]
@@ -136,13 +149,13 @@ class Reader:
             reading.logits = kept.logits.to(self._model.device)
 
     def _encode_images(self, readings: list[Reading]) -> None:
-        """Encode the images of the next prompts, at most `images_at_once` together (or one prompt's)."""
+        """Encode the images of the next prompts, at most as many as this step may (or one prompt's)."""
         group: list[Reading] = []
         count = 0
         for reading in readings:
             if reading.waits_for_images:
                 count += sum(image.squares for image in reading.prompt.shown[reading.shown :])
-                if group and count > self._limits.images_at_once:
+                if group and count > self._images:
                     break
                 group.append(reading)
         if group:
@@ -165,8 +178,8 @@ class Reader:
             reading.features = own
 
     def _read_pieces(self, readings: list[Reading]) -> None:
-        """Read one piece of some prompts each, together at most `prefill_tokens` with their padding, which is at most
-        half of it. In every other step the shortest come first, so that none waits for all of a long one."""
+        """Read one piece of some prompts each, together at most as many tokens as this step may, with their padding,
+        which is at most half of it. In every other step the shortest come first: none waits for all of a long one."""
         self._shortest_first = not self._shortest_first
         if self._shortest_first:
             readings = sorted(readings, key=lambda reading: len(reading.prompt.input_ids) - reading.read)
@@ -175,7 +188,7 @@ class Reader:
         for reading in readings:
             joined = [*lengths, self._piece(reading)]
             padded = len(joined) * max(joined)
-            if group and (padded > self._limits.prefill_tokens or padded > 2 * sum(joined)):
+            if group and (padded > self._tokens or padded > 2 * sum(joined)):
                 continue
             group.append(reading)
             lengths = joined
@@ -188,7 +201,7 @@ class Reader:
                 self._keep_place(reading)
 
     def _piece(self, reading: Reading) -> int:
-        return min(reading.pause - reading.read, self._limits.prefill_tokens)
+        return min(reading.pause - reading.read, self._tokens)
 
     def _read(self, group: list[Reading]) -> None:
         lengths = [self._piece(reading) for reading in group]
@@ -237,6 +250,7 @@ class Reader:
         try:
             return self.cache.keep(reading.owner, digest, state, cost, after, logits)
         except (MemoryError, RuntimeError) as error:  # torch has no memory for the copy
+            self.problem = f"there is no memory for them ({type(error).__name__})"
             logger.error("no states are kept from now on: %s", without_message(error))
             self.cache.close()
             return False
@@ -245,11 +259,10 @@ class Reader:
         """Say so, once, where not one state can be kept."""
         self._checked = True
         if 0 < self.cache.limit < (size := size_of(state)):
+            limit = f"limits.state_cache_bytes = {self.cache.limit:,}"
+            self.problem = f"{limit} is less than one state of this model ({size:,} bytes)"
             logger.warning(
-                "limits.state_cache_bytes = %s is less than one state of this model (%s bytes): none is kept, and "
-                "every prompt is read from its beginning; raise it, or set 0",
-                f"{self.cache.limit:,}",
-                f"{size:,}",
+                "%s: none is kept, and every prompt is read from its beginning; raise it, or set 0", self.problem
             )
             self.cache.close()
 

@@ -69,7 +69,8 @@ class Served:
         """Its entry of /v1/models."""
         entry = model_entry(self.source, since, self.engine.max_length, name or self.id, self.engine.max_sequence)
         own = {"computes_in": str(self.engine.prepared), "state_cache_bytes": self.engine.state_cache_bytes}
-        return entry | own
+        problem = self.engine.keeping_problem
+        return entry | own | ({"state_cache_problem": problem} if problem else {})
 
     def is_called(self, name: str | None) -> bool:
         """Whether a request for a model of this name means this one."""

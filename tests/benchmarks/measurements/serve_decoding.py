@@ -1,7 +1,7 @@
 """Decoding over HTTP in each precision, at 1, 8 and 32 clients: rates, first tokens, the time between tokens.
 
 python -m tests.benchmarks.measurements.serve_decoding [--clients 1 8 32] [--forms "as loaded" fp32 bf16 int8]
-        [--tokens 32] [--rounds 2] [--threads 1] [--preset 130m]
+        [--tokens 32] [--rounds 2] [--threads 1] [--preset 130m] [--busy-prefill-tokens N]
 
 The service (uvicorn and the whole interface) is in this process, its clients are threads of another; each asks a
 question of text, streamed, and then the next. "as loaded" is the float32 model without anything made ready, as all was
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--preset", default="130m")
+    parser.add_argument("--busy-prefill-tokens", type=int, help="as of the service's limits")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
@@ -169,7 +170,11 @@ def main() -> None:
             model.generation_config.eos_token_id = 10**9
             if form == "as loaded":
                 model.prepared = Prepared("fp32", "torch: as loaded", "not packed")
-            limits = Limits(max_batch=max(a.clients), max_waiting=2 * max(a.clients))
+            limits = Limits(
+                max_batch=max(a.clients),
+                max_waiting=2 * max(a.clients),
+                busy_prefill_tokens=a.busy_prefill_tokens,
+            )
             service = serve((model, processor), limits, Access(log_requests=False), threads=a.threads)
             url = stack.enter_context(running(service))
             stack.callback(service.served.engine.close)

@@ -5,6 +5,7 @@ import torch
 
 from mlmamba import loading
 from mlmamba.conversation import Turn
+from mlmamba.decoding import prepare
 from mlmamba.loading import load_model
 from mlmamba.ops.packed import PackedLinear
 from tests.helpers.images import encoded, image
@@ -126,7 +127,9 @@ def test_the_engine_answers_in_int8_and_says_so(folder):
 
 def test_a_precision_that_the_device_lacks_is_replaced_by_the_next_best_and_said(folder, monkeypatch, caplog):
     monkeypatch.setattr(loading, "has_bf16", lambda: False)
-    assert load_model(folder, "cpu", "bf16")[0].dtype == torch.float32
+    model = load_model(folder, "cpu", "bf16")[0]
+    assert model.dtype == torch.float32
+    assert str(prepare(model)).startswith("fp32 in place of bf16, which there is not here, decoding ")
     assert "this processor has no bf16: the model computes in float32" in caplog.text
     monkeypatch.setattr(loading, "packs", lambda: "this torch was built without oneDNN")
     assert load_model(folder, "cpu", "int8")[0].dtype == torch.float32

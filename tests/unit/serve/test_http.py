@@ -12,6 +12,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ import mlmamba
 from mlmamba.loading import load_model
 from tests.helpers.images import encoded
 from tests.helpers.serve_client import ServiceError, ask, data_uri, request
-from tests.helpers.serving import raw, running
+from tests.helpers.serving import raw, running, serve
 from tests.helpers.tiny import PER_IMAGE, images, tiny_model, tiny_tokenizer
 from workflows.registry import ResolvedModel
 from workflows.serve.auth import Access
@@ -466,3 +467,32 @@ def test_pages_of_named_sites_may_ask(loaded):
     service.served.engine.close()
     with pytest.raises(ValueError, match="API keys are needed"):
         Service(LIMITS, Access(origins=("*",)))
+
+
+def test_the_entry_of_a_model_says_why_no_states_are_kept(loaded):
+    limits = LIMITS.model_copy(update={"state_cache_bytes": 1000})
+    service = serve(loaded, limits)
+    with running(service) as url:
+        ask(url, "hello")
+        (entry,) = request(url, "/v1/models")["data"]
+    service.served.engine.close()
+    assert entry["state_cache_bytes"] == 0
+    assert entry["state_cache_problem"].startswith(
+        "limits.state_cache_bytes = 1,000 is less than one state of this model"
+    )
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_leave_kept_states_and_memory_under_their_limit(loaded):
+    """Ten times as many states as there is room for, twice: what the first half took is given back to the second."""
+    limits = LIMITS.model_copy(update={"state_cache_bytes": 16 * 2**20, "max_waiting": 16})
+    service, memory, kept = serve(loaded, limits, Access(log_requests=False)), [], []
+    with running(service) as url, ThreadPoolExecutor(8) as pool:
+        for half in range(2):
+            numbers = range(5000 * half, 5000 * (half + 1))
+            list(pool.map(lambda number: ask(url, "?", encoded(number, size=(4, 4)), max_tokens=1), numbers))
+            kept.append(service.served.engine.kept_bytes)
+            memory.append(psutil.Process().memory_info().rss)
+    service.served.engine.close()
+    assert all(limits.state_cache_bytes // 2 < own <= limits.state_cache_bytes for own in kept)
+    assert memory[1] - memory[0] < 2 * limits.state_cache_bytes
