@@ -22,6 +22,7 @@ from workflows.runtime import quiet_libraries
 
 _KILLED, _DRAINED, _TERMINATED = "killed", "drained", "terminated"
 _DRAINING = 20.0  # seconds for a node to become idle after SIGTERM
+_TRIES = 5  # a raylet ends itself when its agents take over 15 s to start, as they do on a busy machine
 
 
 @contextmanager
@@ -41,13 +42,20 @@ class SpotNode:
     """A node with one CPU: a `ray start --block` in a session of its own, as a machine's service or a container is."""
 
     def __init__(self, address: str):
+        for _ in range(_TRIES):
+            self._start(address)
+            wait_for(lambda: self.id is not None or self._process.poll() is not None, 120)
+            if self.id is not None:
+                return
+        raise RuntimeError(f"a node ended {_TRIES} times before it was there, last with {self._process.returncode}")
+
+    def _start(self, address: str) -> None:
         self._name = secrets.token_hex(8)
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
         options = [f"--address={address}", "--num-cpus=1", f"--labels=name={self._name}"]
         environment = {**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAINING)}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen([*command, *options], env=environment, start_new_session=True, **quiet)
-        wait_for(lambda: self.id is not None, 120)
 
     @property
     def id(self) -> str | None:
