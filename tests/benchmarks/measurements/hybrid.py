@@ -1,19 +1,24 @@
 """A hybrid against transformers' class with the same weights: prompts and decoding, in CPU seconds of one process.
 
-The shape is Granite-4.0-H-350m's with fewer layers, one of four with attention. Both are asked in turn.
+The shape is Granite-4.0-H-350m's with fewer layers, one of four with attention. Asked in turn are transformers' class,
+ours as it was loaded, and ours as a service prepares it, in float32 and with the weights of linear layers in int8.
 
-python -m tests.benchmarks.measurements.hybrid [--layers 4] [--length 512] [--tokens 32] [--packed]
+python -m tests.benchmarks.measurements.hybrid [--layers 4] [--length 512] [--tokens 32]
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlmamba.convert import read_language_model
+from mlmamba.decoding import pack, prepare
 from mlmamba.mamba2 import Mamba2LanguageModel
 from mlmamba.presets import GRANITE
 
@@ -59,52 +64,78 @@ def in_turn(runs: dict, times: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
+class Ours:
+    """A language model's prompt and decoding."""
+
+    def __init__(self, language: Mamba2LanguageModel):
+        self._language, self._backbone = language, language.backbone
+
+    def prompt(self, ids, marks=None):
+        hidden, state = self._backbone(self._backbone.embeddings(ids), seq_idx=marks)
+        return self._language.lm_head(hidden[:, -1:]), state
+
+    def step(self, token, state):
+        hidden, state = self._backbone(self._backbone.embeddings(token), state.in_place())
+        return self._language.lm_head(hidden), state
+
+
+class Theirs:
+    """The same of transformers' class."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def prompt(self, ids):
+        out = self._model(ids, use_cache=True, logits_to_keep=1)
+        return out.logits, out.past_key_values
+
+    def step(self, token, cache):
+        out = self._model(token, past_key_values=cache, use_cache=True)
+        return out.logits, out.past_key_values
+
+
+def decode(model, ids, tokens: int) -> None:
+    _, state = model.prompt(ids)
+    token = torch.tensor([[5]])
+    for _ in range(tokens):
+        logits, state = model.step(token, state)
+        token = logits[:, -1:].argmax(-1)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="three at least: the third has attention")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=8, help="of a packed row")
     a = parser.parse_args()
-    theirs, ours = pair(a.layers)
-    backbone, ids = ours.backbone, torch.randint(2, 8192, (1, a.length))
-
-    def our_prompt(marks=None):
-        hidden, state = backbone(backbone.embeddings(ids), seq_idx=marks)
-        return ours.lm_head(hidden[:, -1:]), state
-
-    def their_prompt():
-        out = theirs(ids, use_cache=True, logits_to_keep=1)
-        return out.logits, out.past_key_values
-
-    def our_decoding():
-        _, state = our_prompt()
-        return decode(lambda token, s: step(token, s), state)
-
-    def step(token, state):
-        hidden, state = backbone(backbone.embeddings(token), state.in_place())
-        return ours.lm_head(hidden), state
-
-    def their_step(token, cache):
-        out = theirs(token, past_key_values=cache, use_cache=True)
-        return out.logits, out.past_key_values
-
-    def decode(one, state):
-        token = torch.tensor([[5]])
-        for _ in range(a.tokens):
-            logits, state = one(token, state)
-            token = logits[:, -1:].argmax(-1)
-
-    print("largest difference of logits", (our_prompt()[0] - their_prompt()[0]).abs().max().item())
+    torch.set_num_threads(1)
+    theirs, loaded = pair(a.layers)
+    ids = torch.randint(2, 8192, (1, a.length))
+    models = {"transformers": Theirs(theirs), "as loaded": Ours(loaded)}
+    for form in ("fp32", "int8"):
+        ready = copy.deepcopy(loaded)
+        if form == "int8":
+            pack(ready, form)
+        print(prepare(SimpleNamespace(language_model=ready, device=torch.device("cpu"))))
+        models[form] = Ours(ready)
+    logits = {name: model.prompt(ids)[0] for name, model in models.items()}
+    prompts = {name: partial(model.prompt, ids) for name, model in models.items()}
     marks = torch.arange(a.length)[None] * a.sequences // a.length
-    prompt = in_turn({"ours": our_prompt, "theirs": their_prompt, "packed": lambda: our_prompt(marks)}, a.times)
-    whole = in_turn({"ours": our_decoding, "theirs": lambda: decode(their_step, their_prompt()[1])}, a.times)
-    print(f"prompt of {a.length}: {prompt['theirs'] / prompt['ours']:.1f} times as fast as transformers")
-    print(f"the same, packed of {a.sequences} sequences, takes {prompt['packed'] / prompt['ours']:.2f} times as long")
-    ours_each, theirs_each = ((whole[name] - prompt[name]) / a.tokens for name in ("ours", "theirs"))
-    print(f"a token after it: {theirs_each / ours_each:.1f} times as fast ({ours_each * 1e3:.1f} ms of CPU)")
+    prompt = in_turn(prompts | {"packed": partial(models["as loaded"].prompt, ids, marks)}, a.times)
+    whole = in_turn({name: partial(decode, model, ids, a.tokens) for name, model in models.items()}, a.times)
+    each = {name: (whole[name] - prompt[name]) / a.tokens for name in models}
+    for name in models:
+        faster = [prompt["transformers"] / prompt[name], each["transformers"] / each[name]]
+        apart = (logits[name] - logits["transformers"]).abs().max().item()
+        print(
+            f"{name:13} prompt of {a.length} {prompt[name] * 1e3:7.1f} ms of CPU ({faster[0]:.2f} times as fast), "
+            f"a token after it {each[name] * 1e3:6.2f} ms ({faster[1]:.2f}), logits within {apart:.1e}"
+        )
+    longer = prompt["packed"] / prompt["as loaded"]
+    print(f"packed of {a.sequences} sequences, a prompt takes {longer:.2f} times as long")
 
 
 if __name__ == "__main__":
