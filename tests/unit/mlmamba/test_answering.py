@@ -148,7 +148,14 @@ def test_evaluation_asks_what_fits_and_says_of_the_rest_why(own_size, tmp_path, 
     frame = len(own_size.processor.prompt([Turn("user", "x")])) - 1 - len("<|endoftext|>") + 1
     prompts = ["x" * (40 - frame), "x" * (41 - frame)]
     setup = {"model": str(tmp_path / "model"), "stores": [{"kind": "folder", "uri": str(tmp_path)}]}
-    setup |= {"max_new_tokens": TOKENS, "threads": 1, "choices": None, "batch_questions": None, "precision": "auto"}
+    setup |= {
+        "max_new_tokens": TOKENS,
+        "threads": 1,
+        "choices": None,
+        "batch_questions": None,
+        "precision": "auto",
+        "exact": False,
+    }
     shown = [{"source": 0, "image": name, "ids": [f"{name}{i}" for i in (0, 1)], "prompts": prompts} for name in images]
     task = {"mode": SEEING, "file": str(tmp_path / "parts" / "seeing-0.jsonl"), "images": shown}
     _Worker(json.dumps(setup))({"task": json.dumps(task)})

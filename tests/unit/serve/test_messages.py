@@ -206,11 +206,11 @@ def test_everyone_sees_the_same_pixels(data, tmp_path):
     (tmp_path / "image").write_bytes(data)
     seen = {
         "serving": to_pixels(served, 16),
-        "chat": to_pixels(chat._open(str(tmp_path / "image"))[0], 16),
+        "chat": to_pixels(next(iter(chat._Shown(str(tmp_path / "image")))), 16),
         "a path": to_pixels(as_image(tmp_path / "image"), 16),
         "base64": to_pixels(as_image(base64.b64encode(data).decode()), 16),
         "Pillow": to_pixels(as_image(Image.open(io.BytesIO(data))), 16),
-        "chat, through the processor": to_pixels(as_image(chat._open(str(tmp_path / "image"))[0]), 16),
+        "chat, through the processor": to_pixels(as_image(next(iter(chat._Shown(str(tmp_path / "image"))))), 16),
     }
     assert [name for name, pixels in seen.items() if not np.array_equal(pixels, trained_on)] == []
 
