@@ -26,6 +26,7 @@ from tests.helpers.serve_client import ask, data_uri, request
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from workflows.errors import UsageError, WorkflowError
 from workflows.registry import pyfunc
+from workflows.serve.proxy import CALLBACK, VARIABLE
 from workflows.serve.start import check_port, serve_model
 from workflows.tracking.tracker import connect
 from workflows.train.initial import save
@@ -64,6 +65,7 @@ def url(registered):
     storage, _ = registered
     started_here = not ray.is_initialized()
     with serve_model("models:/shapes@champion", storage, port=free_port(), threads=1, block=False) as server:
+        assert os.environ[VARIABLE] == CALLBACK  # what Ray Serve's proxy of the Ray that was started here has read
         yield server.url
     assert ray.is_initialized() != started_here
     with pytest.raises(urllib.error.URLError):

@@ -17,6 +17,7 @@ from workflows.registry import PREFIX, ResolvedModel, resolve_model
 from workflows.runtime import connect_ray
 from workflows.serve.auth import KEYS_VARIABLE, Access
 from workflows.serve.options import Limits
+from workflows.serve.proxy import CALLBACK, MOST_VARIABLE, VARIABLE, requests_at_once
 from workflows.serve.swap import SwapOptions
 from workflows.tracking import tracker as tracking
 
@@ -111,6 +112,7 @@ def serve_model(
     import ray
 
     joined = not ray.is_initialized()
+    _prepare_proxy(limits or Limits(), max(replicas, max_replicas or 0))
     connect_ray()
     if joined and os.environ.get("RAY_ADDRESS", "") in ("", "local") and os.environ.get("RAY_AUTH_MODE") != "token":
         _say("note: Ray runs without its token check, and its ports listen on every interface; set RAY_AUTH_MODE=token")
@@ -146,6 +148,16 @@ def serve_model(
             _wait_for_interrupt()
             _say("stopping ...")
     return server
+
+
+def _prepare_proxy(limits: Limits, replicas: int) -> None:
+    """Have the proxy of a Ray that starts from here refuse what one client sends beyond what all replicas can hold."""
+    os.environ.setdefault(VARIABLE, CALLBACK)
+    os.environ.setdefault(MOST_VARIABLE, str((limits.max_batch + limits.max_waiting) * replicas))
+    try:
+        requests_at_once(dict(os.environ))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_port(host: str, port: int) -> None:
