@@ -13,6 +13,7 @@ import multiprocessing
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,7 @@ class HandTokenizer:
     """What `encode` asks of a tokenizer, on a tokenizer.json."""
 
     eos_token = "<|endoftext|>"
+    init_kwargs: ClassVar[dict] = {}
 
     def __init__(self, file: str):
         self._tokenizer = Tokenizer.from_file(file)
